@@ -68,6 +68,7 @@ class MaskedLayers(RunningLayers):
         self.problems, self.sites, self.statistics, self.patterns = problems, sites, statistics, dict(patterns)
         self.shelf = Shelf() if shelf is None else shelf
         self.orders: Orders = {}
+        self._stored_columns: dict[str, Tensor] | None = None
         self.trained = self.shelf.another()
         self._show_masked()
         self._energies: dict[str, float] = {}
@@ -165,7 +166,7 @@ class MaskedLayers(RunningLayers):
             order = orders.get(problem.name)
             if order is None or torch.equal(order, self.orders.get(problem.name, problem.identity())):
                 continue
-            self.orders[problem.name] = order.clone()
+            self.orders[problem.name], self._stored_columns = order.clone(), None
             for part in problem.parts:
                 touched.setdefault(part.layer, []).append(part.columns[order])
         for name, moved in touched.items():
@@ -348,12 +349,16 @@ class MaskedLayers(RunningLayers):
     def _multiplied(self, layer: Layer) -> Tensor | None:
         other = layer.expert is not None or layer.transposed or layer.name in self.updated
         pattern = self.patterns.get(layer.name)
-        if other or pattern is None or layer.stored.dtype != torch.float32 or autocast_dtype(layer.stored.device):
+        if other or pattern is None:
             return None
-        weight = self._unmasked(layer.name)
-        if not MaskedWeight.fits(weight, pattern):
+        weight, dtype = self._unmasked(layer.name), autocast_dtype(layer.stored.device) or layer.stored.dtype
+        if not MaskedWeight.fits(weight, pattern, dtype):
             return None
-        return MaskedWeight.of(weight, self._bits[layer.name])
+        if dtype == torch.float32:
+            return MaskedWeight.of(weight, self._bits[layer.name])
+        if self._stored_columns is None:
+            self._stored_columns = self.stored_columns()
+        return MaskedWeight.of(weight, self._bits[layer.name], self._stored_columns[layer.name])
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,7 @@ static void compress_rows(const void *own, int64_t first, int64_t last)
     const int64_t count = (job->width + BLOCK - 1) / BLOCK, size = CODE + BLOCK * (int64_t)sizeof(float);
     for (int64_t row = first; row < last; row++)
         for (int64_t n = 0; n < count; n++) {
-            const float *weight = job->weight + row * job->row_stride + n * BLOCK;
+            const float *weight = (const float *)job->weight + row * job->row_stride + n * BLOCK;
             const uint8_t *bits = job->bits + row * ((job->width + 7) / 8) + n * BLOCK / 8;
             const int used = (int)smaller(BLOCK, job->width - n * BLOCK);
             char *block = job->blocks + (row * count + n) * size;
@@ -268,15 +268,59 @@ static void compress_rows(const void *own, int64_t first, int64_t last)
         }
 }
 
+/* The same for pairs of bf16. A group of which not two are kept gets the code 0. */
+static void compress_pairs(const void *own, int64_t first, int64_t last)
+{
+    static const uint8_t positions[16] = {[3] = 4, [5] = 8, [9] = 12, [6] = 9, [10] = 13, [12] = 14}; /* of a mask */
+    const struct compress *job = own;
+    const int64_t count = (job->width + BLOCK - 1) / BLOCK, size = CODE + BLOCK / 2 * (int64_t)sizeof(uint16_t);
+    for (int64_t row = first; row < last; row++) {
+        const uint8_t *bits = job->bits + row * ((job->width + 7) / 8);
+        char *block = job->blocks + row * count * size;
+        for (int64_t n = 0; n < count; n++, block += size) {
+            uint64_t code = 0x4444444444444444; /* positions 0 and 1, after the width */
+            memset(block + CODE, 0, BLOCK / 2 * sizeof(uint16_t));
+            for (int64_t group = 0; group < BLOCK / 4 && n * BLOCK + group * 4 < job->width; group++) {
+                const int64_t *columns = job->order + n * BLOCK + group * 4;
+                int mask = 0;
+                for (int c = 0; c < 4; c++)
+                    mask |= (bits[columns[c] >> 3] >> (7 - (columns[c] & 7)) & 1) << c;
+                const uint64_t kept = positions[mask];
+                code ^= (kept ^ 4) << group * 4;
+                for (int i = 0; i < 2; i++) {
+                    const int64_t from = row * job->row_stride + columns[kept >> 2 * i & 3];
+                    write_number(block + CODE, group * 2 + i, BF16, read_number(job->weight, from, job->number));
+                }
+            }
+            memcpy(block, &code, sizeof code);
+        }
+    }
+}
+
+/* Whether some group has the code 0. */
+static int lacks_pairs(const struct compress *job)
+{
+    const int64_t blocks = job->rows * ((job->width + BLOCK - 1) / BLOCK), size = CODE + BLOCK / 2 * (int64_t)sizeof(uint16_t);
+    uint64_t zeros = 0;
+    for (int64_t n = 0; n < blocks; n++) {
+        const uint64_t code = read_code(job->blocks + n * size);
+        zeros |= (code - 0x1111111111111111) & ~code & 0x8888888888888888;
+    }
+    return zeros != 0;
+}
+
 /* Write the blocks of a weight and its mask. */
 ENTRY(compress)
 {
     (void)kernels;
-    if (bad_size(job->rows) || bad_size(job->width) ||
+    const int pairs = job->order != NULL, types = job->number == F32 || (pairs && job->number == BF16);
+    if (bad_size(job->rows) || bad_size(job->width) || !types || (pairs && job->width % 4) ||
         LACKS(job->rows * job->width, job->weight, job->bits, job->blocks))
         return BAD_SIZE;
-    run_in_pieces(job, compress_rows, job->rows, TILE_ROWS, threads);
-    return DONE;
+    if (pairs && places_are_bad(job->order, job->width, job->width))
+        return BAD_ORDER;
+    run_in_pieces(job, pairs ? compress_pairs : compress_rows, job->rows, TILE_ROWS, threads);
+    return pairs && lacks_pairs(job) ? BAD_CODE : DONE;
 }
 
 /* Whether the mask of the channels of some blocks keeps exactly n of every m of the first `width`, and no others. */

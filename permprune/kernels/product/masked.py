@@ -1,7 +1,8 @@
 """Products with weights and masks as the search tries them, in passes without gradients.
 
-Dense products multiply a masked weight's zeros, too. The kernel for many rows of activations leaves them out, whichever
-weights of a row a mask keeps; packing the weight for it takes no longer than writing its zeros.
+Dense products multiply a masked weight's zeros, too. The kernels for many rows of activations leave them out; packing
+the weight for them takes about as long as writing its zeros. In fp32 the mask may keep any weights of a row. In bf16 it
+keeps two of each four columns in a given order, and the processor has instructions for pairs of bf16.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from permprune.kernels.product import native
 from permprune.kernels.product.layout import BLOCK, CODE
 from permprune.kernels.search.masks import apply_mask, require_layout
 from permprune.pattern import Pattern
+from permprune.system.device import processor_has
 
 LEAST_ROWS = 128
 """Rows of activations from which the product is faster than a dense one, with the time that packing takes."""
@@ -26,23 +28,30 @@ LEAST_ROWS = 128
 class MaskedWeight(Tensor):
     """A weight (rows, width) with zeros where a mask has none, whose linear layer may leave out what is pruned.
 
-    `bits` are those of `pack_mask`. Every function but `torch.nn.functional.linear` is given the weight with its zeros.
+    `bits` are those of `pack_mask`, and `columns`, int64 (width,), the columns in the order in which groups of the
+    pattern follow each other, for products in bf16; None for products in fp32. Every function but
+    `torch.nn.functional.linear` is given the weight with its zeros.
     """
 
     _weight: Tensor
     _bits: Tensor
+    _columns: Tensor | None
 
     @staticmethod
-    def fits(weight: Tensor, pattern: Pattern) -> bool:
-        """Whether the kernels multiply a weight of this type and place, and leaving out what is pruned pays."""
-        plain = weight.dtype == torch.float32 and weight.is_cpu and weight.stride(-1) == 1
-        return plain and pattern.n * BLOCK <= pattern.m * native.MOST_SLOTS and library.available()
+    def fits(weight: Tensor, pattern: Pattern, dtype: torch.dtype) -> bool:
+        """Whether the kernels multiply such a weight in `dtype`, and leaving out what is pruned pays."""
+        if not (weight.is_cpu and weight.stride(-1) == 1 and library.available()):
+            return False
+        if dtype == torch.bfloat16:
+            multiplied = library.best()[1] and not processor_has("amx_bf16")
+            return multiplied and pattern == Pattern(2, 4) and weight.dtype in (torch.float32, torch.bfloat16)
+        return dtype == weight.dtype == torch.float32 and pattern.n * BLOCK <= pattern.m * native.MOST_SLOTS
 
     @classmethod
-    def of(cls, weight: Tensor, bits: Tensor) -> MaskedWeight:
-        """Return a masked weight, which copies neither of the two; the weight is one that `fits`."""
+    def of(cls, weight: Tensor, bits: Tensor, columns: Tensor | None = None) -> MaskedWeight:
+        """Return a masked weight, which copies nothing; the weight is one that `fits`."""
         made = Tensor._make_subclass(cls, weight)
-        made._weight, made._bits = weight, bits
+        made._weight, made._bits, made._columns = weight, bits, columns
         return made
 
     @classmethod
@@ -58,7 +67,7 @@ class MaskedWeight(Tensor):
             return func(*given, **{name: _plain(one) for name, one in (kwargs or {}).items()})
 
     def _with_zeros(self) -> Tensor:
-        return apply_mask(self._weight, self._bits, torch.float32)
+        return apply_mask(self._weight, self._bits, torch.float32 if self._columns is None else torch.bfloat16)
 
 
 def _plain(value: Any) -> Any:
@@ -67,18 +76,31 @@ def _plain(value: Any) -> Any:
 
 def _multiply(x: Tensor, masked: MaskedWeight, bias: Tensor | None) -> Tensor | None:
     """The product with activations (..., width), or None where a dense one is faster."""
-    weight, bits = masked._weight, masked._bits
+    weight, columns = masked._weight, masked._columns
     rows, width = weight.shape
-    tokens = x.reshape(-1, x.shape[-1])
-    fits = x.dtype == torch.float32 and x.is_cpu and x.shape[-1] == width and library.available()
-    if not fits or len(tokens) < LEAST_ROWS:
+    dtype = torch.float32 if columns is None else torch.bfloat16
+    fits = (x.dtype == dtype or columns is not None) and x.is_cpu and x.shape[-1] == width and library.available()
+    if not fits or x.numel() < LEAST_ROWS * width:
         return None
-    count = -(-width // BLOCK)
-    blocks = native.workspace(rows * count * (CODE + 4 * BLOCK), of="blocks")
-    weights = native.describe_blocks(blocks, bias, rows=rows, width=width)
+    tokens = x.reshape(-1, width).to(dtype).contiguous()
+    slots, number = (BLOCK, 4) if columns is None else (BLOCK // 2, 2)
+    blocks = native.workspace(rows * -(-width // BLOCK) * (CODE + number * slots), of="blocks")
+    weights = native.describe_blocks(blocks, bias, columns, rows=rows, width=width)
     if not native.is_fastest(weights, tokens):
         return None
-    require_layout("a mask", bits, torch.uint8, rows, -(-width // 8))
-    members = {"weight": weight, "bits": bits.contiguous(), "blocks": blocks, "row_stride": weight.stride(0)}
-    library.run("compress", weight.numel(), rows=rows, width=width, **members)
-    return native.multiply(weights, tokens.contiguous(), many=True).view(*x.shape[:-1], rows)
+    require_layout("a mask", masked._bits, torch.uint8, rows, -(-width // 8))
+    if columns is not None:
+        require_layout("an order of columns", columns, torch.int64, width)
+    library.run(
+        "compress",
+        weight.numel(),
+        weight=weight,
+        bits=masked._bits.contiguous(),
+        order=columns,
+        blocks=blocks,
+        rows=rows,
+        width=width,
+        row_stride=weight.stride(0),
+        number=library.NUMBERS[weight.dtype],
+    )
+    return native.multiply(weights, tokens, many=True).view(*x.shape[:-1], rows)

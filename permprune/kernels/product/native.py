@@ -107,8 +107,12 @@ def describe_plain(values: Tensor, scale: Tensor | None = None) -> Weights:
     )
 
 
-def describe_blocks(blocks: Tensor, bias: Tensor | None, *, rows: int, width: int) -> Weights:
-    """Describe fp32 blocks that keep any weights (`struct compress` of the library), as (rows, width).
+def describe_blocks(
+    blocks: Tensor, bias: Tensor | None, order: Tensor | None = None, *, rows: int, width: int
+) -> Weights:
+    """Describe the blocks that `struct compress` of the library writes, as (rows, width).
+
+    They are fp32 and keep any weights, or, with an order, bf16 of 2:4.
 
     Raises `PermpruneError` for a bias that is not (rows,), contiguous and on the CPU.
     """
@@ -120,13 +124,15 @@ def describe_blocks(blocks: Tensor, bias: Tensor | None, *, rows: int, width: in
         "weights",
         blocks=blocks,
         bias=bias,
+        order=order,
         rows=rows,
         width=width,
         count=-(-width // BLOCK),
-        slots=BLOCK,
-        number=NUMBERS[torch.float32],
+        slots=BLOCK if order is None else BLOCK // 2,
+        number=NUMBERS[torch.float32 if order is None else torch.bfloat16],
         bias_number=0 if bias is None else NUMBERS[bias.dtype],
-        kind=_MASK,
+        kind=_MASK if order is None else _POSITIONS,
+        half=order is not None,
     )
 
 

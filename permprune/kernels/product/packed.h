@@ -48,14 +48,17 @@ STRUCTURE(weights, {
     int32_t half; /* whether each 32 channels that start at a multiple of 32 keep exactly 16, those after the width excepted */
 })
 
-/* Blocks of a weight (rows, width) and a mask, which keep whatever the mask keeps: with codes of kind MASK and BLOCK slots, of
- * which those after the kept ones are not written. */
+/* Blocks of a weight (rows, width) and a mask. Without an order they are of F32 and keep whatever the mask keeps: with codes of
+ * kind MASK and BLOCK slots, of which those after the kept ones are not written. With one they are of BF16 and POSITIONS, and
+ * the mask keeps two of each four columns that follow each other in this order. */
 STRUCTURE(compress, {
-    const float *weight; /* the numbers of a row are side by side */
-    const uint8_t *bits; /* (rows, (width + 7) / 8), channel 0 in the highest bit of a byte: 1 where a weight is kept */
-    char *blocks;        /* of F32 */
+    const void *weight;   /* the numbers of a row are side by side */
+    const uint8_t *bits;  /* (rows, (width + 7) / 8), channel 0 in the highest bit of a byte: 1 where a weight is kept */
+    const int64_t *order; /* (width,) or NULL */
+    char *blocks;
     int64_t rows, width;
     int64_t row_stride; /* of the weight, in numbers */
+    int32_t number;     /* of the weight: F32, or BF16 with an order */
 })
 
 /* Activations as the kernels read them: groups of TILE_BATCH rows (the last may be smaller), and in a group, for each

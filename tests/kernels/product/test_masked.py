@@ -11,6 +11,7 @@ from permprune.kernels import library
 from permprune.kernels.product.masked import LEAST_ROWS, MaskedWeight
 from permprune.kernels.search.masks import pack_mask
 from permprune.pattern import Pattern
+from permprune.system.device import processor_has
 
 
 @pytest.mark.usefixtures("kernel")
@@ -66,13 +67,47 @@ def test_products_do_not_depend_on_the_threads() -> None:
     assert torch.equal(*found)
 
 
+@settings(max_examples=25)
+@given(
+    rows=st.integers(1, 150),
+    groups=st.integers(1, 60),
+    batch=st.sampled_from([1, LEAST_ROWS, 2 * LEAST_ROWS + 77]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    biased=st.booleans(),
+)
+def test_products_in_bf16_follow_the_order_of_the_columns(
+    rows: int, groups: int, batch: int, dtype: torch.dtype, biased: bool
+) -> None:
+    columns, mask = torch.randperm(4 * groups), torch.empty(rows, 4 * groups, dtype=torch.bool)
+    mask[:, columns] = Pattern(2, 4).mask(torch.rand(rows, 4 * groups))
+    weight, x = torch.randn(rows, 4 * groups).to(dtype), torch.randn(batch, 4 * groups)
+    bias = torch.randn(rows) if biased else None
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found = F.linear(x, MaskedWeight.of(weight, pack_mask(mask), columns), bias)
+        expected = F.linear(x, weight * mask, bias)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, atol=0.01 * float(expected.abs().max()), rtol=0.02)
+
+
+@pytest.mark.skipif(not (library.available() and library.best()[1]), reason="needs instructions for pairs of bf16")
+def test_a_mask_that_does_not_follow_the_columns_is_refused() -> None:
+    mask, columns = Pattern(2, 4).mask(torch.rand(8, 16)), torch.tensor([0, 4, 8, 12, *set(range(16)) - {0, 4, 8, 12}])
+    mask[:, :4] = torch.tensor([True, True, False, False])
+    mask[:, 4] = mask[:, 8] = mask[:, 12] = True
+    with torch.inference_mode(), pytest.raises(PermpruneError, match="pattern"):
+        F.linear(torch.ones(LEAST_ROWS, 16), MaskedWeight.of(torch.randn(8, 16), pack_mask(mask), columns))
+
+
 def test_only_what_pays_fits() -> None:
-    weight = torch.randn(8, 16)
+    weight, fp32 = torch.randn(8, 16), torch.float32
     if library.available():
-        assert MaskedWeight.fits(weight, Pattern(2, 4))
-    assert not MaskedWeight.fits(weight, Pattern(3, 4))
-    assert not MaskedWeight.fits(weight.bfloat16(), Pattern(2, 4))
-    assert not MaskedWeight.fits(weight.T, Pattern(2, 4))
+        assert MaskedWeight.fits(weight, Pattern(2, 4), fp32)
+        pairs = library.best()[1] and not processor_has("amx_bf16")
+        assert MaskedWeight.fits(weight.bfloat16(), Pattern(2, 4), torch.bfloat16) == pairs
+    assert not MaskedWeight.fits(weight, Pattern(3, 4), fp32)
+    assert not MaskedWeight.fits(weight, Pattern(4, 8), torch.bfloat16)
+    assert not MaskedWeight.fits(weight.bfloat16(), Pattern(2, 4), fp32)
+    assert not MaskedWeight.fits(weight.T, Pattern(2, 4), fp32)
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:
