@@ -15,7 +15,7 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vn
 #include "attention/avx512.h"
 END_TARGET
 
-kernel avx512_pairs, avx512_dense_pairs, avx512_many_pairs;
+kernel avx512_pairs, avx512_dense_pairs, avx512_turn_pairs, avx512_many_pairs;
 
 const struct kernels avx512_kernels = {
     .name = "avx512",
@@ -24,6 +24,7 @@ const struct kernels avx512_kernels = {
     .pairs_run_here = has_avx512_bf16,
     .pairs = avx512_pairs,
     .dense_pairs = avx512_dense_pairs,
+    .turn_pairs = avx512_turn_pairs,
     .many_pairs = avx512_many_pairs,
 };
 #endif

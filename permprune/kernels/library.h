@@ -29,7 +29,7 @@ struct kernels {
     int64_t lanes, vectors; /* numbers of a vector, and the most vectors of a tile */
     int (*pairs_run_here)(void);
     kernel *pairs, *dense_pairs;
-    kernel *many_pairs; /* of (tiles of tokens, chunks of rows): see product/many_pairs.h */
+    kernel *turn_pairs, *many_pairs; /* of tiles of tokens; of (tiles, chunks of rows): see product/many_pairs.h */
     kernel *mask, *keep, *apply, *step;         /* of rows */
     kernel *prune;                              /* of groups */
     int (*place)(const struct place *place);    /* 0 when there is no memory */

@@ -70,11 +70,13 @@ static ALWAYS_INLINE __m512i index_in_groups(__m512i codes, int step)
 
 END_TARGET
 
-kernel avx512_pairs, avx512_dense_pairs, avx512_many_pairs;
+kernel avx512_pairs, avx512_dense_pairs, avx512_turn_pairs, avx512_many_pairs;
 
 void avx512_pairs(const void *job, int64_t first, int64_t last) { product_pairs(job, first, last); }
 
 void avx512_dense_pairs(const void *job, int64_t first, int64_t last) { dense_pairs(job, first, last); }
+
+void avx512_turn_pairs(const void *job, int64_t first, int64_t last) { turn_tiles(job, first, last); }
 
 void avx512_many_pairs(const void *job, int64_t first, int64_t last) { multiply_pairs(job, first, last); }
 #endif

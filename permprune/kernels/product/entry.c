@@ -160,18 +160,6 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
 
 /* ---- many rows of activations ---- */
 
-enum { STAGED_PAIRS = TILES * 192 }; /* rows of activations that are copied at a time: as large as the lines of many.h */
-
-/* Copies rows of activations in the order of the weight's channels, with zeros after the width. */
-static void stage_pairs(const void *own, int64_t first, int64_t last)
-{
-    const struct many *job = own;
-    const struct weights *weights = job->product.weights;
-    uint16_t *to = job->product.staged->values;
-    for (int64_t row = first; row < last; row++)
-        read_pairs(weights, job->activations, job->first + row, to + row * weights->count * BLOCK);
-}
-
 /* Whether many_pairs.h multiplies these. */
 static int are_pairs(const struct kernels *kernels, const struct weights *weights, int32_t number, int32_t index)
 {
@@ -179,29 +167,27 @@ static int are_pairs(const struct kernels *kernels, const struct weights *weight
            kernels->many_pairs && runs_pairs(index);
 }
 
-static void multiply_many_pairs(struct many *job, kernel *function, int32_t threads)
+/* Works on so many tokens at a time that they take the memory that the lines of many.h take. */
+static void multiply_many_pairs(const struct many *job, const struct kernels *kernels, int32_t threads)
 {
+    enum { AT_ONCE = TILES * 192 };
     const struct weights *weights = job->product.weights;
     const int64_t batch = job->product.staged->batch, least = (weights->rows + PAIR_CHUNK - 1) / PAIR_CHUNK;
-    const int staged = weights->order || weights->width % BLOCK;
-    for (job->first = 0; job->first < batch; job->first += STAGED_PAIRS) {
+    for (int64_t first = 0; first < batch; first += AT_ONCE) {
         struct many_pairs part = {
             .weights = weights,
-            .activations = (const uint16_t *)job->activations + job->first * weights->width,
-            .apart = weights->width,
-            .batch = smaller(STAGED_PAIRS, batch - job->first),
-            .output = (uint16_t *)job->product.output + job->first * weights->rows,
+            .activations = (const uint16_t *)job->activations + first * weights->width,
+            .channels = job->product.staged->values,
+            .output = (uint16_t *)job->product.output + first * weights->rows,
+            .batch = smaller(AT_ONCE, batch - first),
         };
-        const int64_t tiles = (part.batch + PAIR_TOKENS - 1) / PAIR_TOKENS, wanted = (threads + tiles - 1) / tiles;
+        part.tiles = (part.batch + PAIR_TOKENS - 1) / PAIR_TOKENS;
+        const int64_t wanted = (threads + part.tiles - 1) / part.tiles; /* chunks, so that each thread has work */
         part.chunks = least < wanted ? wanted : least;
         part.chunk = ((weights->rows + part.chunks - 1) / part.chunks + 15) / 16 * 16;
         part.chunks = (weights->rows + part.chunk - 1) / part.chunk;
-        if (staged) {
-            run_in_pieces(job, stage_pairs, part.batch, 1, threads);
-            part.activations = job->product.staged->values;
-            part.apart = weights->count * BLOCK;
-        }
-        run_in_pieces(&part, function, tiles * part.chunks, 1, threads);
+        run_in_pieces(&part, kernels->turn_pairs, part.tiles, 1, threads);
+        run_in_pieces(&part, kernels->many_pairs, part.tiles * part.chunks, 1, threads);
     }
 }
 
@@ -236,7 +222,7 @@ EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void
     struct staged staged = {memory, NULL, batch};
     struct many job = {.product = {weights, &staged, output, number}, .activations = activations};
     if (are_pairs(kernels, weights, number, index))
-        multiply_many_pairs(&job, kernels->many_pairs, threads);
+        multiply_many_pairs(&job, kernels, threads);
     else
         multiply_many_floats(&job, kernels, tokens, threads);
     correct_nonfinite(&job.product, activations, number, (float *)memory + lines);
@@ -268,33 +254,60 @@ static void compress_rows(const void *own, int64_t first, int64_t last)
         }
 }
 
-/* The same for pairs of bf16. A group of which not two are kept gets the code 0. */
-static void compress_pairs(const void *own, int64_t first, int64_t last)
+/* What a row keeps of four columns: the code of two, and 0 of more or fewer. `kept` is one byte for each column. */
+static ALWAYS_INLINE uint64_t positions_of(const uint8_t *kept, const int32_t *columns)
 {
-    static const uint8_t positions[16] = {[3] = 4, [5] = 8, [9] = 12, [6] = 9, [10] = 13, [12] = 14}; /* of a mask */
-    const struct compress *job = own;
-    const int64_t count = (job->width + BLOCK - 1) / BLOCK, size = CODE + BLOCK / 2 * (int64_t)sizeof(uint16_t);
+    static const uint8_t positions[16] = {[3] = 4, [5] = 8, [9] = 12, [6] = 9, [10] = 13, [12] = 14};
+    return positions[kept[columns[0]] | kept[columns[1]] << 1 | kept[columns[2]] << 2 | kept[columns[3]] << 3];
+}
+
+/* The same for pairs of bf16. `scratch` has room for the columns, and for a row of bytes and one of numbers. */
+static void compress_pairs_of(const struct compress *job, int64_t first, int64_t last, int32_t *scratch)
+{
+    const int64_t width = job->width, count = (width + BLOCK - 1) / BLOCK, padded = count * BLOCK;
+    const int64_t size = CODE + BLOCK / 2 * (int64_t)sizeof(uint16_t);
+    int32_t *columns = scratch;
+    uint16_t *line = (uint16_t *)(columns + padded);
+    uint8_t *kept = (uint8_t *)(line + padded);
+    memset(line, 0, (size_t)padded * 3);
+    for (int64_t c = 0; c < padded; c++)
+        columns[c] = (int32_t)(c < width ? job->order[c] : c);
+    for (int64_t c = width; c < padded; c++)
+        kept[c] = c % 4 < 2; /* after the width */
     for (int64_t row = first; row < last; row++) {
-        const uint8_t *bits = job->bits + row * ((job->width + 7) / 8);
+        const uint8_t *bits = job->bits + row * ((width + 7) / 8);
         char *block = job->blocks + row * count * size;
+        for (int64_t c = 0; c < width; c++)
+            kept[c] = bits[c >> 3] >> (7 - (c & 7)) & 1;
+        if (job->number == F32)
+            for (int64_t c = 0; c < width; c++)
+                line[c] = f32_to_bf16(((const float *)job->weight)[row * job->row_stride + c]);
+        else
+            memcpy(line, (const uint16_t *)job->weight + row * job->row_stride, (size_t)width * sizeof *line);
         for (int64_t n = 0; n < count; n++, block += size) {
-            uint64_t code = 0x4444444444444444; /* positions 0 and 1, after the width */
-            memset(block + CODE, 0, BLOCK / 2 * sizeof(uint16_t));
-            for (int64_t group = 0; group < BLOCK / 4 && n * BLOCK + group * 4 < job->width; group++) {
-                const int64_t *columns = job->order + n * BLOCK + group * 4;
-                int mask = 0;
-                for (int c = 0; c < 4; c++)
-                    mask |= (bits[columns[c] >> 3] >> (7 - (columns[c] & 7)) & 1) << c;
-                const uint64_t kept = positions[mask];
-                code ^= (kept ^ 4) << group * 4;
-                for (int i = 0; i < 2; i++) {
-                    const int64_t from = row * job->row_stride + columns[kept >> 2 * i & 3];
-                    write_number(block + CODE, group * 2 + i, BF16, read_number(job->weight, from, job->number));
-                }
+            uint64_t code = 0;
+            for (int group = 0; group < BLOCK / 4; group++) {
+                const int32_t *four = columns + n * BLOCK + group * 4;
+                const uint64_t two = positions_of(kept, four);
+                const uint16_t pair[2] = {line[four[two & 3]], line[four[two >> 2]]};
+                memcpy(block + CODE + group * 4, pair, sizeof pair);
+                code |= two << group * 4;
             }
             memcpy(block, &code, sizeof code);
         }
     }
+}
+
+static void compress_pairs(const void *own, int64_t first, int64_t last)
+{
+    const struct compress *job = own;
+    const int64_t padded = (job->width + BLOCK - 1) / BLOCK * BLOCK;
+    int32_t *scratch = malloc((size_t)padded * 7);
+    if (scratch)
+        compress_pairs_of(job, first, last, scratch);
+    else /* codes of 0, which are an error */
+        memset(job->blocks + first * padded / BLOCK * (CODE + BLOCK), 0, (size_t)((last - first) * padded / BLOCK * (CODE + BLOCK)));
+    free(scratch);
 }
 
 /* Whether some group has the code 0. */

@@ -6,7 +6,8 @@
  * the places of all lines of a block follow from its code in a few operations. They are 2 to 8: those of a group begin PLACES
  * after those of the group before. Whatever a code is, its place is at most 9, and in the lines of the block.
  *
- * A tile of tokens is multiplied by a chunk of rows, block by block of channels. Its lines stay in the level 1 cache, and
+ * The activations of a tile of tokens are turned first, so that any order of channels is one of rows. Then the tile is
+ * multiplied by a chunk of rows, block by block of channels. Its lines stay in the level 1 cache, and
  * are written again for each chunk: that takes a fiftieth of the time, and less than reading them from another cache. Sums are
  * in the level 2 cache. */
 #include "product/nibbles.h"
@@ -41,37 +42,79 @@ static ALWAYS_INLINE void turn_16(__m512i row[16])
     }
 }
 
-/* Writes the lines of a group, which are `apart` bytes from each other: `low` has channels 0 and 1, and `high` 2 and 3. */
-static ALWAYS_INLINE void write_pairs(__m512i low, __m512i high, char *to, int64_t apart)
+/* The first vector of a tile. Tiles differ by one vector at most. */
+static ALWAYS_INLINE int64_t first_vector(const struct many_pairs *job, int64_t tile)
 {
-    const __m512i lower = _mm512_set1_epi32(0xffff);
-    const __m512i first = _mm512_and_si512(low, lower), second = _mm512_srli_epi32(low, 16);
-    const __m512i third = _mm512_slli_epi32(high, 16), fourth = _mm512_andnot_si512(lower, high);
-    _mm512_store_si512(to + 2 * apart, low);
-    _mm512_store_si512(to + 4 * apart, _mm512_or_si512(first, third));
-    _mm512_store_si512(to + 5 * apart, _mm512_or_si512(second, third));
-    _mm512_store_si512(to + 6 * apart, _mm512_or_si512(first, fourth));
-    _mm512_store_si512(to + 7 * apart, _mm512_or_si512(second, fourth));
-    _mm512_store_si512(to + 8 * apart, high);
+    return tile * ((job->batch + PAIR_LANES - 1) / PAIR_LANES) / job->tiles;
 }
 
-/* Writes the lines of block `n` of `vectors` vectors of tokens from `token` on, with zeros after the last token. */
-static ALWAYS_INLINE void write_lines(const struct many_pairs *job, int64_t token, int64_t n, char *lines, const int vectors)
+/* The channels of a tile. */
+static ALWAYS_INLINE uint16_t *channels_of_tile(const struct many_pairs *job, int64_t tile)
 {
-    const int64_t left = job->batch - token;
-    const uint16_t *from = job->activations + token * job->apart + n * BLOCK;
-    for (int v = 0; v < vectors; v++)
-        for (int half = 0; half < 2; half++) {
-            char *to = lines + v * 64 + half * BLOCK / 8 * PLACES * vectors * 64;
-            __m512i row[16];
-            UNROLLED for (int i = 0; i < 16; i++) {
-                const uint16_t *at = from + (v * PAIR_LANES + i) * job->apart + half * BLOCK / 2;
-                row[i] = v * PAIR_LANES + i < left ? _mm512_loadu_si512(at) : _mm512_setzero_si512();
+    return job->channels + tile * job->weights->count * BLOCK * PAIR_TOKENS;
+}
+
+/* Turns 16 tokens of 32 channels, with zeros after the last token and channel: `even` and `odd` are those of 16 pairs. */
+static ALWAYS_INLINE void turn_channels(const struct many_pairs *job, int64_t token, int64_t channel, __m256i even[16],
+                                        __m256i odd[16])
+{
+    const int64_t width = job->weights->width, left = job->batch - token;
+    const __mmask32 some = (__mmask32)((1ull << smaller(32, width - channel)) - 1);
+    __m512i row[16];
+    UNROLLED for (int i = 0; i < 16; i++)
+        row[i] = i < left ? _mm512_maskz_loadu_epi16(some, job->activations + (token + i) * width + channel)
+                          : _mm512_setzero_si512();
+    turn_16(row);
+    UNROLLED for (int i = 0; i < 16; i++) {
+        even[i] = _mm512_cvtepi32_epi16(row[i]);
+        odd[i] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(row[i], 16));
+    }
+}
+
+/* Writes the tokens of some tiles as a row of PAIR_TOKENS for each channel. Of each 32 tokens the first and the second 16 take
+ * turns, four at a time: so does unpacking two rows to pairs, which then are in order. */
+static void turn_tiles(const void *own, int64_t first, int64_t last)
+{
+    const struct many_pairs *job = own;
+    const __m512i turns = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    for (int64_t tile = first; tile < last; tile++)
+        for (int64_t channel = 0; channel < job->weights->width; channel += 32)
+            for (int half = 0; half < PAIR_TOKENS; half += 32) {
+                __m256i one[2][16], two[2][16];
+                const int64_t token = first_vector(job, tile) * PAIR_LANES + half;
+                turn_channels(job, token, channel, one[0], one[1]);
+                turn_channels(job, token + PAIR_LANES, channel, two[0], two[1]);
+                uint16_t *to = channels_of_tile(job, tile) + channel * PAIR_TOKENS + half;
+                for (int i = 0; i < 32; i++) {
+                    const __m512i low = _mm512_castsi256_si512(one[i % 2][i / 2]), high = _mm512_castsi256_si512(two[i % 2][i / 2]);
+                    _mm512_store_si512(to + i * PAIR_TOKENS, _mm512_permutex2var_epi64(low, turns, high));
+                }
             }
-            turn_16(row);
-            UNROLLED for (int group = 0; group < 8; group++)
-                write_pairs(row[2 * group], row[2 * group + 1], to + group * PLACES * vectors * 64, vectors * 64);
+}
+
+/* Writes the lines of block `n` of a tile. */
+static ALWAYS_INLINE void write_lines(const struct weights *weights, const uint16_t *channels, int64_t n, char *lines,
+                                      const int vectors)
+{
+    static const uint16_t zeros[PAIR_TOKENS] __attribute__((aligned(64)));
+    static const int8_t pairs[6][2] = {{0, 1}, {0, 2}, {1, 2}, {0, 3}, {1, 3}, {2, 3}};
+    for (int group = 0; group < BLOCK / 4; group++, lines += PLACES * vectors * 64) {
+        const uint16_t *row[4];
+        UNROLLED for (int c = 0; c < 4; c++) {
+            const int64_t channel = n * BLOCK + group * 4 + c;
+            const int64_t from = weights->order && channel < weights->width ? weights->order[channel] : channel;
+            row[c] = channel < weights->width ? channels + from * PAIR_TOKENS : zeros;
         }
+        UNROLLED for (int v = 0; v < vectors; v += 2)
+            UNROLLED for (int p = 0; p < 6; p++) {
+                const int one = pairs[p][0], two = pairs[p][1];
+                const __m512i a = _mm512_load_si512(row[one] + v * PAIR_LANES), b = _mm512_load_si512(row[two] + v * PAIR_LANES);
+                char *to = lines + (one + 2 * two) * vectors * 64 + v * 64;
+                _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
+                if (v + 1 < vectors)
+                    _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(a, b));
+            }
+    }
 }
 
 /* The places of the lines of a row's groups, four bits each. */
@@ -149,15 +192,15 @@ static void write_sums(const struct many_pairs *job, int64_t row, int rows, int6
     }
 }
 
-/* The products of `rows` rows from `row` on with the tokens of `vectors` vectors from `token` on. */
-static ALWAYS_INLINE void multiply_tile(const struct many_pairs *job, int64_t row, int rows, int64_t token,
+/* The products of `rows` rows from `row` on with a tile of `vectors` vectors. */
+static ALWAYS_INLINE void multiply_tile(const struct many_pairs *job, int64_t row, int rows, int64_t tile,
                                         float (*sums)[PAIR_TOKENS], const int integers, const int vectors)
 {
     const struct weights *weights = job->weights;
     const int64_t size = block_bytes(weights), apart = weights->count * size;
     char lines[PAIR_LINES * PAIR_TOKENS * 4] __attribute__((aligned(64)));
     for (int64_t n = 0; n < weights->count; n++) {
-        write_lines(job, token, n, lines, vectors);
+        write_lines(weights, channels_of_tile(job, tile), n, lines, vectors);
         const char *block = weights->blocks + row * apart + n * size;
         for (int r = 0; r < rows; r += PAIR_ROWS, block += PAIR_ROWS * apart) {
             for (int i = 0; i < PAIR_ROWS; i++) { /* outside of the weight it does no harm */
@@ -171,6 +214,7 @@ static ALWAYS_INLINE void multiply_tile(const struct many_pairs *job, int64_t ro
                 add_rows(block, apart, weights->number, lines, sums + r, n == 0, integers, vectors, 1);
         }
     }
+    const int64_t token = first_vector(job, tile) * PAIR_LANES;
     write_sums(job, row, rows, token, (int)smaller(vectors * PAIR_LANES, job->batch - token), sums);
 }
 
@@ -178,16 +222,14 @@ static ALWAYS_INLINE void multiply_tile(const struct many_pairs *job, int64_t ro
 static void multiply_pairs(const void *own, int64_t first, int64_t last)
 {
     const struct many_pairs *job = own;
-    const int64_t vectors = (job->batch + PAIR_LANES - 1) / PAIR_LANES, tiles = (vectors + PAIR_VECTORS - 1) / PAIR_VECTORS;
     float sums[PAIR_CHUNK][PAIR_TOKENS] __attribute__((aligned(64)));
     for (int64_t item = first; item < last; item++) {
         const int64_t tile = item / job->chunks, row = item % job->chunks * job->chunk;
-        const int64_t before = tile * vectors / tiles, token = before * PAIR_LANES; /* tiles differ by one vector at most */
         const int rows = (int)smaller(job->chunk, job->weights->rows - row);
-        const int integers = are_integers(job->weights), many = (int)((tile + 1) * vectors / tiles - before);
+        const int integers = are_integers(job->weights), many = (int)(first_vector(job, tile + 1) - first_vector(job, tile));
         switch (integers * PAIR_VECTORS + many) {
 #define MULTIPLY(integers, many)                                                                                       \
-    case integers * PAIR_VECTORS + many: multiply_tile(job, row, rows, token, sums, integers, many); break;
+    case integers * PAIR_VECTORS + many: multiply_tile(job, row, rows, tile, sums, integers, many); break;
             MULTIPLY(0, 1)
             MULTIPLY(0, 2)
             MULTIPLY(0, 3)

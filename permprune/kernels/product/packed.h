@@ -92,13 +92,13 @@ struct many {
 enum { PAIR_TOKENS = 64 };  /* the most of a tile */
 enum { PAIR_CHUNK = 1024 }; /* the most rows of the weight whose sums are kept: 256 KiB */
 
-/* A product of many rows of activations in bf16. They are a whole number of blocks, `apart` numbers from each other, in the
- * order of the weight's channels. */
+/* A product of many rows of activations in bf16. */
 struct many_pairs {
     const struct weights *weights;
-    const uint16_t *activations;
-    int64_t apart, batch;
-    uint16_t *output;      /* (batch, rows) */
+    const uint16_t *activations; /* (batch, width) */
+    uint16_t *channels;          /* (tiles, channels in whole blocks, PAIR_TOKENS): the activations, turned */
+    uint16_t *output;            /* (batch, rows) */
+    int64_t batch, tiles;
     int64_t chunk, chunks; /* rows of the weight that are multiplied at a time */
 };
 
