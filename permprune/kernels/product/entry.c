@@ -277,7 +277,11 @@ static void compress_pairs_of(const struct compress *job, int64_t first, int64_t
     for (int64_t row = first; row < last; row++) {
         const uint8_t *bits = job->bits + row * ((width + 7) / 8);
         char *block = job->blocks + row * count * size;
-        for (int64_t c = 0; c < width; c++)
+        for (int64_t byte = 0; byte < width / 8; byte++) {
+            const uint64_t eight = bits[byte] * 0x8040201008040201ull >> 7 & 0x0101010101010101; /* a byte for each bit */
+            memcpy(kept + byte * 8, &eight, sizeof eight);
+        }
+        for (int64_t c = width / 8 * 8; c < width; c++)
             kept[c] = bits[c >> 3] >> (7 - (c & 7)) & 1;
         if (job->number == F32)
             for (int64_t c = 0; c < width; c++)
