@@ -76,7 +76,7 @@ def main() -> None:
                 cells = [f"{times[own]:.2f}" if own in times else "" for own in ("packed", "dense", "torch")]
                 ratios = [f"{times[own] / packed:.2f}" if own in times else "" for own in ("dense", "torch")]
                 print(f"| {' | '.join([name, str(batch), str(threads), *cells, *ratios])} | {limit:.2f} |", flush=True)
-                shape = {own: getattr(options, own) for own in ("pattern", "outputs", "inputs")}
+                shape = {own: getattr(options, own) for own in ("kernels", "pattern", "outputs", "inputs")}
                 cell = (
                     {"table": "layers" if batch <= LARGEST_BATCH else "many-rows"}
                     | shape
