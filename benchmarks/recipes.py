@@ -165,7 +165,8 @@ def speeds(place: Workplace, recipe: Recipe) -> Row:
     of_bf16 = next(row for row in dense if row["name"].endswith("(bf16)"))
     rate = "decode" if "decode" in packed[0]["speeds"][0] else "items"
     cells = [
-        {"batch": speed["batch"], "dense": max(row["speeds"][at][rate] for row in dense), "pruned": speed[rate]}
+        {"batch": speed["batch"]}
+        | {name: max(row["speeds"][at][rate] for row in own) for name, own in (("dense", dense), ("pruned", packed))}
         for at, speed in enumerate(packed[0]["speeds"])
     ]
     return {"bytes": {"dense": of_bf16["bytes"], "pruned": packed[0]["bytes"]}, "speeds": cells}
@@ -247,7 +248,7 @@ RECIPES = {
     "qwen2.5-coder-1.5b": Recipe(
         model="qwen2.5-coder-1.5b",
         prepare=text,
-        prune="--calibration c4.jsonl --memory 16GiB",
+        prune="--calibration c4.jsonl --memory 6GB",
         data="--data other.jsonl --windows 8",
         title="perplexity, C4",
         unit="perplexity",
@@ -283,7 +284,7 @@ RECIPES = {
     "vit-s14": Recipe(
         model="vit-s14-cifar10",
         prepare=probed("vit-s14", 24),
-        prune="--permute newton:rounds=3:examples=4:train_steps=80 --samples 250",
+        prune="--permute newton:rounds=3:examples=4:train_steps=240 --samples 250",
         data="--windows 12",
         title="top-1 accuracy",
         pack="--dtype int8",

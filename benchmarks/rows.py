@@ -50,7 +50,7 @@ def main() -> None:
     dense = next(row["bytes"] for row in bench["rows"] if row["dense"] and row["name"].endswith("(bf16)"))
     for row in bench["rows"]:
         dtype = re.search(r" \((\w+)\)$", row["name"])
-        weights = f"dense {dtype[1]}" if dtype else Path(row["name"]).name.replace("-", " ")
+        weights = f"dense {dtype[1]}" if dtype and row["dense"] else Path(row["name"]).name.replace("-", " ")
         shared = {"table": "models", "model": options.model, "threads": bench["threads"], "weights": weights}
         for speed in row["speeds"]:
             cell = shared | {name: speed.pop(name) for name in ("batch", "context")}

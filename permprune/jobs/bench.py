@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import logging
 import multiprocessing
 import sys
@@ -35,7 +36,7 @@ from permprune.kv.files import OtherModelError
 from permprune.kv.files import read_record as read_kv
 from permprune.options import Count, require
 from permprune.report.run import REPORT, write_report
-from permprune.system.device import best_device, dtype_named
+from permprune.system.device import best_device, dtype_named, fast_dtype
 from permprune.system.files import write_json
 from permprune.system.progress import console, log, track
 
@@ -51,12 +52,14 @@ END = "end"
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A model to measure: its name or folder; for the dense model the data type to convert it to; its pruned cache."""
+    """A model to measure: its name or folder, the data type to convert it to, and its pruned cache."""
 
     source: str
     dtype: str | None
     threads: int
     trust_remote_code: bool
+    reference: bool = False
+    """Whether this is the dense model, which others are compared with."""
     kv: str | None = None
     engine: str | None = None
     """The engine that runs the dense model, one of `ENGINES`; None for PyTorch."""
@@ -70,7 +73,7 @@ class _Entry:
     @property
     def dense(self) -> bool:
         """Whether this is the dense model with a dense cache."""
-        return self.dtype is not None and self.kv is None
+        return self.reference and self.kv is None
 
 
 def bench(
@@ -86,7 +89,7 @@ def bench(
     engines: bool = False,
     trust_remote_code: bool = False,
 ) -> Benchmark:
-    """Benchmark checkpoints against the dense model in fp32 and bf16.
+    """Benchmark checkpoints, also in bf16 where that is faster, against the dense model in fp32 and bf16.
 
     `dense` is the name of the dense model, by default the one in the record of the first folder. Every combination of
     `batches` and `contexts` (tokens of a prompt or text) is measured; the defaults are those of `evaluation.speed`. A
@@ -101,11 +104,12 @@ def bench(
     _require_numbers(**{name: numbers for name, numbers in given.items() if numbers is not None})
     threads = threads or torch.get_num_threads()
     require("threads", threads, Count)
-    entries = [_Entry(dense or _dense_of(folders), dtype, threads, trust_remote_code) for dtype in DENSE]
-    entries += [_Entry(str(folder), None, threads, trust_remote_code) for folder in folders]
+    entries = [_Entry(dense or _dense_of(folders), dtype, threads, trust_remote_code, True) for dtype in DENSE]
+    entries += [_Entry(str(at), dtype, threads, trust_remote_code) for at in folders for dtype in _types(Path(at))]
     if kv is not None:
         read_kv(Path(kv))
-        entries += [dataclasses.replace(entry, kv=str(kv)) for entry in entries if entry.dtype in ("bf16", None)]
+        cached = [entry for entry in entries if entry.dtype == ("bf16" if entry.dense else None)]
+        entries += [dataclasses.replace(entry, kv=str(kv)) for entry in cached]
     if engines:
         if best_device().type != "cpu":
             raise PermpruneError("other engines are measured on a CPU alone: hide the GPU (CUDA_VISIBLE_DEVICES=)")
@@ -141,6 +145,16 @@ def _require_numbers(**numbers: Sequence[int]) -> None:
             raise PermpruneError(f"{name} is empty: give at least one number")
         for value in values:
             require(name, value, Count)
+
+
+def _types(folder: Path) -> list[str | None]:
+    """The types to measure a checkpoint in: None, as it is stored, and bf16 where products in it are faster."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # loading it tells what is wrong
+        return [None]
+    stored = config.get("dtype", config.get("torch_dtype"))
+    return [None, "bf16"] if stored == "float32" and fast_dtype(best_device()) == torch.bfloat16 else [None]
 
 
 def _dense_of(folders: Sequence[str | Path]) -> str:
@@ -239,14 +253,15 @@ def _receive(server: Connection) -> Any:
 
 
 def _load(entry: _Entry) -> PreTrainedModel:
-    """Load a checkpoint in the data types that it is stored in, or the dense model in the data type of its entry."""
-    if entry.dtype is None and (Path(entry.source) / RECORD).exists():
+    """Load a model in the data type of its entry, or in those that it is stored in."""
+    stored: torch.dtype | None = None
+    if not entry.reference and (Path(entry.source) / RECORD).exists():
         model = load(entry.source, trust_remote_code=entry.trust_remote_code)
         nn.Module.to(model, best_device())
-        return model
-    model, _, stored = read_model(entry.source, trust_remote_code=entry.trust_remote_code)
-    nn.Module.to(model, stored if entry.dtype is None else dtype_named(entry.dtype))
-    return model
+    else:
+        model, _, stored = read_model(entry.source, trust_remote_code=entry.trust_remote_code)
+    dtype = stored if entry.dtype is None else dtype_named(entry.dtype)
+    return model if dtype is None else nn.Module.to(model, dtype)
 
 
 def _serve(pipe: Connection, entry: _Entry) -> None:

@@ -5,8 +5,10 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 from permprune.checkpoints.record import read_record
+from permprune.system.device import best_device, fast_dtype
 
 from ..forked import forked
 from .running import fails, run
@@ -63,6 +65,8 @@ def test_models_that_generate_nothing_are_measured_in_inputs_a_second(tiny_vit: 
     assert "items/s" in said and f"{tiny_vit}: " in said
     found = json.loads(figures.read_text())["rows"]
     assert {f"{tiny_vit} (ONNX Runtime fp32)", f"{tiny_vit} (ONNX Runtime int8)"} < {row["name"] for row in found}
+    faster = [f"{tiny_vit} (bf16)"] if fast_dtype(best_device()) == torch.bfloat16 else []
+    assert [row["name"] for row in found if not row["dense"]] == [str(tiny_vit), *faster]
     for row in found:
         assert [(speed["batch"], speed["context"]) for speed in row["speeds"]] == [(1, 0), (3, 0)]
 
