@@ -15,7 +15,7 @@
 enum { PLACES = 7, PAIR_LINES = BLOCK / 4 * PLACES + 3 };
 enum { PAIR_LANES = 16, PAIR_VECTORS = PAIR_TOKENS / PAIR_LANES }; /* the lines that are used take 24 KiB */
 enum { PAIR_ROWS = 2 };                                            /* enough sums to hide their latency */
-enum { PAIR_AHEAD = 8 }; /* rows: their blocks are too far apart to be fetched by hardware */
+enum { PAIR_AHEAD = 12 }; /* rows: their blocks are too far apart to be fetched by hardware */
 
 /* The transpose of 16 x 16 numbers of 32 bits. */
 static ALWAYS_INLINE void turn_16(__m512i row[16])

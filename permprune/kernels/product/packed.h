@@ -90,7 +90,7 @@ struct many {
 
 /* Of many_pairs.h: */
 enum { PAIR_TOKENS = 64 };  /* the most of a tile */
-enum { PAIR_CHUNK = 1024 }; /* the most rows of the weight whose sums are kept: 256 KiB */
+enum { PAIR_CHUNK = 2048 }; /* the most rows of the weight whose sums are kept: 512 KiB */
 
 /* A product of many rows of activations in bf16. */
 struct many_pairs {
