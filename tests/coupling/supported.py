@@ -29,14 +29,14 @@ KINDS = ("d_ff", "head channels", "heads", "residual")
 HEAD = """# Supported models
 
 The channel spaces that permprune finds in tiny random models of these families, with transformers {transformers} and
-torch {torch}. The code names no family: others work as well if permprune knows their operators. `make supported` writes
+torch {torch}. The code names no family: others work, too, if permprune knows their operators. `make supported` writes
 this page.
 
 - **d_ff**: the inner width of an MLP, or of the experts of a layer, of which each has its own order; or another width
   that is read in one place. Any order.
 - **head channels**: the channels of values within each head, or each key/value head.
 - **heads**: whole heads, groups of them, and heads within a group.
-- **residual**: channels that are read in several places, all in one order. If a grouped convolution reads them as well,
+- **residual**: channels that are read in several places, all in one order. If a grouped convolution reads them, too,
   there is one space within its groups and one of whole groups.
 
 Each number counts spaces. "Difference" is the largest change of an output in float64, relative to the largest output,
