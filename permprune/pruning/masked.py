@@ -349,12 +349,13 @@ class MaskedLayers(RunningLayers):
     def _multiplied(self, layer: Layer) -> Tensor | None:
         other = layer.expert is not None or layer.transposed or layer.name in self.updated
         pattern = self.patterns.get(layer.name)
-        if other or pattern is None:
+        dtype = autocast_dtype(layer.stored.device)
+        if other or pattern is None or (dtype is None and layer.stored.dtype != torch.float32):
             return None
-        weight, dtype = self._unmasked(layer.name), autocast_dtype(layer.stored.device) or layer.stored.dtype
-        if not MaskedWeight.fits(weight, pattern, dtype):
+        weight = self._unmasked(layer.name)
+        if not MaskedWeight.fits(weight, pattern, dtype or torch.float32):
             return None
-        if dtype == torch.float32:
+        if dtype is None:
             return MaskedWeight.of(weight, self._bits[layer.name])
         if self._stored_columns is None:
             self._stored_columns = self.stored_columns()

@@ -19,6 +19,7 @@ from html import unescape
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO
+from urllib.error import HTTPError
 from urllib.parse import urljoin, urlsplit
 from urllib.request import Request, urlopen
 
@@ -88,6 +89,8 @@ def _download_source(package: Package, folder: Path) -> Path:
                 digest.update(part)
                 sink.write(part)
     except (OSError, ValueError, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()
         raise PermpruneError(
             f"cannot fetch {package} from {page} ({first_line(error)}): check the network and the package index that "
             "pip uses"
