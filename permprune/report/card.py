@@ -77,7 +77,8 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: st
 def loading_code(record: Mapping[str, Any], config: Mapping[str, Any], source: str, *, on_hub: bool = False) -> str:
     """Return Python code that loads the model of a permprune.json and a config.json from `source`.
 
-    `source` is the folder or, if the model is `on_hub`, its id there.
+    `source` is the folder or, if the model is `on_hub`, its id there. A packed model whose speed was measured in bf16
+    is loaded in it.
     """
     name = json.dumps(source, ensure_ascii=False)
     if record["gathers"]:
@@ -93,7 +94,9 @@ def loading_code(record: Mapping[str, Any], config: Mapping[str, Any], source: s
     if config.get(POOLING):
         lines += ["from sentence_transformers import SentenceTransformer", ""]
         return "\n".join([*lines, f"model = SentenceTransformer({name}{trusted})"])
-    lines += [f"from transformers import {loader}", "", f"model = {loader}.from_pretrained({name}{trusted})"]
+    measured = ((record.get("showcase") or {}).get("sides") or {}).get("pruned") or {}
+    dtype = ', dtype="bfloat16"' if str(measured.get("dtype")).endswith("run in bf16") else ""
+    lines += [f"from transformers import {loader}", "", f"model = {loader}.from_pretrained({name}{dtype}{trusted})"]
     return "\n".join(lines)
 
 

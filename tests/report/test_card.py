@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import permprune
 from permprune.checkpoints.companions import base_model_of, licence_of
 from permprune.checkpoints.record import Record
-from permprune.report.card import render_card
+from permprune.report.card import loading_code, render_card
 
 from ..cli.running import run
 from ..faults.pruned import SETTINGS, WINDOWS, options, write_source
@@ -120,3 +120,12 @@ def test_a_card_says_whether_weights_changed() -> None:
     trained, rejected = ([{**point, "kept": kept, "stage": "training"}] for kept in (True, False))
     for curve, said in ((trained, "were changed by training."), (rejected, "in the dense model"), ([], "in the dense")):
         assert said in str(card_of(curve=curve))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loaded"), [("int8, packed, run in bf16", ', dtype="bfloat16"'), ("int8, packed", "")]
+)
+def test_a_packed_model_is_loaded_in_the_type_of_its_speed(dtype: str, loaded: str) -> None:
+    record = {"gathers": {}, "showcase": {"sides": {"pruned": {"dtype": dtype}}}}
+    code = loading_code(record, {"architectures": ["LlamaForCausalLM"]}, "out")
+    assert f'LlamaForCausalLM.from_pretrained("out"{loaded})' in code
