@@ -104,7 +104,8 @@ def bench(
     _require_numbers(**{name: numbers for name, numbers in given.items() if numbers is not None})
     threads = threads or torch.get_num_threads()
     require("threads", threads, Count)
-    entries = [_Entry(dense or _dense_of(folders), dtype, threads, trust_remote_code, True) for dtype in DENSE]
+    reference = dense or _dense_of(folders)
+    entries = [_Entry(reference, dtype, threads, trust_remote_code, reference=True) for dtype in DENSE]
     entries += [_Entry(str(at), dtype, threads, trust_remote_code) for at in folders for dtype in _types(Path(at))]
     if kv is not None:
         read_kv(Path(kv))

@@ -75,7 +75,7 @@ def _download_source(package: Package, folder: Path) -> Path:
 
     pip itself would run the archive's build script, and refuses it since 26.3 for what it declares to depend on.
     """
-    page = f"{_setting('index-url') or PYPI}".rstrip("/") + f"/{package.name}/"
+    page = f"{(_setting('index-url') or PYPI).rstrip('/')}/{package.name}/"
     trusted = ssl.create_default_context(cafile=_setting("cert"))
     archive, digest = folder / f"{package.name}-{package.version}.tar.gz", hashlib.sha256()
     try:
@@ -101,11 +101,11 @@ def _download_source(package: Package, folder: Path) -> Path:
 
 
 def _setting(name: str) -> str | None:
-    """What the environment or pip's configuration says, such as the URL of the index; None if it says nothing."""
-    given = os.environ.get(f"PIP_{name.upper().replace('-', '_')}")
+    """A setting of pip in the environment or its configuration; None if it has none."""
+    if given := os.environ.get(f"PIP_{name.upper().replace('-', '_')}"):
+        return given
     command = [sys.executable, "-m", "pip", "config", "get", f"global.{name}"]
-    found = given or subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return found or None
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def _other_file(package: Package) -> PermpruneError:
