@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -133,9 +133,10 @@ class PrunedNetwork(MaskedLayers):
         `teacher_outputs` are those of `compute_teacher_outputs` for the same examples and loss; if they are needed and
         not given, they are computed.
         """
-        total, count = 0.0, 0.0
-        with frozen(self.model):
-            for shown, dense in self._batches(examples, loss, LIGHT * self.batch, teacher_outputs):
+        total, count, batch = 0.0, 0.0, LIGHT * self.batch
+        several = len(examples) > batch * distributed.world()
+        with frozen(self.model), self.packed_once() if several else nullcontext():
+            for shown, dense in self._batches(examples, loss, batch, teacher_outputs):
                 with self.autocast():
                     value, terms = loss(self.model, shown, self.task, dense)
                 total, count = total + float(value), count + terms

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from permprune.kernels.product.masked import MaskedWeight, PackedWeights
 from permprune.models.hooks import replaced_while_running
 from permprune.models.layers import Layer
 from permprune.models.narrow_weights import NarrowWeights, computed_type
@@ -26,6 +27,7 @@ class RunningLayers(ABC):
     def __init__(self, layers: Iterable[Layer], held: NarrowWeights | None) -> None:
         self.layers, self.held = {layer.name: layer for layer in layers}, held
         self._handles: list[RemovableHandle] = []
+        self._packed: PackedWeights | None = None
 
     @abstractmethod
     def _shown(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -46,6 +48,22 @@ class RunningLayers(ABC):
             if attached:
                 self.attach()
 
+    @contextmanager
+    def packed_once(self) -> Iterator[None]:
+        """Return a context manager inside which the weights that are shown do not change, and are packed once."""
+        self._packed = PackedWeights()
+        try:
+            yield
+        finally:
+            self._packed = None
+
+    def _product(self, layer: Layer) -> Tensor | None:
+        """The `_multiplied` of a layer."""
+        weight = self._multiplied(layer)
+        if self._packed is not None and isinstance(weight, MaskedWeight):
+            self._packed.lend(layer.name, weight)
+        return weight
+
     def detach(self) -> None:
         """Let the model run with its own weights."""
         for handle in self._handles:
@@ -65,7 +83,7 @@ class RunningLayers(ABC):
                 if running is None:
                     return None
                 alone = len(parts) == 1 and not torch.is_grad_enabled()
-                product = running._multiplied(parts[0]) if alone else None
+                product = running._product(parts[0]) if alone else None
                 return running._stored(parts, stored) if product is None else product
 
             attribute = parameter.rpartition(".")[2]

@@ -226,6 +226,16 @@ def test_an_objective_is_the_weighted_sum_of_its_losses(prepared: Prepared) -> N
     assert whole == pytest.approx(sum(weights[name] * losses[name] for name in weights), rel=1e-5)
 
 
+def test_weights_packed_for_several_batches_are_those_of_the_orders(prepared: Prepared) -> None:
+    network = prepared.network
+    network.batch = 8  # 16 windows in a batch: enough rows for products that leave out what is pruned
+    windows = Examples.of(torch.randint(128, (48, 16)))
+    for _ in range(2):
+        alone = [network.loss(part, Objective()) for part in windows.split(16)]
+        assert network.loss(windows, Objective()) == pytest.approx(sum(alone) / 3, rel=1e-6)
+        Random().solve(network, prepared.run)
+
+
 def test_measures_are_those_of_the_weights_shown(prepared: Prepared) -> None:
     network = prepared.network
     masked = network.measures()

@@ -8,6 +8,7 @@ keeps two of each four columns in a given order, and the processor has instructi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,36 @@ LEAST_ROWS = 128
 """Rows of activations from which the product is faster than a dense one, with the time that packing takes."""
 
 
+ROOM = 2**28
+"""The most bytes of `PackedWeights`."""
+
+
+@dataclass
+class KeptBlocks:
+    """Memory for a packed weight, and whether it is `packed` there."""
+
+    memory: Tensor
+    packed: bool = False
+
+
+class PackedWeights:
+    """Packed weights by name, which products read again, up to `ROOM` bytes; further ones are packed for each product.
+
+    The weights and their masks must not change.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, KeptBlocks] = {}
+        self._room = ROOM
+
+    def lend(self, name: str, weight: MaskedWeight) -> None:
+        """Let the products of the weight of this name read what the first one packs."""
+        if name not in self._kept and weight.packed_bytes <= self._room:
+            self._kept[name] = KeptBlocks(native.aligned(weight.packed_bytes))
+            self._room -= weight.packed_bytes
+        weight._kept = self._kept.get(name)
+
+
 class MaskedWeight(Tensor):
     """A weight (rows, width) with zeros where a mask has none, whose linear layer may leave out what is pruned.
 
@@ -36,6 +67,7 @@ class MaskedWeight(Tensor):
     _weight: Tensor
     _bits: Tensor
     _columns: Tensor | None
+    _kept: KeptBlocks | None
 
     @staticmethod
     def fits(weight: Tensor, pattern: Pattern, dtype: torch.dtype) -> bool:
@@ -51,8 +83,15 @@ class MaskedWeight(Tensor):
     def of(cls, weight: Tensor, bits: Tensor, columns: Tensor | None = None) -> MaskedWeight:
         """Return a masked weight, which copies nothing; the weight is one that `fits`."""
         made = Tensor._make_subclass(cls, weight)
-        made._weight, made._bits, made._columns = weight, bits, columns
+        made._weight, made._bits, made._columns, made._kept = weight, bits, columns, None
         return made
+
+    @property
+    def packed_bytes(self) -> int:
+        """The bytes of the packed weight."""
+        rows, width = self._weight.shape
+        slots, number = (BLOCK, 4) if self._columns is None else (BLOCK // 2, 2)
+        return rows * -(-width // BLOCK) * (CODE + number * slots)
 
     @classmethod
     def __torch_function__(
@@ -83,11 +122,22 @@ def _multiply(x: Tensor, masked: MaskedWeight, bias: Tensor | None) -> Tensor | 
     if not fits or x.numel() < LEAST_ROWS * width:
         return None
     tokens = x.reshape(-1, width).to(dtype).contiguous()
-    slots, number = (BLOCK, 4) if columns is None else (BLOCK // 2, 2)
-    blocks = native.workspace(rows * -(-width // BLOCK) * (CODE + number * slots), of="blocks")
+    kept = masked._kept
+    blocks = kept.memory if kept else native.workspace(masked.packed_bytes, of="blocks")
     weights = native.describe_blocks(blocks, bias, columns, rows=rows, width=width)
     if not native.is_fastest(weights, tokens):
         return None
+    if kept is None or not kept.packed:
+        _pack(masked, blocks)
+    if kept:
+        kept.packed = True
+    return native.multiply(weights, tokens, many=True).view(*x.shape[:-1], rows)
+
+
+def _pack(masked: MaskedWeight, blocks: Tensor) -> None:
+    """Write what the mask keeps to `blocks`."""
+    weight, columns = masked._weight, masked._columns
+    rows, width = weight.shape
     require_layout("a mask", masked._bits, torch.uint8, rows, -(-width // 8))
     if columns is not None:
         require_layout("an order of columns", columns, torch.int64, width)
@@ -103,4 +153,3 @@ def _multiply(x: Tensor, masked: MaskedWeight, bias: Tensor | None) -> Tensor | 
         row_stride=weight.stride(0),
         number=library.NUMBERS[weight.dtype],
     )
-    return native.multiply(weights, tokens, many=True).view(*x.shape[:-1], rows)

@@ -202,10 +202,15 @@ def workspace(size: int, of: str = "lines") -> Tensor:
     """
     kept: Tensor | None = getattr(_kept, of, None)
     if kept is None or kept.nbytes < size:
-        kept = torch.empty(size + 64, dtype=torch.uint8)
-        kept = kept[-kept.data_ptr() % 64 :]
+        kept = aligned(size)
         setattr(_kept, of, kept)
     return kept[:size]
+
+
+def aligned(size: int) -> Tensor:
+    """Return `size` new bytes, aligned to 64."""
+    memory = torch.empty(size + 64, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % 64 :][:size]
 
 
 def unpack(weights: Weights, first: int, output: Tensor, kernels: str | None = None) -> None:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from permprune.errors import PermpruneError
 from permprune.kernels import library
-from permprune.kernels.product.masked import LEAST_ROWS, MaskedWeight
+from permprune.kernels.product import masked
+from permprune.kernels.product.masked import LEAST_ROWS, MaskedWeight, PackedWeights
 from permprune.kernels.search.masks import pack_mask
 from permprune.pattern import Pattern
 from permprune.system.device import processor_has
@@ -108,6 +109,25 @@ def test_only_what_pays_fits() -> None:
     assert not MaskedWeight.fits(weight, Pattern(4, 8), torch.bfloat16)
     assert not MaskedWeight.fits(weight.bfloat16(), Pattern(2, 4), fp32)
     assert not MaskedWeight.fits(weight.T, Pattern(2, 4), fp32)
+
+
+@pytest.mark.skipif(not library.available(), reason="needs the kernels")
+def test_kept_weights_are_packed_once_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    bits, x = pack_mask(Pattern(2, 4).mask(torch.rand(64, 64))), torch.randn(LEAST_ROWS, 64)
+    weights = {"kept": torch.randn(64, 64), "beyond the room": torch.randn(64, 64)}
+    monkeypatch.setattr(masked, "ROOM", MaskedWeight.of(weights["kept"], bits).packed_bytes)
+    packed = PackedWeights()
+
+    def product(name: str) -> torch.Tensor:
+        weight = MaskedWeight.of(weights[name], bits)
+        packed.lend(name, weight)
+        return F.linear(x, weight)
+
+    before = {name: product(name) for name in weights}
+    for weight in weights.values():
+        weight.mul_(2)
+    assert torch.equal(product("kept"), before["kept"])
+    assert torch.equal(product("beyond the room"), 2 * before["beyond the room"])
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:
