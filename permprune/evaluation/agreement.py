@@ -26,6 +26,7 @@ from permprune.losses.embeddings import Embedding, embed_all
 from permprune.losses.targets import Predictions, Task
 from permprune.models.forward import frozen
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
+from permprune.models.modality import pooling_of
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.progress import track
@@ -57,9 +58,10 @@ def dense_outputs(model: nn.Module, examples: Examples, batch: int = 8) -> Dense
         examples = with_decoder_inputs(model, examples)
     examples = examples.to(compute_device(model))
     with frozen(model):
+        if pooling := pooling_of(model):  # type: ignore[arg-type]
+            embedded = [embed_all(model, examples, pooling, batch)]
+            return DenseOutputs(examples, Embedding(pooling=pooling), embedded, batch)
         task = choose_task(model, examples, batch)
-        if isinstance(task, Embedding):
-            return DenseOutputs(examples, task, [embed_all(model, examples, task.pooling, batch)], batch)
         batches = track(distributed.share(examples.split(batch)), "running the dense model")
         return DenseOutputs(examples, task, [task(model, inputs).target() for inputs in batches], batch)
 
