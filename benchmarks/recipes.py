@@ -284,8 +284,8 @@ RECIPES = {
     "vit-s14": Recipe(
         model="vit-s14-cifar10",
         prepare=probed("vit-s14", 24),
-        prune="--permute newton:rounds=3:examples=4:train_steps=80 --samples 250",
-        data="--windows 12",
+        prune="--permute newton:rounds=3:examples=4:train_steps=400 --samples 250",
+        data="--windows 24",
         title="top-1 accuracy",
         pack="--dtype int8",
         speed="images",
