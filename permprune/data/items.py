@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from permprune.data.sources import TABLES, class_names, dataset, find_column, read_table
+from permprune.data.sources import LISTED, class_names, dataset, find_column, read_table
 from permprune.errors import PermpruneError
 from permprune.examples import Part
 
@@ -158,7 +158,7 @@ def find_list(path: Path) -> Path | None:
     """The table in a folder that lists its files, or `path` itself if it is a file; None if there is no such table."""
     if path.is_file():
         return path
-    return next((file for name in LISTS for kind in TABLES if (file := path / f"{name}{kind}").is_file()), None)
+    return next((file for name in LISTS for kind in LISTED if (file := path / f"{name}{kind}").is_file()), None)
 
 
 def listed_files(table: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -86,7 +86,7 @@ class LabelledTexts:
 
 
 def read_labelled_text(source: str | Path, part: Part, labelled: bool = True) -> LabelledTexts:
-    """Read texts and labels from a .tsv, .csv or .jsonl file (e.g. of GLUE) or a `datasets` name.
+    """Read texts and labels from a table (e.g. of GLUE) or a `datasets` name.
 
     The labels are read only if `labelled` is True. Raises `PermpruneError` if the source cannot be read or lacks the
     columns.
@@ -114,7 +114,7 @@ def load_labelled_text(
     (count, tokens), truncated to `length` tokens and padded to the longest. If the model takes labels, also `labels`
     (count,): int64 for classes, fp32 for scores.
 
-    `source` is a .tsv, .csv or .jsonl file with columns of texts and labels (e.g. of GLUE), or a `datasets` name or
+    `source` is a table with columns of texts and labels (e.g. of GLUE), or a `datasets` name or
     folder as in `load_documents`. If the parts share a source, equal texts are in the same half. Raises
     `PermpruneError` if the source cannot be read, a label is unknown to the model, or the tokenizer has no padding
     token.

@@ -20,12 +20,13 @@ from permprune.system.imports import on_first_use
 with on_first_use(globals()):
     from permprune.examples import Part
 
-TABLES = (".csv", ".tsv", ".jsonl")
-"""Suffixes of tables."""
+LISTED = (".csv", ".tsv", ".jsonl")
+TABLES = (*LISTED, ".json", ".parquet")
+"""Suffixes of the tables that list files, and of all tables."""
 
 LABEL_COLUMNS = ("label", "labels", "gold_label", "score", "class", "is_duplicate", "fine_label")
 
-_PATH_LIKE = re.compile(r"[./~].*|.*\\.*|.*/.*/.*|.*\.(txt|jsonl?|csv|tsv|raw|tokens)", re.DOTALL)
+_PATH_LIKE = re.compile(r"[./~].*|.*\\.*|.*/.*/.*|.*\.(txt|jsonl?|csv|tsv|parquet|raw|tokens)", re.DOTALL)
 
 
 def locate(source: str | Path, what: str) -> Path | None:
@@ -77,33 +78,52 @@ def read_text(path: Path) -> str:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a .jsonl, .csv or .tsv file.
+    """Read the rows of a .jsonl, .json, .parquet, .csv or .tsv file.
 
     The first row of a .csv or .tsv file is the header unless `columns` are given. Quotes have no special meaning in a
-    .tsv file, as in those of GLUE. Raises `PermpruneError` if the file has another suffix, cannot be parsed or is
-    empty.
+    .tsv file, as in those of GLUE. A .json file is a list of objects. Raises `PermpruneError` if the file has another
+    suffix, cannot be parsed or is empty.
     """
-    suffix = path.suffix.lower()
-    if suffix not in TABLES:
-        raise PermpruneError(
-            f"{path} is not a table: give a {', '.join(TABLES[:-1])} or {TABLES[-1]} file, or the folder of the files"
-        )
-    if suffix == ".jsonl":
-        rows = [row for _, row in read_lines(path)]
-    else:
-        tabs = suffix == ".tsv"
-        reader = csv.DictReader(
-            io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""),
-            columns,
-            delimiter="\t" if tabs else ",",
-            quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
-        )
-        try:
-            rows = list(reader)
-        except csv.Error as error:
-            raise PermpruneError(f"{path}, line {reader.line_num}: {error}") from error
+    match path.suffix.lower():
+        case ".jsonl":
+            rows = [row for _, row in read_lines(path)]
+        case ".json":
+            rows = parse_json(read_text(path).removeprefix("\ufeff"), str(path))
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise PermpruneError(f"{path} is not a list of JSON objects: write one object for each row")
+        case ".parquet":
+            rows = _parquet_rows(path)
+        case ".csv" | ".tsv" as suffix:
+            rows = _separated_rows(path, "\t" if suffix == ".tsv" else ",", columns)
+        case _:
+            kinds = f"{', '.join(TABLES[:-1])} or {TABLES[-1]}"
+            raise PermpruneError(f"{path} is not a table: give a {kinds} file, or the folder of the files")
     if not rows:
         raise PermpruneError(f"{path} has no rows: give a table that has some")
+    return rows
+
+
+def _separated_rows(path: Path, separator: str, columns: Sequence[str] | None) -> list[dict[str, Any]]:
+    reader = csv.DictReader(
+        io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""),
+        columns,
+        delimiter=separator,
+        quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
+    )
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise PermpruneError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise PermpruneError(f"{path} is not a Parquet file: {first_line(error)}") from error
     return rows
 
 
@@ -123,15 +143,18 @@ def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def first_row(path: Path) -> dict[str, Any]:
-    """The first row of a .jsonl, .csv or .tsv file with a header; empty if the file cannot be read as one."""
+def first_row(path: Path) -> Mapping[str, Any]:
+    """The first row of a table with a header; empty if the file cannot be read as one."""
+    suffix = path.suffix.lower()
     try:
+        if suffix in (".json", ".parquet"):
+            return read_table(path)[0]
         with path.open(encoding="utf-8", newline="") as lines:
-            if path.suffix == ".jsonl":
+            if suffix == ".jsonl":
                 row = json.loads(next((line for line in lines if line.strip()), ""))
                 return row if isinstance(row, dict) else {}
-            return next(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","), {})
-    except (OSError, ValueError, RecursionError, csv.Error):
+            return next(csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ","), {})
+    except (PermpruneError, OSError, ValueError, RecursionError, csv.Error):
         return {}
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from permprune.data.sources import (
     LABEL_COLUMNS,
+    TABLES,
     dataset,
     looks_like_path,
     parse_name,
@@ -49,8 +50,8 @@ def load_documents(source: str | Path | None, part: Part) -> list[str]:
     `source` is one of
 
     * None: the given `part` of the default text;
-    * a .jsonl, .csv or .tsv file: one document per row, in the field "text";
-    * any other file, except for .json: a single document;
+    * a .jsonl, .json, .parquet, .csv or .tsv file: one document per row, in the field "text";
+    * any other file: a single document;
     * a `datasets` name, "name", "name:config", "name@split" or "name:config@split", or the folder of a data set: the
       field "text" of each row. The default split is "train" for calibration and "test" for evaluation.
 
@@ -146,15 +147,8 @@ def _encode(document: str, tokenizer: PreTrainedTokenizerBase, wanted: int) -> l
 
 
 def _read_file(path: Path) -> list[str]:
-    match path.suffix.lower():
-        case ".jsonl":
-            return _read_lines(path)
-        case ".csv" | ".tsv":
-            return _read_column(path)
-        case ".json":
-            raise PermpruneError(f'{path} is JSON: write a line {{"text": ...}} for each text, and name it .jsonl')
-        case _:
-            return [read_text(path)]
+    suffix = path.suffix.lower()
+    return _read_lines(path) if suffix == ".jsonl" else _read_column(path) if suffix in TABLES else [read_text(path)]
 
 
 def _read_column(path: Path) -> list[str]:
@@ -162,10 +156,14 @@ def _read_column(path: Path) -> list[str]:
     rows = read_table(path)
     if FIELD not in rows[0]:
         held = ", ".join(map(str, rows[0]))
-        raise PermpruneError(f'{path} has no column "{FIELD}": name one so in its first line, which has {held}')
+        raise PermpruneError(f'{path} has no column "{FIELD}": name one so among its columns, which are {held}')
     if any(column in rows[0] for column in LABEL_COLUMNS):
         log.warning('%s has labels, but the model takes none: only its column "%s" is read', path, FIELD)
-    return [row[FIELD] or "" for row in rows]
+    texts = [row.get(FIELD) or "" for row in rows]
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise PermpruneError(f'{path}, row {number} has no text in its column "{FIELD}"')
+    return texts
 
 
 def _read_lines(path: Path) -> list[str]:

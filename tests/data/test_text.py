@@ -55,14 +55,41 @@ def test_a_table_has_its_texts_in_a_column(name: str, tmp_path: Path, caplog: py
     assert load_documents(file, "calibration") == ["one", "two"]
     assert 'has labels, but the model takes none: only its column "text" is read' in caplog.text
     file.write_text(f"sentence{comma}label\none{comma}yes\n")
-    with pytest.raises(PermpruneError, match='has no column "text": name one so in its first line, which has sentence'):
+    with pytest.raises(PermpruneError, match='has no column "text": name one so among its columns, which are sentence'):
         load_documents(file, "calibration")
 
 
-def test_json_is_not_text(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('[{"text": "one"}]')
-    with pytest.raises(PermpruneError, match="is JSON: write a line"):
-        load_documents(tmp_path / "a.json", "calibration")
+@pytest.mark.parametrize("name", ["a.json", "a.parquet"])
+def test_json_and_parquet_are_tables(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+
+    def write(rows: list[dict[str, object]]) -> None:
+        if name.endswith("parquet"):
+            datasets.Dataset.from_list(rows).to_parquet(file)
+        else:
+            file.write_text(json.dumps(rows))
+
+    write([{"text": "one", "number": 1}, {"text": None, "number": 2}, {"text": "two", "number": 3}])
+    assert load_documents(file, "calibration") == ["one", "two"]
+    write([{"text": 1}])
+    with pytest.raises(PermpruneError, match=f'{name}, row 1 has no text in its column "text"'):
+        load_documents(file, "calibration")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '{"text": "one"}', "is not a list of JSON objects"),
+        ("a.json", '["one"]', "is not a list of JSON objects"),
+        ("a.json", "[]", "has no rows"),
+        ("a.json", "[", "not JSON"),
+        ("a.parquet", "PAR1", "is not a Parquet file"),
+    ],
+)
+def test_damaged_tables_are_named(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PermpruneError, match=f"{name}.* {message}"):
+        load_documents(tmp_path / name, "calibration")
 
 
 @pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
