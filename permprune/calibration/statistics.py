@@ -13,7 +13,7 @@ from permprune.calibration.fisher import output_fisher
 from permprune.calibration.moments import InputMoments, accumulator_bytes, warn_of_rare
 from permprune.calibration.symmetric import Symmetrics
 from permprune.errors import PermpruneError
-from permprune.examples import Examples, batches
+from permprune.examples import IGNORED, Examples, batches
 from permprune.losses.targets import Outputs, Task
 from permprune.models.activation_checkpointing import recomputed
 from permprune.models.autocast import autocast
@@ -88,7 +88,7 @@ def calibrate(
     parts = distributed.share(list(enumerate(batches(examples, batch))))
     reading = _Pass(model, task, parts, dtype, half, seed, shelf)
     with hooked(layers, after=lambda *_: None):  # refuses a layer that returns more than a tensor
-        one_label_per_example = reading.terms(examples[:1]) == 1
+        one_label_per_example = reading.terms(_most_labelled(examples)) == 1
     differentiated = layers if fisher else []
     sums = {layer.name: layer.stored.new_zeros(layer.shape[0], dtype=torch.float64) for layer in differentiated}
     with frozen(model):
@@ -110,6 +110,13 @@ def calibrate(
     (terms,) = distributed.total(terms)
     information = _information(sums, terms, layers) if fisher else {}
     return Statistics(Symmetrics(moments), information, int(terms), one_label_per_example)
+
+
+def _most_labelled(examples: Examples) -> Examples:
+    """The example with the most labels, or the first one: one answer may be a single token where others are not."""
+    labels = examples.get("labels")
+    most = 0 if labels is None or labels.dim() < 2 else int(labels.ne(IGNORED).sum(1).argmax())
+    return examples[most : most + 1]
 
 
 def _information(sums: dict[str, Tensor], terms: float, layers: list[Layer]) -> dict[str, Tensor]:

@@ -82,6 +82,15 @@ def test_fisher_is_the_mean_square_of_the_output_gradient_of_each_token(tiny_lla
         torch.testing.assert_close(found.fisher[layer.name], total / (5 * 11), rtol=1e-3, atol=1e-9)
 
 
+def test_whether_examples_have_one_label_does_not_depend_on_the_first(tiny_llama):
+    layers, sites = layers_and_sites(tiny_llama)
+    labels = WINDOWS.masked_fill(torch.arange(12) < 8, IGNORED)
+    labels[0, :-1] = IGNORED
+    examples = Examples({"input_ids": WINDOWS, "labels": labels})
+    found = calibrate(tiny_llama, layers, sites, examples, next_token, dtype=torch.float32)
+    assert found.terms == 1 + 4 * 4 and not found.one_label_per_example
+
+
 @pytest.mark.parametrize("batch", [2, 5])
 def test_fisher_of_examples_with_one_answer_is_that_of_their_gradients_by_the_weight(tiny_llama, batch):
     """Of windows of which one token counts: each one's gradient of a row, over the mean square of its inputs."""
