@@ -153,9 +153,8 @@ def _named(name: str, output: Any) -> Iterator[tuple[str, Any]]:
 def short_inputs(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor]:
     """The model's arguments for two examples, on its device and without attention masks; text is cut to 16 tokens."""
     inputs = model_inputs(model, examples[torch.arange(2) % len(examples)].to(compute_device(model)))
-    if inputs.keys() == {"input_ids"}:
-        return {"input_ids": inputs["input_ids"][:, :16]}
-    return {name: tensor for name, tensor in inputs.items() if not name.endswith("attention_mask")}
+    inputs = {name: tensor for name, tensor in inputs.items() if not name.endswith("attention_mask")}
+    return {"input_ids": inputs["input_ids"][:, :16]} if inputs.keys() == {"input_ids"} else inputs
 
 
 def run_model(model: nn.Module, batch: Examples) -> Any:

@@ -6,7 +6,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import permprune
-from permprune.models.forward import evaluating, frozen, inference
+from permprune.examples import Examples
+from permprune.models.forward import evaluating, frozen, inference, short_inputs
 
 
 @pytest.mark.parametrize("context", [evaluating, frozen, inference])
@@ -33,3 +34,11 @@ def test_pruning_leaves_the_mode_of_each_module(tiny_llama: LlamaForCausalLM) ->
     examples = torch.randint(128, (12, 8), generator=torch.Generator().manual_seed(1))
     permprune.prune(tiny_llama, examples=examples, permute="newton:rounds=1:examples=2", measured=4, held_out=2)
     assert [module.training for module in tiny_llama.modules()] == before
+
+
+def test_the_short_inputs_of_padded_text_are_as_short(tiny_llama: LlamaForCausalLM) -> None:
+    ids = torch.randint(128, (3, 40), generator=torch.Generator().manual_seed(1))
+    padded = Examples({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+    for examples in (padded, Examples.of(ids)):
+        inputs = short_inputs(tiny_llama, examples)
+        assert inputs.keys() == {"input_ids"} and torch.equal(inputs["input_ids"], ids[:2, :16])
