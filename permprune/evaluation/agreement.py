@@ -20,7 +20,7 @@ from permprune.evaluation.result import (
     TOP_1_AGREEMENT,
     Result,
 )
-from permprune.examples import Examples
+from permprune.examples import Examples, batches
 from permprune.losses.choice import choose_task
 from permprune.losses.embeddings import Embedding, embed_all
 from permprune.losses.targets import Predictions, Task
@@ -62,8 +62,8 @@ def dense_outputs(model: nn.Module, examples: Examples, batch: int = 8) -> Dense
             embedded = [embed_all(model, examples, pooling, batch)]
             return DenseOutputs(examples, Embedding(pooling=pooling), embedded, batch)
         task = choose_task(model, examples, batch)
-        batches = track(distributed.share(examples.split(batch)), "running the dense model")
-        return DenseOutputs(examples, task, [task(model, inputs).target() for inputs in batches], batch)
+        parts = track(distributed.share(batches(examples, batch)), "running the dense model")
+        return DenseOutputs(examples, task, [task(model, inputs).target() for inputs in parts], batch)
 
 
 @torch.inference_mode()
@@ -85,7 +85,7 @@ def agreement(model: nn.Module, examples: Examples, dense: nn.Module | DenseOutp
     device = compute_device(model)
     same, distance, count = 0, 0.0, 0
     with frozen(model):
-        parts = distributed.share(dense.examples.split(dense.batch))
+        parts = distributed.share(batches(dense.examples, dense.batch))
         for inputs, expected in zip(track(parts, "agreement"), dense.predictions, strict=True):
             predictions = dense.task(model, inputs.to(device))
             distance, count = distance + float(predictions.distance(expected)), count + predictions.terms

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import PERPLEXITY, NotFinite, Result
-from permprune.examples import IGNORED, Examples
+from permprune.examples import IGNORED, Examples, by_length
 from permprune.losses.cross_entropy import Logits, Projected, compute_logits, cross_entropy
 from permprune.losses.targets import next_labels
 from permprune.models.forward import frozen, is_encoder_decoder
@@ -41,8 +41,8 @@ def perplexity(
     device = compute_device(model)
     nll, counts = torch.zeros(2, len(examples), dtype=torch.float64)
     with frozen(model):
-        for places in track(distributed.share(torch.arange(len(examples)).split(batch)), "perplexity"):
-            inputs = examples[places].to(device)
+        for places in track(distributed.share(by_length(examples, batch)), "perplexity"):
+            inputs = examples[places].trimmed().to(device)
             labels = inputs["labels"] if is_encoder_decoder(model) else next_labels(inputs)
             logits = (logits_of or compute_logits)(model, inputs)[:, : labels.shape[1]]
             logits = logits.converted() if isinstance(logits, Projected) else logits

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from permprune.config import PruneConfig
@@ -18,6 +19,7 @@ from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.speech import word_error_rate
 from permprune.examples import Examples
 
+from ..conversations import padded_answers
 from ..modalities import EXAMPLES, draw, images, make, sentences, speech
 
 
@@ -113,6 +115,21 @@ def test_perplexity_of_a_decoder_and_of_padded_text(tiny_llama: LlamaForCausalLM
     (result,) = evaluate_model(tiny_llama, padded)
     assert result.value == pytest.approx(float(tiny_llama(**padded, labels=labels).loss.exp()), rel=1e-4)
     assert result.count == int(padded["attention_mask"].sum()) - 12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_perplexity_of_answers(batch: int, tiny_llama: LlamaForCausalLM) -> None:
+    examples, texts = padded_answers()
+    losses = [
+        F.cross_entropy(tiny_llama(text[None]).logits[0, first - 1 : last - 1], text[first:last], reduction="none")
+        for text, first, last in texts
+    ]
+    (result,) = evaluate_model(tiny_llama, examples, batch=batch)
+    assert result.value == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-5)
+    assert result.count == sum(len(one) for one in losses)
+    agreement, divergence = evaluate_model(tiny_llama, examples, dense=tiny_llama, batch=batch)
+    assert agreement.value == 1 and agreement.count == result.count and abs(divergence.value) < 1e-5
 
 
 def test_the_metric_follows_from_the_examples(tiny_llama: LlamaForCausalLM) -> None:

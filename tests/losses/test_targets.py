@@ -18,6 +18,8 @@ from permprune.models.forward import Padding, padding_of, run_model
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 
+from ..conversations import padded_answers
+from ..fixtures import make_tiny_llama
 from ..modalities import EXAMPLES, draw, images, make, scorer, sentences, speech
 
 
@@ -121,6 +123,38 @@ def test_next_tokens_behind_padding_do_not_count(tiny_llama: LlamaForCausalLM) -
     labels = examples["input_ids"].masked_fill(torch.arange(9) < 2, -100)
     fewer = next_token(tiny_llama, Examples({**examples, "labels": labels}))
     assert fewer.terms == said.terms - len(examples)
+
+
+@torch.no_grad()
+def test_tokens_of_answers_alone_count(tiny_llama: LlamaForCausalLM) -> None:
+    examples, texts = padded_answers()
+    other = make_tiny_llama()
+    torch.nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
+    loss, distance = 0.0, 0.0
+    for text, first, last in texts:
+        shares, target = (
+            model(text[None]).logits[0, first - 1 : last - 1].log_softmax(1) for model in (tiny_llama, other)
+        )
+        loss -= float(shares[torch.arange(last - first), text[first:last]].sum())
+        distance += float((target.exp() * (target - shares)).sum())
+    said = next_token(tiny_llama, examples)
+    assert said.terms == sum(last - first for _, first, last in texts)
+    assert float(said.loss()) == pytest.approx(loss, rel=1e-5)
+    assert float(said.distance(next_token(other, examples).target().float())) == pytest.approx(distance, rel=1e-2)
+
+
+def test_statistics_of_answers_are_those_of_the_texts_without_padding(tiny_llama: LlamaForCausalLM) -> None:
+    examples, texts = padded_answers()
+    found = statistics(tiny_llama, examples, next_token, batch=2)
+    apart = [statistics(tiny_llama, alone(examples, number), next_token) for number in range(len(examples))]
+    lengths = [len(text) for text, *_ in texts]
+    assert found.terms == sum(one.terms for one in apart) == sum(last - first for _, first, last in texts)
+    for name, moments in found.moments.items():  # prompts are read, too
+        expected = sum(n * one.moments[name] for n, one in zip(lengths, apart, strict=True)) / sum(lengths)
+        torch.testing.assert_close(moments, expected, rtol=1e-4, atol=1e-6)
+    for name, fisher in found.fisher.items():
+        expected = sum(one.terms * one.fisher[name] for one in apart) / found.terms
+        torch.testing.assert_close(fisher, expected, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("imitate", [False, True])
