@@ -136,13 +136,15 @@ def observe_states(
     cannot have a pruned cache (`verify_attention`).
     """
     layers, full = attention_layers(model)
-    count, length = examples["input_ids"].shape
-    stride = max(1, math.ceil(count * length / TOKENS))
+    padded = examples.get("attention_mask")
+    tokens = examples["input_ids"].numel() if padded is None else int(padded.sum())
+    parts = examples.split(batch if padded is None else 1)  # one by one there is no padding
+    stride = max(1, math.ceil(tokens / TOKENS))
     observed = {i: ObservedLayer(skipped, stride) for i in full}
     device = compute_device(model)
     with frozen(model):
         verify_attention(model, examples["input_ids"][:1, :VERIFIED].to(device))
-        for part in track(examples.split(batch), "observing keys and values"):
+        for part in track([part.trimmed() for part in parts], "observing keys and values"):
             cache = Cache(layers=[_Layer(observed[i]) if i in observed else layers[i] for i in range(len(layers))])
             model(**model_inputs(model, part.to(device)), **cache_argument(model, cache))
             layers, _ = attention_layers(model)

@@ -17,6 +17,8 @@ from permprune.kv.packing import Channels, Layout, decode, encode
 from permprune.models.forward import cache_argument
 from permprune.pattern import Pattern
 
+from ..conversations import padded_answers
+
 TOKENS = torch.randint(128, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -32,6 +34,17 @@ def test_states_are_those_of_the_model(tiny_llama: LlamaForCausalLM) -> None:
             torch.testing.assert_close(found, states[:, :, 4:].transpose(0, 1).flatten(1, 2))
         weights = layer.query_weights()
         assert weights.shape == (2, 8) and float(weights.max()) == 1
+
+
+def test_padding_is_not_observed(tiny_llama: LlamaForCausalLM) -> None:
+    examples, texts = padded_answers()
+    observed = observe_states(tiny_llama, examples, batch=2)
+    apart = [observe_states(tiny_llama, Examples.of(text[None])) for text, *_ in texts]
+    for number, layer in observed.items():
+        for found, *parts in zip(layer.states(), *(one[number].states() for one in apart), strict=True):
+            torch.testing.assert_close(found, torch.cat(parts, 1))
+        assert layer.squares is not None
+        torch.testing.assert_close(layer.squares, sum(one[number].squares for one in apart))
 
 
 def test_many_tokens_are_sampled(tiny_llama: LlamaForCausalLM) -> None:
