@@ -149,8 +149,8 @@ class PruneConfig:
     It is applied with the orders found, as far as it lowers the loss on the held-out examples."""
 
     calibration: str | Sequence[str] | None = None
-    """The data to calibrate on: text, sentences, images or speech in a file or folder, or a data set id; by default the
-    text or the images of the zoo.
+    """The data to calibrate on: text, answers, sentences, images or speech in a file or folder, or a data set id; by
+    default the text or the images of the zoo.
 
     Several sources (a list) are mixed: each gives an equal share of the windows, or all it has, evenly spread."""
 

@@ -16,6 +16,7 @@ from permprune.config import PruneConfig
 from permprune.coupling.discovery import discover, observe
 from permprune.coupling.space import Coupling
 from permprune.coupling.trace import Untraceable
+from permprune.data.answers import counted
 from permprune.data.load import load_examples
 from permprune.data.overlap import overlap
 from permprune.errors import PermpruneError
@@ -237,6 +238,8 @@ def calibration_examples(model: PreTrainedModel, processor: Processor | None, co
         )
         for source in config.sources
     ]
+    if any("labels" in part for part in parts):  # of answers: all tokens of text beside them count
+        parts = [counted(part) if part.keys() == ["input_ids"] else part for part in parts]
     return Examples.interleave(parts)[:count]
 
 

@@ -24,14 +24,14 @@ from permprune.data.items import (
     row_label,
 )
 from permprune.data.sources import (
+    ANSWERS,
     LABEL_COLUMNS,
+    PROMPTS,
     TABLES,
-    dataset,
+    columns_of,
     find_column,
     first_row,
     locate,
-    looks_like_path,
-    parse_name,
     read_text,
 )
 from permprune.errors import PermpruneError
@@ -42,9 +42,8 @@ from permprune.models.processors import Processor, encode_pair, image_processor_
 MODES = {1: "L", 4: "RGBA"}
 """PIL image modes by number of channels; RGB for other numbers."""
 
-PROMPTS = ("question", "prompt", "instruction", "query")
-ANSWERS = ("answer", "answers", "response", "completion", "output", "caption", "captions", "text", "sentence")
-"""Columns of a table's prompts, which may be missing, and of its answers; of a list of answers the first is used."""
+CAPTIONS = (*ANSWERS, "caption", "captions", "text", "sentence")
+"""Columns of a table's answers about images; of a list of answers the first is used."""
 
 DATA = (".arrow", ".csv", ".gz", ".json", ".jsonl", ".parquet", ".tsv", ".zst")
 """Suffixes of a data set's files."""
@@ -129,11 +128,9 @@ def has_images(source: str | Path | None, part: Part, *, hub: bool) -> bool:
     """
     if source is None or _images_here(Path(source)):
         return source is not None
-    name, _, _ = parse_name(str(source), part)
-    if not hub or Path(name).is_file() or (looks_like_path(name) and not Path(name).is_dir()):
+    if not hub or Path(source).is_file():
         return False
-    with dataset(str(source), part) as rows:
-        return bool(set(IMAGES.columns).intersection(rows.features or next(iter(rows), {})))
+    return not columns_of(str(source), part).keys().isdisjoint(IMAGES.columns)
 
 
 def _images_here(path: Path) -> bool:
@@ -160,7 +157,7 @@ def load_pairs(
 
     `source` is one of
 
-    * a table (.csv, .tsv or .jsonl) of image files, relative to its folder, with one of the columns `ANSWERS`, and one
+    * a table (.csv, .tsv or .jsonl) of image files, relative to its folder, with one of the columns `CAPTIONS`, and one
       of `PROMPTS` if the texts are more than captions;
     * a folder with such a table, named metadata or labels, or of images with a caption in a .txt file of the same name;
     * a `datasets` name as in `load_documents`, with a column of images and the same columns of text.
@@ -203,7 +200,7 @@ def _pairs_of_files(path: Path) -> list[Item]:
 def _pair(row: Mapping[str, Any], place: str) -> Pair:
     """The prompt and the answer of a row. Raises `PermpruneError` if one is missing or empty."""
     prompt = next((column for column in PROMPTS if column in row), None)
-    columns = [*([prompt] if prompt else []), find_column(row, ANSWERS, place)]
+    columns = [*([prompt] if prompt else []), find_column(row, CAPTIONS, place)]
     texts = []
     for column in columns:
         text = row[column]

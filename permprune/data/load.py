@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
+from permprune.data.answers import has_answers, load_answers
 from permprune.data.audio import load_speech
 from permprune.data.images import has_images, load_images, load_pairs
 from permprune.data.items import Selection
@@ -40,14 +41,14 @@ def load_examples(
     """Load up to `count` examples as inputs of the model, with labels if both the source and the model have them.
 
     `source` is a source of `load_documents`, `load_labelled_text`, `load_sentences`, `load_images` or `load_speech`,
-    depending on `kind_of(model)`, or of `load_pairs` for a vision-language model if it contains images. None is the
-    default text, or for an image model the zoo's images, which are also named "cifar10". Text is cut into windows of
-    `length` tokens, or of as many as the model has positions, if these are fewer. Windows and the zoo's images are the
-    first ones, or chosen at random if a `seed` is given; other examples are always chosen at random. With a `seed`, the
-    first `apart` windows of a text are of other documents than the rest (see `tokenize`). With `shared`, the
-    calibration and the evaluation part come from the same source. `part` "probe" is a separate part of the zoo's images
-    for training linear probes; for other sources it is the calibration part. Raises `PermpruneError` if the source
-    cannot be read or does not fit the model.
+    depending on `kind_of(model)`, or of `load_pairs` for a vision-language model if it contains images, or of
+    `load_answers` if it has answers. None is the default text, or for an image model the zoo's images, which are also
+    named "cifar10". Text is cut into windows of `length` tokens, or of as many as the model has positions, if these are
+    fewer. Windows and the zoo's images are the first ones, or chosen at random if a `seed` is given; other examples are
+    always chosen at random. With a `seed`, the first `apart` windows of a text are of other documents than the rest
+    (see `tokenize`). With `shared`, the calibration and the evaluation part come from the same source. `part` "probe"
+    is a separate part of the zoo's images for training linear probes; for other sources it is the calibration part.
+    Raises `PermpruneError` if the source cannot be read or does not fit the model.
     """
     kind = kind_of(model)
     if kind == "images" and source in (None, CIFAR):
@@ -58,6 +59,8 @@ def load_examples(
         if not takes_pairs(model):
             raise PermpruneError(f"{source} holds images, and {type(model).__name__} takes none: give text alone")
         return _known(model, load_pairs(str(source), model, processor, selection))
+    if kind == "text" and has_answers(source, part):
+        return _known(model, load_answers(str(source), model, processor, selection, clipped_length(model, length)))
     if kind == "text":
         documents = load_documents(source, part)
         length = clipped_length(model, length)

@@ -26,6 +26,10 @@ TABLES = (*LISTED, ".json", ".parquet")
 
 LABEL_COLUMNS = ("label", "labels", "gold_label", "score", "class", "is_duplicate", "fine_label")
 
+PROMPTS = ("question", "prompt", "instruction", "query")
+ANSWERS = ("answer", "answers", "response", "completion", "output")
+"""Columns of prompts and of their answers."""
+
 _PATH_LIKE = re.compile(r"[./~].*|.*\\.*|.*/.*/.*|.*\.(txt|jsonl?|csv|tsv|parquet|raw|tokens)", re.DOTALL)
 
 
@@ -218,6 +222,21 @@ def dataset(source: str, part: Part) -> Iterator[Any]:
         raise PermpruneError(
             f'"{name}" is not a file here, and its split "{split}" does not load as a data set: {first_line(error)}'
         ) from error
+
+
+def columns_of(source: str, part: Part) -> Mapping[str, Any]:
+    """A mapping by the columns of a table or data set, which is empty for other sources and those that do not exist.
+
+    Raises `PermpruneError` if a data set does not load.
+    """
+    path, (name, _, _) = Path(source), parse_name(source, part)
+    if path.is_file():
+        return first_row(path) if path.suffix.lower() in TABLES else {}
+    if looks_like_path(name) and not Path(name).is_dir():
+        return {}
+    with dataset(source, part) as rows:
+        columns: Mapping[str, Any] = getattr(rows, "features", None) or next(iter(rows), {})
+        return columns
 
 
 def class_names(rows: Any) -> dict[str, Sequence[str]]:

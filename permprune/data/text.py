@@ -99,7 +99,7 @@ def tokenize(
         raise PermpruneError(f"{count} windows of {length} tokens are too few: ask for at least 1 window of 2 tokens")
     generator = torch.Generator().manual_seed(seed or 0)
     order = range(len(documents)) if seed is None else torch.randperm(len(documents), generator=generator).tolist()
-    start = _start(tokenizer)
+    start = start_tokens(tokenizer)
     step = length - len(start)
     wanted = count * step * (1 if seed is None else POOL)
     ids = list(islice(_stream([documents[i] for i in order], tokenizer, wanted), wanted))
@@ -118,7 +118,7 @@ def tokenize(
     return windows[torch.cat([first, chosen[torch.isin(chosen, rest)]])]
 
 
-def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The beginning-of-sequence token if the tokenizer puts it before every text, else an empty list."""
     first = tokenizer("")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []

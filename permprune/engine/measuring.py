@@ -32,8 +32,8 @@ class Evaluation:
     """The data and the metric of an evaluation. Raises `PermpruneError` for numbers out of range."""
 
     source: str | None = None
-    """The data to evaluate on: text, sentences, images or speech in a file or folder, or a data set id; by default the
-    text or the images of the zoo."""
+    """The data to evaluate on: text, answers, sentences, images or speech in a file or folder, or a data set id; by
+    default the text or the images of the zoo."""
 
     windows: Count = EVALUATION_WINDOWS
     """Windows of text to evaluate on; 32 sentences or images count as one."""

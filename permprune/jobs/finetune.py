@@ -74,8 +74,8 @@ class FineTuning:
     """The options of fine-tuning. Raises `PermpruneError` for numbers out of range."""
 
     data: str | None = None
-    """The data to train on: labelled sentences or images, or text, in a file or folder, or a data set id; by default
-    the text or the images of the zoo."""
+    """The data to train on: labelled sentences or images, text or answers, in a file or folder, or a data set id; by
+    default the text or the images of the zoo."""
 
     _: dataclasses.KW_ONLY
 

@@ -16,7 +16,7 @@ from permprune.models.modality import kind_of
 from permprune.models.processors import Processor, image_processor_of, tokenizer_of
 from permprune.showcase.base import NotShown, Showing, spread, text_of, thumbnail
 from permprune.showcase.classes import Classes, ImageNeighbours, Scores, SentenceNeighbours
-from permprune.showcase.texts import Transcripts, Words, answers_about_images, continuations, outputs
+from permprune.showcase.texts import Transcripts, Words, answers, continuations, outputs
 from permprune.system.progress import log
 
 STRIP = 4
@@ -105,8 +105,8 @@ def _images(model: PreTrainedModel, processor: Processor | None, examples: Examp
 
 
 def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, count: int) -> Showing:
-    if "pixel_values" in examples:
-        return answers_about_images(model, tokenizer, examples, count)
+    if "labels" in examples:
+        return answers(model, tokenizer, examples, count)
     if is_causal_lm(model):
         return continuations(model, tokenizer, examples["input_ids"], count)
     if is_encoder_decoder(model) and model.can_generate():

@@ -101,21 +101,20 @@ def outputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows:
     return Texts(model, tokenizer, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], given)
 
 
-def answers_about_images(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, count: int
-) -> Texts:
-    """Images with a prompt, which a vision-language model answers; the labels are the expected answers."""
+def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, count: int) -> Texts:
+    """Prompts, some with images, up to the first answer, which the model gives; the labels are the expected answers."""
     inputs, given, expected = list[dict[str, Tensor]](), list[str](), list[str]()
     for place in spread(len(examples), count):
         example = examples[place : place + 1]
         ids, labels = example["input_ids"], example["labels"]
-        answered = labels.ne(IGNORED)
-        asked = int(answered[0].int().argmax())
+        answered = labels[0].ne(IGNORED)
+        asked = int(answered.int().argmax())
+        answer = labels[0, asked:][answered[asked:].int().cumprod(0).bool()]
         cut = {name: tensor[:, :asked] for name in example if (tensor := example[name]).shape[:2] == ids.shape}
         device, whole = compute_device(model), {name: example[name] for name in example}
         inputs.append({name: tensor.to(device) for name, tensor in {**whole, **cut}.items() if name != "labels"})
         given.append(shortened(str(tokenizer.decode(ids[0, :asked], skip_special_tokens=True))))
-        expected.append(shortened(str(tokenizer.decode(labels[answered], skip_special_tokens=True))))
+        expected.append(shortened(str(tokenizer.decode(answer, skip_special_tokens=True))))
     return Texts(model, tokenizer, inputs, given, expected)
 
 

@@ -42,6 +42,16 @@ def test_a_row_of_a_table(message: str, tiny_bert: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("message", LINES)
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_row_of_answers(message: str, place: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    rows = ['{"prompt": "which weights", "answer": "two"}\n']
+    rows.insert(place - 1, LINES[message] + "\n")
+    (tmp_path / "bad.jsonl").write_text("".join(rows))
+    line = fails("evaluate", tiny_checkpoint, "--data", tmp_path / "bad.jsonl", "--length", "16")
+    assert f"bad.jsonl, line {place}: {message}" in line
+
+
+@pytest.mark.parametrize("message", LINES)
 def test_a_file_of_tasks(message: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     files = write_task_files(tmp_path / "files")
     (files / "zeroshot/ARC-Easy.test.json").write_text("[" + LINES[message] + "]")

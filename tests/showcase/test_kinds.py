@@ -22,12 +22,14 @@ from transformers import (
 )
 
 from permprune.checkpoints.io import read_model
+from permprune.data.load import load_examples
 from permprune.examples import IGNORED, Examples
 from permprune.models.modality import POOLING
 from permprune.showcase.base import NotShown, Showing
 from permprune.showcase.shown import STRIP, Shown, showing_of
 from permprune.showcase.texts import PROMPT
 
+from ..conversations import turns, with_template, write_rows
 from ..fixtures import BLOCK, SENTENCES
 from ..vision_language import qwen, write_pairs
 
@@ -153,6 +155,18 @@ def test_images_with_texts_are_answered(tmp_path: Path) -> None:
     pairs = load_pairs(write_pairs(tmp_path / "pairs", 6), model, processor, Selection("evaluation", 6))
     showing = showing_of(model, processor, pairs, 2)
     assert len(answered(showing)) == 2 and all(showing.expected)
+
+
+def test_the_first_answer_of_a_conversation_is_expected(
+    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows: list[dict[str, object]] = [{"messages": turns("which", "two of four", "no", "the text")}]
+    source = str(write_rows(tmp_path / "rows.jsonl", rows))
+    tokenizer = with_template(tiny_tokenizer)
+    examples = load_examples(source, tiny_llama, tokenizer, part="evaluation", count=1, length=64)
+    showing = showing_of(tiny_llama, tokenizer, examples, 2)
+    assert len(answered(showing)) == 1
+    assert showing.given == ["user which assistant"] and showing.expected == ["two of four"]
 
 
 def test_nothing_that_a_model_raises_ends_a_run(
