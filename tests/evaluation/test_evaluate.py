@@ -1,5 +1,6 @@
 """Accuracy, agreement, word error rate and the choice among them."""
 
+import copy
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ from permprune.examples import Examples
 
 from ..conversations import padded_answers
 from ..modalities import EXAMPLES, draw, images, make, sentences, speech
+from ..processes import in_processes
 
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
@@ -128,6 +130,8 @@ def test_perplexity_of_answers(batch: int, tiny_llama: LlamaForCausalLM) -> None
     (result,) = evaluate_model(tiny_llama, examples, batch=batch)
     assert result.value == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-5)
     assert result.count == sum(len(one) for one in losses)
+    divided = in_processes(2, lambda: evaluate_model(copy.deepcopy(tiny_llama), examples, batch=batch)[0])
+    assert [one.value for one in divided] == pytest.approx([result.value] * 2, rel=1e-6)
     agreement, divergence = evaluate_model(tiny_llama, examples, dense=tiny_llama, batch=batch)
     assert agreement.value == 1 and agreement.count == result.count and abs(divergence.value) < 1e-5
 
