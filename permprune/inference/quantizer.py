@@ -32,6 +32,7 @@ from permprune.kernels.product.module import PackedLinear
 from permprune.kernels.product.plain import use_kernels, use_pytorch
 from permprune.pattern import Pattern
 from permprune.system.huge_pages import move_to_huge_pages
+from permprune.system.memory import keep_activations
 
 if TYPE_CHECKING:
     from permprune.checkpoints.gathers import Gather
@@ -123,6 +124,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.check(name)
         use_kernels(model)
         move_to_huge_pages(model)
+        if model.device.type == "cpu":
+            keep_activations()
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module)["save_pretrained"] = partial(_save_packed, module)

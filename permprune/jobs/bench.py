@@ -38,6 +38,7 @@ from permprune.options import Count, require
 from permprune.report.run import REPORT, write_report
 from permprune.system.device import best_device, dtype_named, fast_dtype
 from permprune.system.files import write_json
+from permprune.system.memory import keep_activations
 from permprune.system.progress import console, log, track
 
 if TYPE_CHECKING:
@@ -275,6 +276,7 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
     console.quiet = True
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(entry.threads)
+    keep_activations()  # of dense models, too
     try:
         model = _load(entry)
         size = read_size(entry.source, model, trust_remote_code=entry.trust_remote_code)

@@ -11,8 +11,11 @@ from permprune.system.imports import on_first_use
 with on_first_use(globals()):
     import psutil
 
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -4, -3, -1
 """Options of glibc's `mallopt`."""
+
+ACTIVATIONS = 2**25
+"""The largest tensors that `keep_activations` keeps, in bytes: the largest M_MMAP_THRESHOLD that glibc takes."""
 
 
 def reset_peak_memory() -> None:
@@ -45,6 +48,16 @@ def keep_freed_memory() -> None:
     third less time on a CPU. For M_MMAP_MAX and M_TRIM_THRESHOLD see the manual page of `mallopt`.
     """
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        _call_libc("mallopt", option, value)
+
+
+def keep_activations() -> None:
+    """Let this process keep and reuse a few times `ACTIVATIONS` of what it has freed, if the C library is glibc.
+
+    Packed encoders take a tenth less time in batches, and dense models almost as much. Of what is larger, all goes back
+    to the system, so that a program of the user's own stays small.
+    """
+    for option, value in ((M_MMAP_THRESHOLD, ACTIVATIONS), (M_TRIM_THRESHOLD, 8 * ACTIVATIONS)):
         _call_libc("mallopt", option, value)
 
 
