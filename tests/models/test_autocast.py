@@ -1,6 +1,7 @@
 """Attention in blocks against torch's in float64."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> li
     shared=st.integers(1, 3),
     lengths=st.tuples(st.integers(1, 150), st.integers(1, 150)),
     widths=st.sampled_from([(8, 8), (16, 5)]),
-    is_causal=st.booleans(),
+    masked=st.sampled_from(["", "causal", "padding", "added padding", "each query"]),
     at_once=st.sampled_from([1, 5000, 1 << 20]),
 )
 def test_blocks_give_the_result_and_gradients_of_float64(
@@ -38,19 +39,25 @@ def test_blocks_give_the_result_and_gradients_of_float64(
     shared: int,
     lengths: tuple[int, int],
     widths: tuple[int, int],
-    is_causal: bool,
+    masked: str,
     at_once: int,
 ) -> None:
+    is_causal = masked == "causal"
     queries, keys = lengths[:1] * 2 if is_causal else lengths
     inputs = tensors(
         (batch, heads * shared, queries, widths[0]), (batch, heads, keys, widths[0]), (batch, heads, keys, widths[1])
     )
     exact = [x.detach().double().requires_grad_() for x in inputs]
+    mask, seen = None, torch.rand(batch, 1, queries if masked == "each query" else 1, keys) < 0.5
+    if masked and not is_causal:
+        seen[..., 0] = True
+        mask = torch.zeros(seen.shape).masked_fill(~seen, -3e38) if masked == "added padding" else seen
+    options: dict[str, Any] = {"is_causal": is_causal, "enable_gqa": True, "scale": 0.3}
     with pytest.MonkeyPatch.context() as patch, BlockwiseAttention():
         patch.setattr(module, "SCORES", at_once)
-        result = F.scaled_dot_product_attention(*inputs, is_causal=is_causal, enable_gqa=True, scale=0.3)
-    expected = F.scaled_dot_product_attention(*exact, is_causal=is_causal, enable_gqa=True, scale=0.3)
-    assert result.dtype == torch.bfloat16
+        result = F.scaled_dot_product_attention(*inputs, attn_mask=mask, **options)
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=seen if mask is not None else None, **options)
+    assert result.dtype == torch.bfloat16 and "Attention" in type(result.grad_fn.next_functions[0][0]).__name__
     arriving = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     found = torch.autograd.grad(result, inputs, arriving)
     wanted = torch.autograd.grad(expected, exact, arriving.double())
@@ -68,7 +75,7 @@ def test_autocast_rounds_after_scaling_as_its_inputs_have_more_digits() -> None:
     assert (result - torchs).abs().max() < 0.03
 
 
-@pytest.mark.parametrize("case", ["fp32", "mask", "cached keys", "three dimensions"])
+@pytest.mark.parametrize("case", ["fp32", "mask", "no gradient", "nothing seen", "cached keys", "three dimensions"])
 def test_other_calls_go_to_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("not a call for blocks")
@@ -78,11 +85,17 @@ def test_other_calls_go_to_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> 
     query, key, value = tensors((1, 2, 4, 8), (1, 2, 6, 8), (1, 2, 6, 8), dtype=dtype)
     if case == "three dimensions":
         query, key, value = query[0], key[0], value[0]
-    mask = torch.ones(4, 6, dtype=torch.bool) if case == "mask" else None
+    masks = {"mask": (4, 6), "no gradient": (1, 1, 4, 6), "nothing seen": (1, 1, 4, 6)}
+    mask = torch.ones(masks[case], dtype=torch.bool) if case in masks else None
+    if case == "no gradient":
+        query = query.detach()
+    if mask is not None and case == "nothing seen":
+        mask[..., 1, :] = False
     is_causal = case == "cached keys"
     expected = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
     with BlockwiseAttention():
-        assert torch.equal(F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal), expected)
+        found = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_dropout_goes_to_torch() -> None:
