@@ -81,3 +81,26 @@ def test_a_benchmark_of_models_becomes_rows_of_the_table(tmp_path: Path, monkeyp
         ("dense fp32", 2.0), ("dense bf16", 1.0), ("packed bf16", 0.65),
     ]  # fmt: skip
     assert all(row["table"] == "models" and row["decode"] == 10.0 and row["version"] for row in found)
+
+
+def test_a_benchmark_of_types_compares_models_of_one_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {
+        "tiny (fp32)": 10.0,
+        "tiny (bf16)": 20.0,
+        "packed-int8": 14.0,
+        "packed-int8 (bf16)": 18.0,
+        "packed-bf16": 25.0,
+    }
+    rows = [{"name": name, "dense": name.startswith("tiny"), "bytes": 1, "resident": 1,
+             "speeds": [{"batch": 8, "context": 64, "seconds": 1.0, "items": items}]}
+            for name, items in speeds.items()]  # fmt: skip
+    (tmp_path / "bench.json").write_text(json.dumps({"threads": 1, "rows": rows}), encoding="utf-8")
+    path = tmp_path / "speed.jsonl"
+    arguments = [str(tmp_path / "bench.json"), "--types", "--model", "Tiny", "--rows", str(path)]
+    monkeypatch.setattr(sys, "argv", ["rows.py", *arguments])
+    runpy.run_path(str(BENCHMARKS / "rows.py"), run_name="__main__")
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(row["type"], row["dense"], row["packed"], row["times"]) for row in found] == [
+        ("fp32", 10.0, 14.0, 1.4), ("bf16", 20.0, 25.0, 1.25),
+    ]  # fmt: skip
+    assert {row["measured"] for row in found} == {"items, 8 of 64 tokens"}
