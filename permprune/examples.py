@@ -170,6 +170,26 @@ class Examples:
         cut = {name: tensor[:, :longest] for name, tensor in self._tensors.items() if tensor.shape == mask.shape}
         return Examples({**self._tensors, **cut}, self._rows)
 
+    def cropped(self, generator: torch.Generator) -> Examples:
+        """Cut each text to a random part of half of its tokens or more; the first and the last token stay.
+
+        Texts with labels or without an "attention_mask", and other examples, are returned unchanged.
+        """
+        mask = self.get("attention_mask")
+        if mask is None or "input_ids" not in self or "labels" in self or not mask[:, 0].all():
+            return self
+        inner = (mask.sum(1).cpu() - 2).clamp_min(0)
+        draws = torch.rand(2, len(inner), generator=generator)
+        kept = (inner * (1 + draws[0]) / 2).ceil().long()
+        start = ((inner - kept + 1) * draws[1]).long()
+        place = torch.arange(mask.shape[1]).expand(mask.shape)
+        kept, start, end = kept[:, None], start[:, None], inner[:, None] + 1
+        source = torch.where(place <= kept, place + start * (place > 0), torch.where(place == kept + 1, end, place))
+        source = source.clamp_max(mask.shape[1] - 1).to(mask.device)
+        cut = {name: one.gather(1, source) for name, one in self._tensors.items() if one.shape == mask.shape}
+        cut["attention_mask"] *= (place <= kept + 1).to(mask)
+        return Examples({**self._tensors, **cut}, self._rows)
+
     def to(self, device: torch.device) -> Examples:
         """Return the examples on a device."""
         return Examples({name: tensor.to(device) for name, tensor in self._tensors.items()}, self._rows)

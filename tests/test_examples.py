@@ -1,10 +1,13 @@
 """Named tensors of one first dimension."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, by_length
@@ -80,6 +83,32 @@ def packed() -> Examples:
     grids = torch.tensor([[1, 2, 2], [1, 2, 4], [1, 4, 1]])
     patches = torch.arange(3).repeat_interleave(grids.prod(1))[:, None].expand(-1, 6)
     return Examples({"input_ids": torch.arange(3)[:, None], "pixel_values": patches, "image_grid_thw": grids})
+
+
+@settings(max_examples=30)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), seed=st.integers(0, 1000))
+def test_cropped_texts_are_parts_between_their_first_and_last_tokens(lengths: list[int], seed: int) -> None:
+    mask = (torch.arange(12) < torch.tensor(lengths)[:, None]).long()
+    texts = Examples({"input_ids": torch.arange(12).repeat(len(lengths), 1), "attention_mask": mask, "kind": mask * 3})
+    cropped = texts.cropped(torch.Generator().manual_seed(seed))
+    for row, length in enumerate(lengths):
+        kept = cropped["input_ids"][row][cropped["attention_mask"][row] > 0].tolist()
+        assert cropped["attention_mask"][row].sum() == len(kept) and cropped["kind"][row, : len(kept)].eq(3).all()
+        assert cropped["attention_mask"][row, : len(kept)].all()
+        first, *inner = kept
+        assert first == 0
+        if length > 1:
+            assert inner.pop() == length - 1
+            assert len(inner) >= (length - 2) / 2
+            assert all(after == before + 1 for before, after in itertools.pairwise(inner))
+
+
+def test_texts_with_labels_and_padding_in_front_are_not_cropped(images: Examples) -> None:
+    ids, mask = torch.arange(8).repeat(2, 1), torch.ones(2, 8, dtype=torch.int64)
+    labelled = Examples({"input_ids": ids, "attention_mask": mask, "labels": ids})
+    in_front = Examples({"input_ids": ids, "attention_mask": mask.index_fill(1, torch.tensor([0]), 0)})
+    for examples in (images, labelled, in_front, Examples({"input_ids": ids})):
+        assert examples.cropped(torch.Generator()) is examples
 
 
 def test_rows_of_an_example_stay_with_it(packed: Examples) -> None:

@@ -144,6 +144,14 @@ class Run:
         count *= self.examples_per_window
         return self.train[torch.arange(number * count, (number + 1) * count) % len(self.train)]
 
+    def varied_batch(self, number: int, count: int) -> Examples:
+        """Return `batch`, from the second pass on with texts cut at random (`Examples.cropped`).
+
+        Targets that the dense model gives are as good for parts of a text, and training fits few texts too closely.
+        """
+        batch, again = self.batch(number, count), number * count * self.examples_per_window >= len(self.train)
+        return batch.cropped(self.generator(number)) if again else batch
+
     def generator(self, *stream: int) -> torch.Generator:
         """Return a generator whose state depends only on the seed and on the numbers in `stream`."""
         mixed = self.seed

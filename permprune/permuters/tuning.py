@@ -222,7 +222,7 @@ def train_weights(
             if place > 1 - int4:
                 kept.begin_int4(run.batch(0, SOLVED))
             scheduled = rate * min(place / RISING, (1 - place) / (1 - RISING))
-            losses.append(kept.step(run.batch(first + kept.steps, examples), loss, scheduled))
+            losses.append(kept.step(run.varied_batch(first + kept.steps, examples), loss, scheduled))
             advance(round(100 * place), f"training: loss {losses[-1]:.4f}, % of the schedule")
             saved.offer(kept.state)
             if len(losses) == LOGGED:

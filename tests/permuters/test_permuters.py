@@ -14,7 +14,7 @@ from permprune.engine.held import Prepared, prepare
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Loss, Objective
-from permprune.permuters.base import Permuter, Solution
+from permprune.permuters.base import Permuter, Run, Solution
 from permprune.permuters.cost_matrix import CostMatrixLearner
 from permprune.permuters.cp import CP
 from permprune.permuters.iterate import Landscape
@@ -370,3 +370,13 @@ def test_options_follow_a_permuters_name() -> None:
 def test_an_unknown_option_lists_those_of_the_method(name: str) -> None:
     with pytest.raises(PermpruneError, match=r"is not an option of newton: give numbers for rounds=16, .*swaps=4"):
         permuter(name)
+
+
+def test_passes_after_the_first_cut_texts_that_the_dense_model_gives_targets_for() -> None:
+    mask = torch.ones(6, 40, dtype=torch.int64)
+    texts = Examples({"input_ids": torch.arange(6 * 40).view(6, 40), "attention_mask": mask})
+    run = Run(texts, texts[:1], seed=3)
+    first, again, later = (run.varied_batch(number, 3) for number in (1, 3, 5))
+    assert torch.equal(first["input_ids"], texts["input_ids"][3:])
+    assert again["attention_mask"].sum() < 120 and not torch.equal(again["attention_mask"], later["attention_mask"])
+    assert torch.equal(again["attention_mask"], Run(texts, texts[:1], seed=3).varied_batch(3, 3)["attention_mask"])
