@@ -227,8 +227,11 @@ def encoder_class(
     if asked is None and not (headless or writes):
         return architecture
     pooling = named or _pooling_at(name, source)
-    if pooling is not None:
-        _require_pooling(name, pooling)
+    if pooling is not None and not (isinstance(pooling, str) and pooling in POOLINGS):
+        raise PermpruneError(
+            f"{name} pools tokens in a way that is not known ({pooling!s:.40}): give an encoder with one of "
+            f"{', '.join(POOLINGS)}"
+        )
     if asked is not None and not (asked or pooling):
         choices = ", ".join(f"{TASK}:pooling={known}" for known in POOLINGS)
         raise PermpruneError(f"the pooling of {name} is not known: give as its task one of {choices}")
@@ -280,15 +283,6 @@ def _pooling_at(name: str, source: str | Path) -> object:
     named = config.get("pooling_mode") or [mode for flag, mode in FLAGS.items() if config.get(flag)]
     pooling = named[0] if isinstance(named, list) and len(named) == 1 else named
     return pooling or "none"
-
-
-def _require_pooling(name: str, pooling: object) -> None:
-    """Raise `PermpruneError` unless the pooling of a checkpoint is one of `POOLINGS`."""
-    if not (isinstance(pooling, str) and pooling in POOLINGS):
-        raise PermpruneError(
-            f"{name} pools tokens in a way that is not known ({pooling!s:.40}): give an encoder with one of "
-            f"{', '.join(POOLINGS)}"
-        )
 
 
 def _read(source: str | Path, file: str) -> Any:

@@ -95,11 +95,6 @@ def attach_gathers(model: nn.Module, gathers: Sequence[Gather]) -> None:
             vars(module)["save_pretrained"] = _refuse_to_save
 
 
-def has_gathers(model: nn.Module) -> bool:
-    """Whether the model has gathers attached."""
-    return bool(gather_buffers(model))
-
-
 def gather_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the permutations of the gathers that are attached to a model, by the names of their buffers."""
     every = model.named_buffers(remove_duplicate=False)

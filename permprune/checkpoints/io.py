@@ -17,12 +17,12 @@ from transformers.models.auto.auto_factory import add_generation_mixin_to_remote
 
 from permprune.checkpoints.companions import copy_companions, encoder_class, fetch_companions, write_modules
 from permprune.checkpoints.damage import damage, require_digests
-from permprune.checkpoints.gathers import attach_gathers, has_gathers
+from permprune.checkpoints.gathers import attach_gathers, gather_buffers
 from permprune.checkpoints.origin import Origin, origin_of, recorded_patterns, set_origin
 from permprune.checkpoints.probe import PROBE, read_probe
 from permprune.checkpoints.record import RECORD, Record, read_record
 from permprune.checkpoints.schema import Malformed
-from permprune.checkpoints.weights import GATHERED, Checkpoint, require_fewer_layers, stop_transformers
+from permprune.checkpoints.weights import GATHERED, Checkpoint, require_buildable, stop_transformers
 from permprune.errors import PermpruneError, first_line
 from permprune.models.forward import stored_as
 from permprune.models.layers import is_packed
@@ -106,7 +106,7 @@ def read_config(name: str, source: str | Path, trust_remote_code: bool = False, 
     """
     with loading(name, source, CONFIG):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        require_fewer_layers(config, source)
+        require_buildable(config, source)
         architecture = code_class(config, source) if trust_remote_code else None
         if architecture is None:
             architecture = _named_class(name, config)
@@ -130,7 +130,7 @@ def _named_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
             raise PermpruneError(f"{name} does not load: architectures in its config is {other!r}, not a list of names")
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel:
         return kind
-    if has_code_class(config):
+    if _classes(config):
         raise PermpruneError(f"{name} does not load: {UNTRUSTED}")
     raise PermpruneError(f"{name} holds a {named}, which Transformers {transformers.__version__} does not have")
 
@@ -209,7 +209,7 @@ def write_weights(model: PreTrainedModel, processor: Processor | None, dtype: to
     Weights that need gathers are written under a file name that `from_pretrained` does not find.
     """
     with stored_as(model, dtype):
-        if has_gathers(model):
+        if gather_buffers(model):
             write_configs(model, folder)
             save_safetensors(model, str(folder / GATHERED))
             stop_transformers(folder, GATHERED)
@@ -227,11 +227,13 @@ def write_beside(model: PreTrainedModel, processor: Processor | None, folder: Pa
 
 
 def write_configs(model: PreTrainedModel, folder: Path) -> None:
-    """Write the config files that `save_pretrained` writes, without the weights."""
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = model.dtype
-    write_code(model, folder)
-    model.config.save_pretrained(folder)
+    """Write the config files that `save_pretrained` writes, and custom code, if there is any, without the weights."""
+    config: Any = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    if model._auto_class is not None:
+        custom_object_save(model, str(folder), config=config)
+    config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
 
@@ -248,11 +250,6 @@ def code_class(config: PreTrainedConfig, source: str | Path) -> type[PreTrainedM
     return None
 
 
-def has_code_class(config: PreTrainedConfig) -> bool:
-    """Whether `code_class` would return a class; does not run the code."""
-    return bool(_classes(config))
-
-
 def _classes(config: PreTrainedConfig) -> dict[str, str]:
     """The entries of a config's `auto_map` for its architecture, or for "AutoModel" if it names no architecture.
 
@@ -265,10 +262,3 @@ def _classes(config: PreTrainedConfig) -> dict[str, str]:
     if not config.architectures:
         return {kind: name for kind, name in models.items() if kind == "AutoModel"}
     return {kind: name for kind, name in models.items() if name.rpartition(".")[2] == config.architectures[0]}
-
-
-def write_code(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model's custom code, if it has any, to `folder`, and refer to it in the model's config."""
-    if model._auto_class is not None:
-        config: Any = model.config
-        custom_object_save(model, str(folder), config=config)

@@ -182,25 +182,19 @@ class Differences:
         return left_out
 
 
-def require_fewer_layers(config: PreTrainedConfig, source: str | Path) -> None:
+def require_buildable(config: PreTrainedConfig, source: str | Path | None = None) -> None:
     """Raise `ValueError` if a config has more than `MANY_LAYERS` layers, and more than the checkpoint has tensors.
 
-    Such a config is damaged, and building its model to find the missing weights would take hours.
+    Such a config is damaged, and building its model to find the missing weights would take hours. Without the folder
+    `source` of the checkpoint, the config is all that there is.
     """
     stored = 0
-    for path in Path(source).glob("*.safetensors"):
+    for path in [] if source is None else Path(source).glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             stored += len(file.keys())
     for name, number in _integers(config.to_dict()):
-        if "layers" in name and stored and number > max(stored, MANY_LAYERS):
-            raise ValueError(f"{name} is {number}, and the checkpoint holds {stored} tensors")
-
-
-def require_buildable(config: PreTrainedConfig) -> None:
-    """Raise `ValueError` if a config has more than `MANY_LAYERS` layers; without weights it is all that there is."""
-    for name, number in _integers(config.to_dict()):
-        if "layers" in name and number > MANY_LAYERS:
-            raise ValueError(f"{name} is {number}")
+        if "layers" in name and number > max(stored, MANY_LAYERS) and (stored or source is None):
+            raise ValueError(f"{name} is {number}" + (f", and the checkpoint holds {stored} tensors" if stored else ""))
 
 
 def _integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -17,7 +17,6 @@ from permprune.options import HEADS, PACKED, require_choice
 
 if TYPE_CHECKING:
     from permprune.checkpoints.record import Record
-    from permprune.forecasts.run import Forecast
 
 
 @cli.command
@@ -59,14 +58,10 @@ def prune(
         pack=pack,
         head=head,
         resume=resume,
-        begin=_begin,
+        begin=lambda forecast: print(intention(forecast.to_json())),
         announce=_announce,
     )
     cli.show_written(out)
-
-
-def _begin(forecast: Forecast) -> None:
-    print(intention(forecast.to_json()))
 
 
 def _announce(record: Record) -> None:

@@ -74,7 +74,8 @@ class _Constants(TorchFunctionMode):
             return False
         if not isinstance(leaf, Tensor):
             return True
-        return not leaf.is_meta and not any(_share_memory(leaf, other) for other in self._overwritten)
+        overwritten = (other.untyped_storage().data_ptr() for other in self._overwritten)
+        return not leaf.is_meta and not any(leaf.untyped_storage().data_ptr() == memory for memory in overwritten)
 
     def _without_masks(self, index: Any) -> Any:
         """The index with every constant mask replaced by the positions at which it is true."""
@@ -95,7 +96,3 @@ def _writes(func: Callable[..., Any]) -> bool:
     """Whether a function writes into its first argument, by its name: `add_`, `__iadd__`, `__setitem__`."""
     name = getattr(func, "__name__", "")
     return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-
-
-def _share_memory(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

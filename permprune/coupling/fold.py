@@ -58,11 +58,6 @@ def fold_parameter(name: str, parameter: Tensor, tables: Mapping[str, Tensor], c
                     _move(parameter, member, table)
 
 
-def inverse(table: Tensor) -> Tensor:
-    """The inverse permutation of each block: (blocks, size)."""
-    return table.argsort(dim=-1)
-
-
 def check_table(space: ChannelSpace, table: Tensor) -> Tensor:
     """The table as int64 (blocks, size) on the CPU. Raises `PermpruneError` when it cannot permute the
     space."""
@@ -128,7 +123,7 @@ def verify_space(
     try:
         after = _outputs(model, example)
     finally:
-        fold(model, space, inverse(table))
+        fold(model, space, table.argsort(dim=-1))
     worst = 0.0
     for old, new in zip(before, after, strict=True):
         difference, scale = largest_difference(old, new)

@@ -81,15 +81,15 @@ def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
         except PermpruneError:
             raise
         except Exception as error:
-            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_of_the_model(frame.filename)]
+            frames = [
+                frame
+                for frame in traceback.extract_tb(error.__traceback__)
+                if "/torch/" not in frame.filename and frame.filename != constants.__file__  # those of the model's code
+            ]
             line = f"{frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else "an unknown line"
             raise Untraceable(
                 f"cannot trace the model on {', '.join(example)} ({first_line(error)} at {line})"
             ) from error
-
-
-def _is_of_the_model(file: str) -> bool:
-    return "/torch/" not in file and file != constants.__file__
 
 
 def _live(graph: Graph) -> set[Node]:

@@ -73,7 +73,8 @@ def load_answers(
         if len(examples) == selection.count:
             break
         seen += 1
-        answers = [number for number in range(1, len(turns)) if _is_answer(turns[number])]
+        replies = [number for number, turn in enumerate(turns) if number and turn["role"] == ANSWERER]
+        answers = [number for number in replies if turns[number]["content"].strip()]
         try:
             passages = _rendered(turns, answers, render) if render else _plain(turns, answers, tokenizer)
         except (jinja2.TemplateError, LookupError, TypeError, ValueError) as error:
@@ -103,10 +104,6 @@ def counted(windows: Examples) -> Examples:
     """Return windows of text with labels, the tokens themselves, and a mask: examples that answers can be joined to."""
     ids = windows["input_ids"]
     return Examples({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
-
-
-def _is_answer(turn: Turn) -> bool:
-    return turn["role"] == ANSWERER and bool(turn["content"].strip())
 
 
 def _conversations(source: str | Path, selection: Selection) -> list[tuple[str, list[Turn]]]:

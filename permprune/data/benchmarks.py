@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from permprune.data.sources import parse_json, read_table, read_text
+from permprune.data.sources import read_table, read_text
 from permprune.data.text import load_documents
 from permprune.errors import PermpruneError
 
@@ -87,13 +87,6 @@ def wikitext2(folder: Path | None) -> str:
     return "\n\n".join(f"{line}\n" if line.strip() else "" for line in lines)
 
 
-def _read_json(path: Path) -> list[Any]:
-    records = parse_json(read_text(path), str(path))
-    if not isinstance(records, list):
-        raise PermpruneError(f"{path} is not a JSON list: see docs/tasks.md")
-    return records
-
-
 def _read_sixes(path: Path) -> list[list[str]]:
     lines = read_text(path).removesuffix("\n").split("\n")
     return [lines[start : start + 6] for start in range(0, len(lines), 6)]
@@ -146,8 +139,8 @@ _CB = _labelled("premise", "hypothesis", label=("entailment", "contradiction", "
 _WIC = _labelled("sentence1", "sentence2", "start1", "end1")
 
 SOURCES = {
-    "arc_easy": Source(("zeroshot/ARC-Easy.{}.json",), "test", _read_json, _arc),
-    "arc_challenge": Source(("zeroshot/ARC-Challenge.{}.json",), "test", _read_json, _arc),
+    "arc_easy": Source(("zeroshot/ARC-Easy.{}.json",), "test", read_table, _arc),
+    "arc_challenge": Source(("zeroshot/ARC-Challenge.{}.json",), "test", read_table, _arc),
     "boolq": Source(("superglue/BoolQ/{}.jsonl",), "val", read_table, _BOOLQ),
     "hellaswag": Source(("zeroshot/hellaswag_{}_full.txt",), "val", _read_sixes, _hellaswag),
     "piqa": Source(("zeroshot/piqa.{}.jsonl", "zeroshot/piqa.{}-labels.lst"), "valid", _read_beside, _PIQA),

@@ -256,6 +256,7 @@ def forecast_held(
     # processes that divide rows convert their own from fp32, parameter by parameter
     load = Stage("load", (weights if shards == 1 else Memory("weights", whole),), Work(stored=checkpoint))
     offloads = config.offload != "none"
+    experts = sum(layer.weight.numel() for layer in outline.layers if layer.expert is not None)
     files, room = FILES if offloads else shards, (0.0, math.inf)
     ends = [weight.numel() for weight, _ in end_weights(model)]
     largest = max(module_sizes(model).values())
@@ -290,7 +291,7 @@ def forecast_held(
             "checkpoint": checkpoint,
             "states of the search": state_bytes(method, outline),
             "tensors at rest": max(stage.bytes("disk") for stage in stages),
-            "experts as fused": fused_bytes(outline, stored) if offloads else 0,
+            "experts as fused": stored.itemsize * experts if offloads else 0,
         },
         program=program_bytes(),
         room=room,
@@ -298,11 +299,6 @@ def forecast_held(
         shards=shards,
         assumed=tuple(_assumed(model, config, run, processes)),
     )
-
-
-def fused_bytes(outline: Outline, stored: torch.dtype) -> int:
-    """Return the bytes on disk of the experts' weights, which `read_offloaded` writes in the fused form."""
-    return stored.itemsize * sum(layer.weight.numel() for layer in outline.layers if layer.expert is not None)
 
 
 def program_bytes() -> int:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from permprune.checkpoints.gathers import Gather, attach_gathers, compose, detach_gathers, has_gathers
+from permprune.checkpoints.gathers import Gather, attach_gathers, compose, detach_gathers, gather_buffers
 from permprune.checkpoints.schema import Malformed
 
 WIDTH = 6
@@ -33,7 +33,7 @@ def test_composed_gathers_do_what_one_after_the_other_do(first: list[Gather], th
     attach_gathers(together, composed)
     assert torch.equal(apart(x), together(x))
     places = [place for gather in composed for place in gather.places]
-    assert len(places) == len(set(places)) and has_gathers(together) == bool(places)
+    assert len(places) == len(set(places)) and bool(gather_buffers(together)) == bool(places)
     assert {place: order.tolist() for place, order in detach_gathers(together).items()} == {
         place: gather.order for gather in composed for place in gather.places
     }

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from permprune.coupling.discovery import discover
-from permprune.coupling.fold import fold, fold_all, inverse
+from permprune.coupling.fold import fold, fold_all
 from permprune.coupling.space import ChannelSpace, Coupling
 from permprune.models.forward import main_outputs
 from permprune.models.layers import block_linears, dense_weights
@@ -116,7 +116,7 @@ def worst(model: nn.Module, coupling: Coupling, example: Example) -> float:
     for space in movable(coupling):
         fold(model, space, tables[space.name])
         found.append(difference(before, outputs(model, example)))
-        fold(model, space, inverse(tables[space.name]))
+        fold(model, space, tables[space.name].argsort(dim=-1))
     fold_all(model, tables, coupling)
     return max([*found, difference(before, outputs(model, example))])
 
