@@ -23,7 +23,7 @@ from permprune.permuters.learned import Learned
 from permprune.permuters.newton import Newton
 from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.ria import RIAPermuter
-from permprune.report.comparison import comparison_table
+from permprune.report.showcase import comparison_table
 from permprune.system.progress import console
 
 OBJECTIVES = {

@@ -25,8 +25,7 @@ from permprune.models.dummy_inputs import example_inputs
 from permprune.models.forward import short_inputs
 from permprune.models.generation import with_begun_text
 from permprune.models.layers import DenseWeights, Layer, block_linears, dense_weights, prunable_layers
-from permprune.models.modality import EXAMPLES_PER_WINDOW, Kind, kind_of
-from permprune.models.positions import clipped_length
+from permprune.models.modality import EXAMPLES_PER_WINDOW, Kind, clipped_length, kind_of
 from permprune.models.processors import Processor
 from permprune.models.shallow import Repetition, repetitions, shortened
 from permprune.pattern import Pattern

@@ -9,7 +9,7 @@ import numpy as np
 
 from permprune.budget.asked import Candidate, name_of
 from permprune.budget.sensitivity import layer_costs, show, slopes
-from permprune.checkpoints.mix import Mix, Point
+from permprune.checkpoints.record import Mix, Point
 from permprune.errors import PermpruneError
 from permprune.losses.objective import Objective
 from permprune.matching.knapsack import cheapest

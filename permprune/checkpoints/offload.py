@@ -44,8 +44,7 @@ from permprune.models.narrow_weights import held_type
 from permprune.models.processors import Processor, read_processor
 from permprune.system import sharding
 from permprune.system.device import best_device
-from permprune.system.pinned import empty_on_host
-from permprune.system.shelf import Computed, write_tensors
+from permprune.system.shelf import Computed, empty_on_host, write_tensors
 from permprune.zoo.models import resolve_model
 
 Edit = Callable[[str, Tensor], Tensor]

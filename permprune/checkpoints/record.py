@@ -9,14 +9,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
-from permprune.checkpoints.benchmark import Benchmark
+from permprune.checkpoints.benchmark import Benchmark, Bytes
 from permprune.checkpoints.gathers import Gather, Order
-from permprune.checkpoints.mix import Mix
 from permprune.checkpoints.schema import Malformed, decode, encode
 from permprune.errors import PermpruneError
 from permprune.models.layers import DenseWeights
 from permprune.options import MOST, Range, Share
-from permprune.pattern import Pattern
+from permprune.pattern import DENSE, Pattern
 
 RECORD = "permprune.json"
 
@@ -43,7 +42,6 @@ Plain = str | int | float | bool | None
 SIDES = ("dense", "none", "pruned")
 """The models that are compared: the dense one, the one pruned in natural order, and the pruned one."""
 
-Bytes = Annotated[int, Range(1, 2**60)]
 Rate = Annotated[float, Range(0, 1e12, open=True)]
 
 
@@ -331,3 +329,54 @@ class Showcase:
         """Return what remains true of the pruned model when it is written in another form, with so many bytes."""
         pruned = dataclasses.replace(self.sides["pruned"], bytes=stored, speed=None, dtype=None)
         return dataclasses.replace(self, sides={**self.sides, "pruned": pruned})
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A choice of patterns: the share of the weights and the bytes that it keeps, and its loss on held-out data.
+
+    `expected` is the loss according to the model at the chosen patterns, and `measured` the loss; both are before the
+    search.
+    """
+
+    keep: Share
+    bytes: Count
+    expected: Value
+    measured: Value
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """A run of the search for the fewest weights within a loss: the share of the weights, and what was measured.
+
+    `chosen` is the metric on the data for the choice, and `confirmed` that on the data for the result, which are looked
+    at if the first is within the limit; else it is None.
+    """
+
+    keep: Share
+    chosen: Value
+    confirmed: Value | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """The pattern of each layer, or `DENSE`, and what was found on the way.
+
+    `keep` and `bytes` are the share of the weights and the bytes of the packed model that the choice keeps. `rounds`
+    are the held-out losses of the choice, the last one that of the result, and `curve` has other choices, from few
+    weights to all. `attempts` are those of a limit of the loss. `uniform` has the held-out loss of each candidate, by
+    its name, if all layers have it. All these losses are before the search.
+    """
+
+    layers: dict[str, str]
+    keep: Share
+    bytes: Count
+    rounds: list[Value]
+    curve: list[Point]
+    attempts: list[Attempt] = dataclasses.field(default_factory=list)
+    uniform: dict[str, Value] = dataclasses.field(default_factory=dict)
+
+    @property
+    def patterns(self) -> dict[str, Pattern]:
+        """The patterns of the layers that do not stay dense."""
+        return {name: Pattern.parse(text) for name, text in self.layers.items() if text != DENSE}

@@ -42,8 +42,7 @@ def compare(
 
     from permprune.jobs.compare import Comparison
     from permprune.jobs.compare import compare as run
-    from permprune.report.comparison import comparison_table
-    from permprune.report.showcase import examples_shown, titles
+    from permprune.report.showcase import comparison_table, examples_shown, titles
 
     def announce(result: Comparison) -> None:
         figures = result.to_json()

@@ -17,8 +17,7 @@ from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, Part
 from permprune.models.forward import argument_names
-from permprune.models.modality import kind_of
-from permprune.models.positions import clipped_length
+from permprune.models.modality import clipped_length, kind_of
 from permprune.models.processors import Processor, image_processor_of, takes_pairs, tokenizer_of
 from permprune.zoo import images as zoo
 

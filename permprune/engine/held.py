@@ -19,9 +19,9 @@ from permprune.budget.allocate import Sensitivity
 from permprune.calibration.statistics import calibrate
 from permprune.checkpoints.gathers import attach_gathers, compose
 from permprune.checkpoints.io import load_written, write_weights
-from permprune.checkpoints.mix import Mix
 from permprune.checkpoints.origin import origin_of, set_origin
 from permprune.checkpoints.probe import make_probe
+from permprune.checkpoints.record import Mix
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig, PruneSettings
 from permprune.coupling.fold import fold_all

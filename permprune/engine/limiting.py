@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from permprune.budget.asked import density_of, parse_candidates
 from permprune.budget.shares import next_share
-from permprune.checkpoints.mix import Attempt
+from permprune.checkpoints.record import Attempt
 from permprune.engine.measuring import Meter
 from permprune.engine.session import Session
 from permprune.errors import PermpruneError

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from permprune.budget.allocate import Costs, Sensitivity
 from permprune.budget.asked import KEPT, Candidate, parse_candidates
-from permprune.checkpoints.mix import Mix
+from permprune.checkpoints.record import Mix
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import weight_bytes
 from permprune.inference.pack import layer_bytes, unpacked_bytes

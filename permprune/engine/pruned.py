@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,10 @@ from transformers import PreTrainedModel
 from permprune.checkpoints.companions import base_model_of, licence_of
 from permprune.checkpoints.gathers import Gather
 from permprune.checkpoints.io import load_written, write_weights
-from permprune.checkpoints.mix import Mix
 from permprune.checkpoints.offload import Edit
 from permprune.checkpoints.origin import origin_of, recorded_patterns, require_patterns
 from permprune.checkpoints.probe import Probe, check_outputs
-from permprune.checkpoints.record import FORMAT, PrunedLayer, Record
+from permprune.checkpoints.record import FORMAT, Mix, PrunedLayer, Record
 from permprune.config import PruneConfig
 from permprune.coupling.fold import fold_parameter
 from permprune.coupling.space import Coupling, Site
@@ -132,6 +131,8 @@ def stored_form(
     Problems without an order keep their natural one. The other arguments are fields of the result.
     """
     tables = fold_tables(plan.coupling, plan.problems, solution.orders)
+    natural = {name: torch.arange(table.shape[-1]).expand_as(table) for name, table in tables.items()}
+    moved = [name for name, table in tables.items() if not torch.equal(table, natural[name])]
     return Pruned(
         model=model,
         solution=solution,
@@ -140,7 +141,7 @@ def stored_form(
         gathers=_gathers(plan, solution.orders),
         layers=layers,
         probe=probe,
-        reordered=reordered_outputs(plan.coupling, tables),
+        reordered=plan.coupling.reordered(moved),
         sample=sample,
     )
 
@@ -197,12 +198,6 @@ def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> 
             table = tables.setdefault(problem.space, torch.arange(size).repeat(blocks, 1))
             table[problem.block] = orders[problem.name]
     return tables
-
-
-def reordered_outputs(coupling: Coupling, tables: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return the outputs beside the logits whose channels the folded permutations move (see `Coupling.reordered`)."""
-    natural = {name: torch.arange(table.shape[-1]).expand_as(table) for name, table in tables.items()}
-    return coupling.reordered(name for name, table in tables.items() if not torch.equal(table, natural[name]))
 
 
 def gather_places(site: Site, readers: list[Layer]) -> tuple[str, list[str]]:

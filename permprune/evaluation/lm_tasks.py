@@ -30,7 +30,7 @@ with on_first_use(globals()):
 
     from permprune.evaluation.perplexity import perplexity
     from permprune.models.forward import evaluating, is_causal_lm
-    from permprune.models.positions import positions_of
+    from permprune.models.modality import positions_of
     from permprune.models.processors import Processor, tokenizer_of
     from permprune.system import distributed
 

@@ -18,8 +18,7 @@ from permprune.examples import Examples
 from permprune.models.dummy_inputs import example_inputs, random_like
 from permprune.models.forward import argument_names, cache_argument, evaluating, forward_arguments, is_causal_lm
 from permprune.models.generation import generate, needs_decoder_inputs
-from permprune.models.modality import kind_of
-from permprune.models.positions import fitting_length
+from permprune.models.modality import fitting_length, kind_of
 from permprune.system.device import compute_device
 
 ImageSize = tuple[int, int] | None

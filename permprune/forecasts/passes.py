@@ -15,8 +15,7 @@ from permprune.forecasts.activations import Activations, Gradients, count_activa
 from permprune.losses.targets import next_token
 from permprune.models.dummy_inputs import example_inputs
 from permprune.models.forward import forward_arguments, is_causal_lm, main_outputs
-from permprune.models.modality import BATCH_MULTIPLIER, Kind, kind_of
-from permprune.models.positions import fitting_length
+from permprune.models.modality import BATCH_MULTIPLIER, Kind, fitting_length, kind_of
 from permprune.models.processors import takes_pairs
 from permprune.models.shallow import Repetition
 from permprune.pruning.problem import Outline

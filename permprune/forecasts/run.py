@@ -36,10 +36,10 @@ from permprune.models.modality import (
     LIGHT,
     evaluation_batch,
     evaluation_count,
+    fitting_length,
     kind_of,
 )
 from permprune.models.narrow_weights import end_weights, held_bytes, held_type, is_narrow
-from permprune.models.positions import fitting_length
 from permprune.models.processors import takes_pairs
 from permprune.pattern import MIXED
 from permprune.permuters.registry import permuter

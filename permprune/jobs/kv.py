@@ -29,8 +29,7 @@ from permprune.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape
 from permprune.kv.folding import fold_values
 from permprune.kv.tiers import Measured, choose_means, measure_bits, outputs_of
 from permprune.models.forward import short_inputs
-from permprune.models.modality import EVALUATION_BATCH
-from permprune.models.positions import clipped_length
+from permprune.models.modality import EVALUATION_BATCH, clipped_length
 from permprune.models.processors import Processor
 from permprune.options import Count, Positive, Seed, require
 from permprune.pattern import MIXED, Pattern

@@ -19,8 +19,7 @@ from permprune.kv.cache import PrunedCache
 from permprune.kv.config import KVConfig
 from permprune.kv.files import LayerChannels, Measurement
 from permprune.models.forward import cache_argument
-from permprune.models.modality import EVALUATION_BATCH
-from permprune.models.positions import positions_of
+from permprune.models.modality import EVALUATION_BATCH, positions_of
 
 CHUNK = 512
 """Number of tokens in a forward pass."""

@@ -1,17 +1,19 @@
-"""The kind of input that a model takes: text, sentences to label or to embed, images or speech."""
+"""The kind of input that a model takes: text, sentences to label or to embed, images or speech; and how much of it."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Literal
 
 from permprune.errors import PermpruneError
 from permprune.options import nearest
 from permprune.system.imports import on_first_use
+from permprune.system.progress import log
 
 with on_first_use(globals()):
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.nn import functional as F
     from transformers import PreTrainedModel
 
@@ -45,6 +47,10 @@ TASK = "embedding"
 
 POOLING = "sentence_pooling"
 """The field of a config that names the pooling of a sentence encoder, one of `POOLINGS`."""
+
+
+_WARNED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+"""The models of which `clipped_length` has logged a warning."""
 
 
 def evaluation_count(model: PreTrainedModel, windows: int) -> int:
@@ -126,3 +132,33 @@ def embeddings(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     """Pool states (batch, length, channels) to embeddings of length 1, fp32 (batch, channels)."""
     real = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask.bool()
     return F.normalize(POOLINGS[pooling](states.float(), real), dim=1)
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """Return the largest number of tokens that a model reads at once; None if its config does not tell.
+
+    RoBERTa and its relatives number positions from the padding token on, and so cannot use all rows of their table.
+    """
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    paddings = [
+        table.padding_idx for table in tables if isinstance(table, nn.Embedding) and table.num_embeddings == most
+    ]
+    return most - max((1 + padding for padding in paddings if padding is not None), default=0)
+
+
+def fitting_length(model: PreTrainedModel, length: int) -> int:
+    """Return `length`, or the positions of a model of text if they are fewer."""
+    most = positions_of(model) if kind_of(model) in ("text", "sentences", "embeddings") else None
+    return length if most is None else min(length, most)
+
+
+def clipped_length(model: PreTrainedModel, length: int) -> int:
+    """Return `fitting_length`; a warning says once for each model if it is less than `length`."""
+    fitting = fitting_length(model, length)
+    if fitting < length and model not in _WARNED:
+        _WARNED.add(model)
+        log.warning("the model has %d positions: the length is %d tokens in place of %d", fitting, fitting, length)
+    return fitting

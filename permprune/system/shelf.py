@@ -20,8 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from permprune.errors import PermpruneError
 from permprune.system.files import reported
-from permprune.system.pinned import empty_on_host
 
 Place = Literal["device", "host", "disk"]
 """Where tensors rest: on the device that computes, in the memory of the host, or on the disk."""
@@ -244,6 +244,22 @@ class _File:
             return torch.empty(described.shape, dtype=described.dtype)
         pages = mmap.mmap(self._file.fileno(), described.nbytes, offset=cast(int, held.start))
         return torch.frombuffer(pages, dtype=described.dtype).view(described.shape)
+
+
+def empty_on_host(like: Tensor, device: torch.device) -> Tensor:
+    """Return an empty tensor of this shape and type in the memory of the host, pinned if the device is a GPU.
+
+    PyTorch would round its bytes up to a power of two, and keep them for others when the tensor is freed. Raises
+    `PermpruneError` if the system does not pin so much.
+    """
+    if device.type != "cuda" or not like.numel():
+        return torch.empty(like.shape, dtype=like.dtype)
+    pages, runtime = mmap.mmap(-1, like.nbytes), torch.cuda.cudart()
+    values = torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
+    if int(runtime.cudaHostRegister(values.data_ptr(), like.nbytes, 0)):
+        raise PermpruneError("the system does not pin more memory of the host: free some, or give --offload disk")
+    weakref.finalize(pages, runtime.cudaHostUnregister, values.data_ptr())
+    return values
 
 
 def write_tensors(

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import permprune
 from permprune import Evaluation, FineTuning, Identity, Newton, PermpruneError, PruneConfig
 from permprune.models.layers import block_linears
-from permprune.report.comparison import comparison_table
+from permprune.report.showcase import comparison_table
 from permprune.system.files import write_json
 
 from ..faults.pruned import SETTINGS, WINDOWS

@@ -16,7 +16,7 @@ from transformers import (
     T5Model,
 )
 
-from permprune.models.positions import positions_of
+from permprune.models.modality import positions_of
 
 from ..cli.running import run
 from ..fixtures import BLOCK, SENTENCES

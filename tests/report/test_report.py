@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from permprune.report import pictures
-from permprune.report.comparison import comparison_title
 from permprune.report.run import decision, render, write_report
+from permprune.report.showcase import comparison_title
 from permprune.report.style import Format, save
 from permprune.report.words import duration, number, percent, with_error
 

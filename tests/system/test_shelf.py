@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from permprune.errors import PermpruneError
-from permprune.system.pinned import empty_on_host
-from permprune.system.shelf import Place, Room, Shelf, read_tensors, write_tensors
+from permprune.system.shelf import Place, Room, Shelf, empty_on_host, read_tensors, write_tensors
 
 from ..simulated_device import CPU, SIMULATED, simulated_device
 
