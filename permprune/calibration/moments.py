@@ -16,7 +16,7 @@ from permprune.models.experts import Routed
 from permprune.models.forward import Padding
 from permprune.models.hooks import hooked
 from permprune.models.layers import Layer
-from permprune.system import distributed
+from permprune.system import distributed, sharding
 from permprune.system.progress import log
 from permprune.system.shelf import Shelf
 
@@ -150,6 +150,6 @@ def _mean(total: Symmetric, count: float, site: str, *, half: bool) -> Symmetric
     """Return a sum divided by the number of tokens. Raises `PermpruneError` if it is not finite."""
     for strip in total.strips:
         strip /= count
-    if not total.is_finite():
+    if sharding.total(sum(not torch.isfinite(strip).all() for strip in total.strips))[0]:
         raise PermpruneError(f"activations at {site} overflow on the calibration data: calibrate with --precision fp32")
     return total.correlations() if half else total

@@ -57,10 +57,6 @@ class Symmetric:
                 if len(strip):
                     strip.addmm_(rows[:, span].T, rows[:, span.start :])
 
-    def is_finite(self) -> bool:
-        """Whether no element is NaN or infinite."""
-        return not sharding.total(sum(not torch.isfinite(strip).all() for strip in self.strips))[0]
-
     def dense(self) -> Float[Tensor, "size size"]:
         """Return the whole matrix as a new tensor, fp32 (size, size); if processes divide it, on all at once."""
         matrix = self.strips[0].new_empty(self.size, self.size, dtype=torch.float32)

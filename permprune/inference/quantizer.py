@@ -115,7 +115,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             _, module = _find(model, name)
             reorder_output(module, torch.empty(width, dtype=torch.int64, device="meta"))
         replace_head(model, config.head, model.dtype)
-        _keep_scales(model)
+        scales = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, Int8Table)}
+        wide = model._keep_in_fp32_modules_strict or ()  # where Transformers loads scales of int8 tables as they are
+        model._keep_in_fp32_modules_strict = {*wide, *scales}
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -252,12 +254,6 @@ def reorder_output(module: nn.Module, order: Tensor) -> None:
 def _reorder(module: nn.Module, _args: object, result: Tensor) -> Tensor:
     order: Tensor = module._buffers[ORDER]  # type: ignore[assignment]
     return result.index_select(-1, order)
-
-
-def _keep_scales(model: PreTrainedModel) -> None:
-    """Load the scales of int8 tables in fp32, whatever the type of the model."""
-    scaled = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, Int8Table)}
-    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *scaled}
 
 
 def _find(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:

@@ -102,7 +102,11 @@ def bench(
     other engines that are installed too, as far as they run it. Raises `PermpruneError`.
     """
     given = {"batches": batches, "contexts": contexts, "steps": [steps], "turns": [turns]}
-    _require_numbers(**{name: numbers for name, numbers in given.items() if numbers is not None})
+    for name, numbers in given.items():
+        if numbers is not None and not numbers:
+            raise PermpruneError(f"{name} is empty: give at least one number")
+        for number in numbers or ():
+            require(name, number, Count)
     threads = threads or torch.get_num_threads()
     require("threads", threads, Count)
     reference = dense or _dense_of(folders)
@@ -139,14 +143,6 @@ def report(benchmark: Benchmark, folder: str | Path) -> None:
     values = dataclasses.replace(read_record(folder), bench=benchmark).to_json()
     write_json(folder / RECORD, values)
     write_report(values, folder / REPORT)
-
-
-def _require_numbers(**numbers: Sequence[int]) -> None:
-    for name, values in numbers.items():
-        if not values:
-            raise PermpruneError(f"{name} is empty: give at least one number")
-        for value in values:
-            require(name, value, Count)
 
 
 def _types(folder: Path) -> list[str | None]:

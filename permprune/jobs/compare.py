@@ -45,7 +45,6 @@ class ComparisonRow(Measurement):
     gap_closed: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as JSON values."""
         return {**super().to_json(), "gap_closed": self.gap_closed}
 
 

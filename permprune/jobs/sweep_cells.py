@@ -92,7 +92,6 @@ class SweepRow(Measurement):
     score_front: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as JSON values."""
         names = ("bytes", "layers", "kept", "error", "curve", "gap_closed", "size", "front")
         values = {"pattern": self.pattern, **super().to_json(), "minutes": self.minutes, "stderr": self.result.stderr}
         values |= {name: encode(getattr(self, name)) for name in names}
@@ -110,7 +109,6 @@ class DenseRow(Measurement):
     overlap: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as JSON values."""
         return {**super().to_json(), "stderr": self.result.stderr, "bytes": self.bytes, "size": 1.0}
 
 

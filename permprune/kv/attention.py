@@ -128,11 +128,14 @@ class States(ABC):
 
 
 class StatesLayer(CacheLayerMixin):  # type: ignore[misc]
-    """A cache layer for any number of tokens, whose `update` returns `States`."""
+    """A cache layer for any number of tokens, whose `update` returns `States`.
+
+    `change_batch(change)` replaces every tensor by `change(tensor)`, which selects or repeats rows of the batch.
+    """
 
     is_croppable = True
     is_sliding = False
-    batch_select_indices: Callable[[Tensor], None]
+    change_batch: Callable[[Callable[[Tensor], Tensor]], None]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of tokens after `query_length` more, and the position of the first."""
@@ -141,6 +144,14 @@ class StatesLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         """Return -1: the number of tokens is not limited."""
         return -1
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        self.change_batch(lambda part: part.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Select rows of the batch."""
+        self.change_batch(lambda part: part[indices.to(part.device)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows of the batch, as beam search does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -78,15 +78,9 @@ class MixedLayer(StatesLayer):
         for layer in self.layers:
             layer.crop(tokens_to_remove)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch."""
+    def change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
-            layer.batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Select rows of the batch."""
-        for layer in self.layers:
-            layer.batch_select_indices(indices)
+            layer.change_batch(change)
 
     @property
     def dense_nbytes(self) -> int:

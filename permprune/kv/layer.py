@@ -151,15 +151,7 @@ class PrunedLayer(StatesLayer):
             tokens.truncate(packed)
         self.keys, self.values = (states[:, :, : left - packed].clone() for states in (self.keys, self.values))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch."""
-        self._change_batch(lambda part: part.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Select rows of the batch."""
-        self._change_batch(lambda part: part[indices.to(part.device)])
-
-    def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+    def change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.packed is not None:
             self.keys, self.values = change(self.keys), change(self.values)
             self.places = None if self.places is None else change(self.places)

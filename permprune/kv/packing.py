@@ -76,9 +76,9 @@ class Channels:
 
     def check(self, name: str) -> None:
         """Raise `PermpruneError`, naming the tensors' `name`, unless orders are permutations and the rest in range."""
-        identity = torch.arange(self.order.shape[-1]).expand(self.order.shape)
+        faults, identity = [], torch.arange(self.order.shape[-1]).expand(self.order.shape)
         if not torch.equal(self.order.sort(-1).values, identity):
-            raise PermpruneError(f"{name} has an order that is no permutation: make the cache again with permprune kv")
+            faults.append("has an order that is no permutation")
         for what, numbers, least in (
             ("weights", self.weight, SMALLEST),
             ("levels", self.level, SMALLEST),
@@ -86,15 +86,12 @@ class Channels:
         ):
             fits = numbers.is_floating_point() and numbers.shape == self.order.shape
             if not fits or not ((numbers >= least) & (numbers <= LARGEST)).all():
-                raise PermpruneError(
-                    f"{name} has {what} that are not one number from {least:g} to {LARGEST:g} for each channel: "
-                    "make the cache again with permprune kv"
-                )
+                faults.append(f"has {what} that are not one number from {least:g} to {LARGEST:g} for each channel")
         bits, least, most = self.bits, coding.BITS[0], coding.BITS[-1]
         if bits is not None and not (bits.shape == self.shape[:1] and ((bits >= least) & (bits <= most)).all()):
-            raise PermpruneError(
-                f"{name} does not have {least} to {most} bits for each head: make the cache again with permprune kv"
-            )
+            faults.append(f"does not have {least} to {most} bits for each head")
+        if faults:
+            raise PermpruneError(f"{name} {faults[0]}: make the cache again with permprune kv")
 
     def to(self, device: torch.device) -> Channels:
         """Return the channels on a device."""

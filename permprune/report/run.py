@@ -36,7 +36,7 @@ REPORT = "report.html"
 
 def render(record: Mapping[str, Any]) -> str:
     """Render the page for the contents of a permprune.json. Everything from the record is escaped."""
-    shown = record.get("showcase")
+    shown, bench = record.get("showcase"), record.get("bench") or {"rows": []}
     return fill(
         "run.html",
         record=record,
@@ -56,7 +56,7 @@ def render(record: Mapping[str, Any]) -> str:
         dense=dense_sentence(record.get("dense")),
         mix=mix_sentences(record),
         pictures=_pictures(record),
-        speeds=_speeds(record.get("bench")),
+        speeds=[f"{short_name(row['name'])}: {summary(bench, row)}." for row in bench["rows"] if not row["dense"]],
         times={name: duration(seconds) for name, seconds in record["seconds"].items()},
         spaces=_spaces(record),
     )
@@ -164,12 +164,6 @@ def _pictures(record: Mapping[str, Any]) -> dict[str, str]:
     if sample := record["sample"]:
         drawn["sample"] = pictures.sample(sample)
     return {name: data_uri(picture) for name, picture in drawn.items()}
-
-
-def _speeds(figures: Mapping[str, Any] | None) -> list[str]:
-    """Return a sentence for each checkpoint of a benchmark, which compares it to the dense model."""
-    rows = [row for row in figures["rows"] if not row["dense"]] if figures else []
-    return [f"{short_name(row['name'])}: {summary(figures or {}, row)}." for row in rows]
 
 
 def dense_sentence(weights: Mapping[str, Any] | None) -> str:

@@ -41,27 +41,17 @@ def generates(speeds: Sequence[Mapping[str, Any]]) -> bool:
 
 def speed_cells(speeds: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Return the cells of the columns `GENERATION` or `READING`, with one row for each batch size and context."""
-    if not generates(speeds):
-        return [
-            (
-                str(speed["batch"]),
-                str(speed["context"] or ""),
-                number(rate(speed)),
-                f"{1000 * speed['seconds']:,.1f} ms",
-            )
-            for speed in speeds
-        ]
-    return [
-        (
-            str(speed["batch"]),
-            str(speed["context"]),
-            number(speed["batch"] * speed["context"] / speed["first_token"]),
-            f"{1000 * speed['first_token']:,.0f} ms",
-            number(rate(speed)),
-            f"{speed['cache'] / 1e6:,.1f}" if speed.get("cache") else "",
-        )
-        for speed in speeds
-    ]
+    rows = []
+    for speed in speeds:
+        cells = [str(speed["batch"]), str(speed["context"] or "")]
+        if generates(speeds):
+            prompts = number(speed["batch"] * speed["context"] / speed["first_token"])
+            cache = f"{speed['cache'] / 1e6:,.1f}" if speed.get("cache") else ""
+            cells += [prompts, f"{1000 * speed['first_token']:,.0f} ms", number(rate(speed)), cache]
+        else:
+            cells += [number(rate(speed)), f"{1000 * speed['seconds']:,.1f} ms"]
+        rows.append(tuple(cells))
+    return rows
 
 
 def rate(speed: Mapping[str, Any]) -> float:

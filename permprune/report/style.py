@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from permprune.system.files import write_whole
 
 Format = Literal["svg", "png"]
 
@@ -89,9 +86,3 @@ def save(picture: Figure, kind: Format = "svg") -> bytes:
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     picture.savefig(buffer, format=kind, dpi=200, transparent=True, metadata=metadata)
     return buffer.getvalue()
-
-
-def write_png(picture: Figure, path: Path) -> None:
-    """Write a picture as PNG. Raises `PermpruneError` if it cannot be written."""
-    content = save(picture, "png")
-    write_whole(path, lambda temporary: temporary.write_bytes(content))

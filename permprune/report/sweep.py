@@ -20,7 +20,7 @@ from rich.table import Table
 from permprune.evaluation.result import metric_named
 from permprune.report.page import data_uri, fill
 from permprune.report.pictures import dense_line, metric_axis
-from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, figure, legend, styled, write_png
+from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, figure, legend, save, styled
 from permprune.report.words import (
     NONE,
     count,
@@ -72,9 +72,9 @@ def render_sweep(result: Result) -> str:
 
 def write_sweep(result: Result, folder: Path) -> None:
     """Write report.html and pareto.png to a folder. Raises `PermpruneError` if they cannot be written."""
-    page, picture = render_sweep(result), pareto(result, _values(result))
+    page, picture = render_sweep(result), save(pareto(result, _values(result)), "png")
     write_whole(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    write_png(picture, folder / "pareto.png")
+    write_whole(folder / "pareto.png", lambda temporary: temporary.write_bytes(picture))
 
 
 def sweep_decision(result: Result) -> str:

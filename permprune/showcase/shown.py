@@ -80,7 +80,10 @@ def showing_of(model: PreTrainedModel, processor: Processor | None, examples: Ex
         case "images":
             if "labels" not in argument_names(model):
                 return ImageNeighbours(model, processor, examples, count)
-            return _images(model, processor, examples, STRIP * count)
+            shown, maker = examples[: STRIP * count], image_processor_of(processor)
+            showing = Classes(model, shown, [f"image {number}" for number in range(1, len(shown) + 1)])
+            showing.pictures = [thumbnail(pixels, maker) for pixels in shown["pixel_values"]]
+            return showing
         case "speech" if writes_text(model):
             if "labels" not in examples:
                 raise NotShown("the sound has no transcripts")
@@ -95,13 +98,6 @@ def showing_of(model: PreTrainedModel, processor: Processor | None, examples: Ex
             kind = Scores if model.config.num_labels == 1 else Classes
             return kind(model, shown, [text_of(shown, tokenizer, place) for place in range(len(shown))])
     return _texts(model, tokenizer_of(processor), examples, count)
-
-
-def _images(model: PreTrainedModel, processor: Processor | None, examples: Examples, count: int) -> Showing:
-    shown, maker = examples[:count], image_processor_of(processor)
-    showing = Classes(model, shown, [f"image {number}" for number in range(1, len(shown) + 1)])
-    showing.pictures = [thumbnail(pixels, maker) for pixels in shown["pixel_values"]]
-    return showing
 
 
 def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, count: int) -> Showing:
