@@ -103,14 +103,11 @@ class MaskedWeight(Tensor):
                 if product is not None:
                     return product
             given = tuple(one._with_zeros() if isinstance(one, cls) else one for one in args)
-            return func(*given, **{name: _plain(one) for name, one in (kwargs or {}).items()})
+            named = (kwargs or {}).items()
+            return func(*given, **{name: one._with_zeros() if isinstance(one, cls) else one for name, one in named})
 
     def _with_zeros(self) -> Tensor:
         return apply_mask(self._weight, self._bits, torch.float32 if self._columns is None else torch.bfloat16)
-
-
-def _plain(value: Any) -> Any:
-    return value._with_zeros() if isinstance(value, MaskedWeight) else value
 
 
 def _multiply(x: Tensor, masked: MaskedWeight, bias: Tensor | None) -> Tensor | None:
