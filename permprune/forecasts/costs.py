@@ -18,7 +18,6 @@ import torch
 from permprune.calibration.moments import accumulator_bytes
 from permprune.forecasts.resources import Memory, Stage, Work, Workload
 from permprune.inference.solving import SWEEPS
-from permprune.kernels.product.masked import ROOM
 from permprune.losses.objective import as_loss
 from permprune.matching.assignment import groups_in, part_count
 from permprune.models.layers import Layer
@@ -297,14 +296,7 @@ def _elements(method: CostMatrixLearner | Learned, outline: Outline) -> int:
 
 def _pass(method: Iterative[Any], run: Workload, examples: int = 0) -> tuple[Memory, ...]:
     """The memory of a gradient on this number of examples, or of the accept test."""
-    parts = run.gradient.parts if examples else (*run.loss.parts, *_packed(run))
-    return (*_teacher(method, run, examples), *parts)
-
-
-def _packed(run: Workload) -> tuple[Memory, ...]:
-    """The memory of the weights that are packed for several batches."""
-    packed = run.dtype.itemsize * run.outline.weights * run.outline.pattern.n // run.outline.pattern.m
-    return () if run.on_device else (Memory("packed weights", min(packed, ROOM)),)
+    return (*_teacher(method, run, examples), *(run.gradient.parts if examples else (*run.loss.parts, run.packed)))
 
 
 def _training(method: Iterative[Any], run: Workload, examples: int, steps: float) -> tuple[Memory, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from permprune.kernels.product.masked import ROOM
 from permprune.models.modality import LIGHT
 
 if TYPE_CHECKING:
@@ -115,6 +116,13 @@ class Workload:
     def gradient_bytes(self) -> int:
         """The bytes of the gradients of all weights (see `pruning.gradients.Gradients`)."""
         return min(self.dtype.itemsize, self.outline.dtype.itemsize) * self.outline.weights
+
+    @property
+    def packed(self) -> Memory:
+        """The weights that a pass without gradients packs for several batches, on a CPU where all weights are held."""
+        held = 0 if self.on_device or self.rests != "device" else self.outline.weights
+        kept = held * self.outline.pattern.n // self.outline.pattern.m
+        return Memory("packed weights", min(self.dtype.itemsize * kept, ROOM))
 
     def carrying(self, size: float) -> Work:
         """The work of moving bytes between a device and where they rest; on a CPU files are in the system's memory."""
