@@ -1,6 +1,7 @@
 """What is shown of models of every kind: examples of the evaluation data, and what the models answer."""
 
 import base64
+import copy
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,9 @@ def answered(showing: Showing) -> list[str]:
 
 
 def padded(tokenizer: PreTrainedTokenizerFast) -> Examples:
-    tokenizer.pad_token = "</s>"
-    return Examples(dict(tokenizer(SENTENCES, padding=True, return_tensors="pt", return_token_type_ids=False)))
+    own = copy.deepcopy(tokenizer)  # that of the other tests stays as it is
+    own.pad_token = "</s>"
+    return Examples(dict(own(SENTENCES, padding=True, return_tensors="pt", return_token_type_ids=False)))
 
 
 def test_a_language_model_continues_text(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
