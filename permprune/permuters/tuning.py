@@ -14,6 +14,7 @@ from torch import Tensor
 from permprune.examples import Examples
 from permprune.kernels.adam.step import adam_step
 from permprune.losses.objective import Loss
+from permprune.losses.targets import Imitation
 from permprune.permuters.base import Run
 from permprune.permuters.iterate import TOLERANCE, Landscape, S
 from permprune.pruning.network import PrunedNetwork
@@ -210,6 +211,7 @@ def train_weights(
     if kept.steps:
         log.info("training resumes after step %d", kept.steps)
     windows = len(run.train) // run.examples_per_window
+    batch_of = run.varied_batch if isinstance(network.task, Imitation) else run.batch
     losses: list[float] = []
     with bar("training, % of the schedule", 100) as advance:
         while (place := schedule(kept.steps, distributed.mean(saved.seconds if kept.steps else 0.0))) is not None:
@@ -222,7 +224,7 @@ def train_weights(
             if place > 1 - int4:
                 kept.begin_int4(run.batch(0, SOLVED))
             scheduled = rate * min(place / RISING, (1 - place) / (1 - RISING))
-            losses.append(kept.step(run.varied_batch(first + kept.steps, examples), loss, scheduled))
+            losses.append(kept.step(batch_of(first + kept.steps, examples), loss, scheduled))
             advance(round(100 * place), f"training: loss {losses[-1]:.4f}, % of the schedule")
             saved.offer(kept.state)
             if len(losses) == LOGGED:
