@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from permprune.kernels.product.masked import ROOM
 from permprune.models.modality import LIGHT
 
 if TYPE_CHECKING:
@@ -120,6 +119,8 @@ class Workload:
     @property
     def packed(self) -> Memory:
         """The weights that a pass without gradients packs for several batches, on a CPU where all weights are held."""
+        from permprune.kernels.product.masked import ROOM  # with it torch, which checks of the command line do without
+
         held = 0 if self.on_device or self.rests != "device" else self.outline.weights
         kept = held * self.outline.pattern.n // self.outline.pattern.m
         return Memory("packed weights", min(self.dtype.itemsize * kept, ROOM))
