@@ -78,7 +78,7 @@ def add_types(bench: Row, model: str, path: Path) -> None:
 
 
 def runs_in(row: Row, dtype: str) -> bool:
-    """Whether a row of a packed model is of activations of this type."""
+    """Whether a row of a packed model is of activations of this type: fp32, unless its name says bf16."""
     return (dtype == "bf16") == (row["name"].endswith("(bf16)") or Path(row["name"]).name.endswith("bf16"))
 
 

@@ -134,8 +134,8 @@ class PrunedNetwork(MaskedLayers):
         not given, they are computed.
         """
         total, count, batch = 0.0, 0.0, LIGHT * self.batch
-        several, rests = len(examples) > batch * distributed.world(), self.shelf.place != "device"
-        with frozen(self.model), self.packed_once() if several and not rests else nullcontext():
+        again = len(examples) > batch * distributed.world() and self.shelf.place == "device"
+        with frozen(self.model), self.packed_once() if again else nullcontext():
             for shown, dense in self._batches(examples, loss, batch, teacher_outputs):
                 with self.autocast():
                     value, terms = loss(self.model, shown, self.task, dense)

@@ -58,7 +58,7 @@ class RunningLayers(ABC):
             self._packed = None
 
     def _product(self, layer: Layer) -> Tensor | None:
-        """The `_multiplied` of a layer."""
+        """The `_multiplied` of a layer, which inside `packed_once` keeps what a product packs."""
         weight = self._multiplied(layer)
         if self._packed is not None and isinstance(weight, MaskedWeight):
             self._packed.lend(layer.name, weight)
