@@ -1,15 +1,20 @@
-"""Attention in bfloat16 on the CPU: torch's kernel beside permprune's blocks, forward and backward, in turns.
+"""Attention in bfloat16 on the CPU: torch's kernel beside permprune's, in turns.
+
+For training, forward and backward passes in blocks; for decoding, single queries by the native library.
 
 python benchmarks/attention.py --threads 2
 """
 
 import argparse
+import math
 import time
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from permprune.inference.decoding import attention
 from permprune.models.autocast import BlockwiseAttention
 
 SHAPES = {
@@ -19,6 +24,15 @@ SHAPES = {
     "MiniLM-L6, 16 texts of 48 to 96 tokens": (16, 12, 12, 96, 32, "padding"),
 }
 """Batch, query heads, key/value heads, tokens, channels of a head, and the mask."""
+
+DECODING = {
+    "SmolLM2-135M, 512 tokens": (1, 9, 3, 512, 64),
+    "SmolLM2-135M, 8 sequences of 512 tokens": (8, 9, 3, 512, 64),
+    "Qwen2.5-1.5B, 2048 tokens": (1, 12, 2, 2048, 128),
+    "Llama-3-8B, 2048 tokens": (1, 32, 8, 2048, 128),
+    "Llama-2-7B, 2048 tokens": (1, 32, 32, 2048, 128),
+}
+"""Batch, query heads, key/value heads, tokens, and channels of a head."""
 
 
 def main() -> None:
@@ -31,6 +45,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         compare(name, *shape, turns=options.turns)
+    print("\n| decoding | torch, ms | native, ms | ratio |\n|---|---|---|---|")
+    for name, sizes in DECODING.items():
+        decode(name, *sizes, turns=10 * options.turns)
 
 
 def compare(
@@ -67,6 +84,23 @@ def compare(
     torchs, own = (" + ".join(f"{1e3 * s:.1f}" for s in best[blocks]) for blocks in (False, True))
     ratio = sum(best[False]) / sum(best[True])
     print(f"| {name} | {torchs} | {own} | {ratio:.2f} | {errors[False]:.4f} | {errors[True]:.4f} |", flush=True)
+
+
+def decode(name: str, batch: int, heads: int, shared: int, length: int, width: int, *, turns: int) -> None:
+    """Print the fastest call of each with one query a sequence."""
+    torch.manual_seed(0)
+    sizes = (heads, 1), (shared, length), (shared, length)
+    query, key, value = (torch.randn(batch, *size, width).bfloat16() for size in sizes)
+    best = [math.inf, math.inf]
+    for turn in range(2 * turns):
+        started = time.perf_counter()
+        if turn % 2:
+            attention(nn.Module(), query, key, value, None)
+        else:
+            F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        best[turn % 2] = min(best[turn % 2], time.perf_counter() - started)
+    torchs, own = best
+    print(f"| {name} | {1e3 * torchs:.2f} | {1e3 * own:.2f} | {torchs / own:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,10 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         use_kernels(model)
         move_to_huge_pages(model)
         if model.device.type == "cpu":
+            from permprune.inference.decoding import use_native_decoding
+
             keep_activations()
+            use_native_decoding()
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module)["save_pretrained"] = partial(_save_packed, module)

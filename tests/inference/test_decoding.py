@@ -1,0 +1,100 @@
+"""Attention of single queries beside PyTorch's in float64."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from permprune.inference import decoding
+from permprune.inference.decoding import attention
+from permprune.inference.pack import pack
+from permprune.models.layers import prunable_layers
+from permprune.pattern import Pattern
+
+LEAST = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+"""Half of the last bit of numbers around one."""
+
+
+def states(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the queries that the native library gets."""
+    found: list[tuple[int, ...]] = []
+
+    def counted(queries: Any, *args: Any, **kwargs: Any) -> Tensor:
+        found.append(tuple(queries.query.shape))
+        return attend(queries, *args, **kwargs)
+
+    attend = decoding.attend
+    monkeypatch.setattr(decoding, "attend", counted)
+    return found
+
+
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    width=st.sampled_from([8, 24, 64, 128]),
+    length=st.integers(1, 700),
+    dtype=st.sampled_from(list(LEAST)),
+    masked=st.booleans(),
+)
+def test_a_single_query_gets_what_float64_gives(
+    batch: int, heads: int, group: int, width: int, length: int, dtype: torch.dtype, masked: bool
+) -> None:
+    query = states(batch, heads * group, 1, width, dtype=dtype)
+    key, value = (states(batch, heads, length, width, dtype=dtype, seed=seed) for seed in (1, 2))
+    mask = torch.rand(batch, 1, 1, length, generator=torch.Generator().manual_seed(3)) < 0.7 if masked else None
+    if mask is not None:
+        mask[..., 0] = True  # a query reads at least one token
+    found, _ = attention(nn.Module(), query, key, value, mask)
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), mask, enable_gqa=True)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact.transpose(1, 2), rtol=2 * LEAST[dtype], atol=2 * LEAST[dtype])
+
+
+def grouped(group: int) -> nn.Module:
+    module = nn.Module()
+    module.num_key_value_groups = group
+    return module
+
+
+@pytest.mark.parametrize("case", ["fp32", "two queries", "gradient", "float mask", "dropout", "wide"])
+def test_other_calls_go_to_pytorch(case: str, calls: list[tuple[int, ...]]) -> None:
+    dtype = torch.float32 if case == "fp32" else torch.bfloat16
+    count, width = 2 if case == "two queries" else 1, 264 if case == "wide" else 64
+    query, key = states(1, 4, count, width, dtype=dtype), states(1, 2, 9, width, dtype=dtype, seed=1)
+    query.requires_grad_(case == "gradient")
+    mask = torch.zeros(1, 1, 1, 9, dtype=dtype) if case == "float mask" else None
+    dropout = 0.5 if case == "dropout" else 0.0
+    found, _ = attention(grouped(2), query, key, key, mask, dropout=dropout)
+    assert found.shape == (1, count, 4, width) and not calls
+
+
+def test_a_packed_model_decodes_natively(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, calls: list[tuple[int, ...]]
+) -> None:
+    prunable = prunable_layers(tiny_llama, Pattern.parse("2:4"))
+    for layer in prunable:
+        layer.weight.unflatten(1, (-1, 4))[..., 2:] = 0
+    pack(tiny_llama, {layer.name: "2:4" for layer in prunable}, dtype="bf16")
+    tiny_llama.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.arange(12).view(2, 6)
+    written = model.generate(
+        tokens, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    assert [shape[2] for shape in calls] == [1] * 2 * model.config.num_hidden_layers
+    with torch.no_grad():
+        expected = model(written.sequences[:, :-1]).logits[:, 5:]
+    found = torch.stack(written.logits, 1).to(expected.dtype)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
