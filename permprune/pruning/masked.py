@@ -311,17 +311,18 @@ class MaskedLayers(RunningLayers):
 
     def measures(self) -> list[LayerMeasure]:
         """Compare each layer with its current weights to the dense layer."""
-        measures = []
-        for name, layer in self.layers.items():
-            dense, shown, energy = self.dense[name], self.shown[name], self.scores[name].square_()
-            moments = self.statistics.moments[self.sites[name]]
-            sums = sharding.total(float((energy * shown.ne(0)).sum()), float(energy.sum()))
-            kept = sums[0] / max(sums[1], 1e-30)
-            if name not in self._energies:  # a product as large as a pass over many tokens
-                self._energies[name] = max(output_energy(dense, moments), 1e-30)
-            error = output_energy(dense - shown, moments) / self._energies[name]
-            measures.append(LayerMeasure(name, layer.transposed, str(self.patterns[name]), kept, error))
-        return measures
+        return [self._measure(name, layer) for name, layer in self.layers.items()]
+
+    def _measure(self, name: str, layer: Layer) -> LayerMeasure:
+        dense, shown, energy = self.dense[name], self.shown[name], self.scores[name].square_()
+        sums = sharding.total(float((energy * shown.ne(0)).sum()), float(energy.sum()))
+        del energy
+        moments = self.statistics.moments[self.sites[name]]
+        if name not in self._energies:  # a product as large as a pass over many tokens
+            self._energies[name] = max(output_energy(dense, moments), 1e-30)
+        error = output_energy(dense - shown, moments) / self._energies[name]
+        kept = sums[0] / max(sums[1], 1e-30)
+        return LayerMeasure(name, layer.transposed, str(self.patterns[name]), kept, error)
 
     def _scale(self, name: str, saliency: Saliency) -> Scale:
         try:
@@ -383,4 +384,4 @@ def output_energy(weight: Tensor, moments: Tensor) -> float:
 
     `weight` is (rows, channels), and `moments` are the second moments of its inputs, (channels, channels).
     """
-    return sharding.total(float(((weight.float() @ moments) * weight).sum()))[0]
+    return sharding.total(float((weight.float() @ moments).mul_(weight).sum()))[0]
