@@ -6,8 +6,6 @@ A method without a registered function runs as any other, and its time is not kn
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import singledispatch
@@ -15,13 +13,11 @@ from typing import Any
 
 import torch
 
-from permprune.calibration.moments import accumulator_bytes
 from permprune.forecasts.resources import Memory, Stage, Work, Workload
 from permprune.inference.solving import SWEEPS
 from permprune.losses.objective import as_loss
 from permprune.matching.assignment import groups_in, part_count
 from permprune.models.layers import Layer
-from permprune.models.modality import LIGHT
 from permprune.permuters import cp, kept, quadratic
 from permprune.permuters.base import Permuter
 from permprune.permuters.bundles import BLOCK
@@ -205,20 +201,14 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
 
 def _block_update(run: Workload, examples: int) -> tuple[Memory, ...]:
     """The memory of `LayerUpdate.run` with ADMM: a block's inputs, second moments and weights, and a layer's."""
-    blocks, sites = Counter[str](), dict[str, set[int]]()
-    for layer in run.outline.layers:
-        block = re.split(r"(?<=\.\d)\.", layer.name)[0]
-        blocks[block] += layer.shape.numel()
-        sites.setdefault(block, set()).add(layer.shape[1])
+    blocks = [sum(layer.shape.numel() for layer in block) for block in run.outline.blocks]
 
     def in_hand(layer: Layer) -> float:
         channels, weights = layer.shape[1], layer.shape.numel()
         return max(4 * channels**2 + weights, 3 * channels**2 + UPDATE_COPIES * weights)
 
-    size = max(blocks.values()) + max(map(in_hand, run.outline.layers))
-    moments = max(accumulator_bytes(widths) for widths in sites.values())
-    inputs = run.loss.outputs * examples // (LIGHT * run.batch * len(blocks))
-    return Memory("activations", inputs), Memory("update of a block", round(4 * size) + moments)
+    size = max(blocks) + max(map(in_hand, run.outline.layers)) + run.outline.block_sums
+    return Memory("activations", run.block_outputs(examples)), Memory("update of a block", round(4 * size))
 
 
 def _compensation(run: Workload, examples: int) -> Work:

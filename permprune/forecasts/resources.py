@@ -131,6 +131,10 @@ class Workload:
             return Work()
         return Work(carried=size, stored=size if self.rests == "disk" else 0.0)
 
+    def block_outputs(self, examples: int) -> int:
+        """The bytes of what a block computes of so many examples, the mean of all blocks."""
+        return self.loss.outputs * examples // (LIGHT * self.batch * len(self.outline.blocks))
+
     def pass_work(self, examples: float, batch: int, passes: float = 1.0) -> Work:
         """The work of so many passes forward over some examples, each batch of which reads all weights."""
         read = math.ceil(examples / batch) * self.outline.dtype.itemsize * self.outline.weights

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -162,6 +164,20 @@ class Outline:
     def widths(self) -> dict[str, int]:
         """The number of channels of each tensor that layers read."""
         return {self.sites[layer.name]: layer.shape[1] for layer in self.layers}
+
+    @cached_property
+    def blocks(self) -> list[list[Layer]]:
+        """The layers of each block, whose names begin alike, up to the first number."""
+        found = defaultdict[tuple[str, ...], list[Layer]](list)
+        for layer in self.layers:
+            found[tuple(re.split(r"\.(\d+)\.", layer.name, maxsplit=1)[:2])].append(layer)
+        return [*found.values()]
+
+    @cached_property
+    def block_sums(self) -> int:
+        """The most elements that are stored of the second moments of all tensors that the layers of a block read."""
+        read = ({self.sites[layer.name]: layer.shape[1] for layer in block} for block in self.blocks)
+        return max(sum(map(stored_elements, widths.values())) for widths in read)
 
     @cached_property
     def weights(self) -> int:

@@ -98,3 +98,10 @@ def test_sizes_are_those_of_the_layers() -> None:
     (residual,) = outline.largest(1)
     assert residual.name == "residual"
     assert outline.largest_weights(1) == 5 * 32 * (32 + 2 * 16 + 2 * 48)
+
+
+def test_blocks_are_told_apart_by_their_numbers() -> None:
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**{**EXPERTS, "num_hidden_layers": 12})).to("meta")
+    outline = outline_model(model, PruneConfig())
+    assert [len(block) for block in outline.blocks] == [7] * 12
+    assert outline.block_sums == 3 * 32**2 + 48**2
