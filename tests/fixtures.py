@@ -94,6 +94,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("permuters.bundles", "permuters.reconstruction", "forecasts.costs"):
         monkeypatch.setattr(f"permprune.{module}.BLOCK", 2**12)
     monkeypatch.setattr("permprune.permuters.kept.READ", 2**10)
+    monkeypatch.setattr("permprune.calibration.symmetric.STRIP", 2**5)
     monkeypatch.setattr("permprune.kernels.adam.rounding.CHUNK", 2**10)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from permprune.calibration.fisher import output_fisher
 from permprune.calibration.moments import InputMoments, accumulator_bytes, warn_of_rare
-from permprune.calibration.symmetric import Symmetrics
+from permprune.calibration.symmetric import Symmetrics, SymmetricShelf
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples, batches
 from permprune.losses.targets import Outputs, Task
@@ -19,8 +20,8 @@ from permprune.models.activation_checkpointing import recomputed
 from permprune.models.autocast import autocast
 from permprune.models.experts import Routed
 from permprune.models.forward import frozen, padding_of
-from permprune.models.hooks import hooked
-from permprune.models.layers import Layer
+from permprune.models.hooks import hooked, layers_by_block, resumed
+from permprune.models.layers import Layer, blocks
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.progress import log, track
@@ -75,8 +76,9 @@ def calibrate(
     is a limit in bytes for the accumulators: the sites that do not fit are measured in further forward passes. With
     `half` the second moments are stored as correlations in fp16 (`Symmetric`); they are read as fp32. `seed` is that of
     the labels that are drawn at random if there are none (`Outputs.fisher_loss`); they are the same for any number of
-    processes. The sums of the moments rest where tensors of `shelf` do. Raises `PermpruneError` if a loss or a
-    statistic is not finite.
+    processes. The sums of the moments rest where tensors of `shelf` do; if that is the disk, all examples run through
+    one block before the next, so that the sums of one block are held and none rest (`_Pass.forward_by_block`). Raises
+    `PermpruneError` if a loss or a statistic is not finite.
     """
     readers = {sites[layer.name]: layer for layer in reversed(layers)}
     shelf = Shelf() if shelf is None else shelf
@@ -87,25 +89,27 @@ def calibrate(
         log.info("calibration needs %d passes to stay within the memory limit", 1 + len(further))
     parts = distributed.share(list(enumerate(batches(examples, batch))))
     reading = _Pass(model, task, parts, dtype, half, seed, shelf)
+    one = _most_labelled(examples).to(compute_device(model))
     with hooked(layers, after=lambda *_: None):  # refuses a layer that returns more than a tensor
-        one_label_per_example = reading.terms(_most_labelled(examples)) == 1
+        one_label_per_example = reading.terms(one) == 1
     differentiated = layers if fisher else []
     sums = {layer.name: layer.stored.new_zeros(layer.shape[0], dtype=torch.float64) for layer in differentiated}
     with frozen(model):
+        by_block = shelf.place == "disk" and reading.continues(one)
+        forward = reading.forward_by_block if by_block else reading.forward
+        moments, terms = {} if fisher and not by_block else forward(first).stored, 0.0
         if fisher:
             with _graph_from(layers), recomputed(model, recompute):
                 measured, terms = reading.differentiated(
-                    first, layers, sums, one_label_per_example=one_label_per_example
+                    {} if by_block else first, layers, sums, one_label_per_example=one_label_per_example
                 )
-        else:
-            measured, terms = reading.forward(first), 0.0
-        moments = measured.stored
+            moments = moments or measured.stored
         for group in further:
-            moments.update(reading.forward(group).stored)
+            moments.update(forward(group).stored)
         rare = {site: layer for site, layer in readers.items() if site not in moments}
         warn_of_rare({(layer.owner, layer.expert) for layer in rare.values()}, layers)
         for group in _split(rare, memory) if rare else []:
-            moments.update(reading.forward(group, whole=True).stored)
+            moments.update(forward(group, whole=True).stored)
     distributed.add_(list(sums.values()))
     (terms,) = distributed.total(terms)
     information = _information(sums, terms, layers) if fisher else {}
@@ -153,7 +157,21 @@ class _Pass:
     def terms(self, examples: Examples) -> int:
         """Return the number of terms of the loss on some examples."""
         with frozen(self.model):
-            return self._outputs(examples.to(compute_device(self.model))).terms
+            return self._outputs(examples).terms
+
+    @torch.no_grad()
+    def continues(self, examples: Examples) -> bool:
+        """Whether passes that go on from one block to the next (`resumed`) compute the same as a whole one."""
+        every, outputs = blocks(self.model), dict[nn.Module, Any]()
+        try:
+            whole = self._outputs(examples).loss()
+            for number in range(len(every)):
+                with resumed(every[: number + 1], outputs):
+                    self._outputs(examples)
+            with resumed((), outputs):
+                return bool(every) and torch.equal(self._outputs(examples).loss(), whole)
+        except Exception:  # a model's own code can raise any type
+            return False
 
     @torch.no_grad()
     def forward(self, readers: dict[str, Layer], whole: bool = False) -> Symmetrics:
@@ -163,6 +181,24 @@ class _Pass:
             with inputs.observe(padding_of(self.model, examples)):
                 self._outputs(examples)
         return inputs.result()
+
+    @torch.no_grad()
+    def forward_by_block(self, readers: dict[str, Layer], whole: bool = False) -> Symmetrics:
+        """The same, with all batches in one block before the next: only the sums of one block are held, and none rest.
+
+        The weights of each block are read for all batches in turn, too.
+        """
+        aside = self.shelf.another()
+        aside.put_aside()
+        moments, outputs = SymmetricShelf(aside), [dict[nn.Module, Any]() for _ in self.parts]
+        for reached, own in track(_by_block(self.model, readers), "calibrating"):
+            inputs = InputMoments(own, half=self.half, whole=whole)
+            for (_, part), known in zip(self.parts, outputs, strict=True):
+                examples = part.to(compute_device(self.model))
+                with inputs.observe(padding_of(self.model, examples)), resumed(reached, known):
+                    self._outputs(examples)
+            moments.update(inputs.result().stored)
+        return Symmetrics(moments)
 
     def differentiated(
         self, readers: dict[str, Layer], layers: list[Layer], fisher: dict[str, Tensor], *, one_label_per_example: bool
@@ -206,6 +242,17 @@ def _graph_from(layers: list[Layer]) -> Iterator[None]:
 
     with hooked(layers, before=start):
         yield
+
+
+def _by_block(model: nn.Module, readers: dict[str, Layer]) -> list[tuple[list[nn.Module], dict[str, Layer]]]:
+    """Return (the blocks up to one, the readers in it) of each block that has any."""
+    every, own = blocks(model), layers_by_block(model, readers.values())
+    sites = {layer.name: site for site, layer in readers.items()}
+    return [
+        (every[:number], {sites[layer.name]: layer for layer in own[block]})
+        for number, block in enumerate(every, 1)
+        if block in own
+    ]
 
 
 def _split(readers: dict[str, Layer], memory: int | None) -> list[dict[str, Layer]]:

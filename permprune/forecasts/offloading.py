@@ -31,6 +31,9 @@ ASIDE = {"second moments", "best trained weights"}
 MARGIN = 1.1
 """The share of its forecast memory that is left to what does not rest on a device: forecasts may be 10 % too low."""
 
+MEASURED = 4
+"""Copies in fp32 of a layer's weights that are held while it is compared with the dense one, beside its moments."""
+
 STEP = 9
 """Bytes for each weight of a layer that a step of Adam computes on a device: a mask, and four numbers in fp32 for each
 of the half that is kept. It is more than what it takes to find the weights that are kept, as on a CPU."""
@@ -41,8 +44,11 @@ FILES = 4
 ONE_LAYER = {"load", "write"}
 """The stages in which no module runs with all its weights."""
 
-BACKWARD = {"calibrate", "gradients", "training", "training at the end", "refinement"}
-"""What stages with gradients are called."""
+BACKWARD = {"gradients", "training", "training at the end", "refinement"}
+"""What stages with gradients are called, beside a calibration with Fisher information."""
+
+ONE_BLOCK = {"sums of a block", "outputs"}
+"""The parts of a calibration by blocks, by name, which are freed before its backward passes."""
 
 
 def module_sizes(model: PreTrainedModel) -> Counter[int]:
@@ -121,12 +127,15 @@ class Offload:
         if stage.name in ONE_LAYER:
             return largest * (held + 4)
         layer = self.module * (held + 4)  # as it is held, and masked
-        if stage.name.rpartition(": ")[2] not in BACKWARD:
-            return layer
+        sums = 4 * stored_elements(max(outline.widths.values())) if "sums of moments" in named else 0
+        if stage.name.rpartition(": ")[2] not in BACKWARD and "Fisher information" not in named:
+            compared = max(4 * one.shape[1] * (MEASURED * one.shape[0] + one.shape[1]) for one in outline.layers)
+            beside = sum(part.bytes for part in stage.parts if part.name in ("activations", "logits"))
+            return max(layer + sums, compared - beside if stage.name == "evaluate" else 0)
         changed = 2 if "Adam's moments" in named else 1  # the weight and the moments, or the sum of the gradients
         gradient = largest * (4 + changed * held)
         masked = 4 * (self.block - largest) if self.run.dtype == torch.float32 else 0  # others count as activations
         found = 1 + 2 * outline.pattern.density * held  # a mask, and what it keeps, twice
         step = round(largest * (STEP if self.run.on_device else found)) if "Adam's moments" in named else 0
-        sums = 4 * stored_elements(max(outline.widths.values())) if "sums of moments" in named else 0
-        return max(layer, masked + gradient + step + sums)
+        freed = sum(part.bytes for part in stage.parts if part.name in ONE_BLOCK)
+        return max(layer, masked + gradient + step + sums - freed)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from permprune.models.autocast import BlockwiseAttention
+from permprune.models.hooks import computing
 from permprune.models.layers import blocks
 
 _again = ContextVar("again", default=False)
@@ -25,17 +26,9 @@ def recomputed(model: nn.Module, active: bool = True) -> Iterator[None]:
     inside it fire again during the recomputation, which they can detect with `recomputing`. Does nothing if `active` is
     False.
     """
-    replaced = {block: vars(block).get("forward") for block in blocks(model)} if active else {}
-    for block in replaced:
-        again = partial(checkpoint, block.forward, use_reentrant=False, context_fn=_contexts)
-        block.forward = update_wrapper(again, block.forward)
-    try:
+    again = partial(partial, checkpoint, use_reentrant=False, context_fn=_contexts)
+    with computing({one: update_wrapper(again(one.forward), one.forward) for one in blocks(model) if active}):
         yield
-    finally:
-        for block, forward in replaced.items():
-            del block.forward
-            if forward is not None:
-                block.forward = forward
 
 
 def recomputing() -> bool:

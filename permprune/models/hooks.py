@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -124,7 +124,7 @@ def block_by_block(model: nn.Module, layers: Iterable[Layer], visit: Visit, name
     The block then runs as `visit` left it, so that the next one reads what it computes. Layers of a module that blocks
     share belong to the first; those outside of the blocks are left out. `name` is shown with the progress.
     """
-    waiting = _layers_by_block(model, layers)
+    waiting = layers_by_block(model, layers)
     bar = track(list(waiting), name)
 
     def reach(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -142,10 +142,47 @@ def block_by_block(model: nn.Module, layers: Iterable[Layer], visit: Visit, name
 
 
 class Done(Exception):
-    """Ends a forward pass when the last block was visited, or the last problem solved."""
+    """Ends a forward pass when the last block was visited or has run, or the last problem is solved."""
 
 
-def _layers_by_block(model: nn.Module, layers: Iterable[Layer]) -> dict[nn.Module, list[Layer]]:
+@contextmanager
+def computing(functions: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Context manager: each of these modules computes a function in place of its `forward`."""
+    before = {module: vars(module).get("forward") for module in functions}
+    for module, function in functions.items():
+        module.forward = function
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+@contextmanager
+def resumed(reached: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> Iterator[None]:
+    """Context manager: a forward pass goes on from the blocks that have `outputs`, and ends after those `reached`.
+
+    `outputs` are of earlier passes on the same inputs. All blocks in `reached` get that of the last one, so that one
+    output is in memory: each block must read the one before it, and no other. If none are given, the pass does not end.
+    """
+
+    def leave(_block: nn.Module, _args: Any, output: Any) -> None:
+        outputs.update(dict.fromkeys(reached, output))
+        raise Done
+
+    known = {block: partial(_known, output) for block, output in outputs.items()}
+    with computing(known), attached(one.register_forward_hook(leave) for one in reached[-1:]), suppress(Done):
+        yield
+
+
+def _known(output: Any, *_: Any, **__: Any) -> Any:
+    return output
+
+
+def layers_by_block(model: nn.Module, layers: Iterable[Layer]) -> dict[nn.Module, list[Layer]]:
+    """Return the layers of each block; those of a module that blocks share belong to the first."""
     block_of = {module: block for block in reversed(blocks(model)) for module in block.modules()}
     found: dict[nn.Module, list[Layer]] = {}
     for layer in layers:

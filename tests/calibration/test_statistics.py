@@ -13,6 +13,8 @@ from permprune.losses.targets import next_token
 from permprune.models.forward import Padding, frozen
 from permprune.models.layers import Layer, prunable_layers
 from permprune.pattern import Pattern
+from permprune.system import shelf
+from permprune.system.shelf import Shelf
 
 WINDOWS = torch.randint(128, (5, 12), generator=torch.Generator().manual_seed(0))
 SHARED = {
@@ -181,6 +183,27 @@ def test_a_pass_forward_gives_the_same_moments(tiny_llama, memory):
     whole, found = statistics(tiny_llama), statistics(tiny_llama, fisher=False, memory=memory)
     assert found.fisher == {} and not any(parameter.grad is not None for parameter in tiny_llama.parameters())
     torch.testing.assert_close(found.moments, whole.moments, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+def test_on_the_disk_each_matrix_is_written_once_and_never_read(tiny_llama, tmp_path, monkeypatch, fisher):
+    """However many batches there are: they run through one block before the next."""
+    whole, mapped, touched = statistics(tiny_llama, batch=1, fisher=fisher), shelf._File.mapped, []
+    monkeypatch.setattr(shelf._File, "mapped", lambda file, held: touched.append(held) or mapped(file, held))
+    found = statistics(tiny_llama, batch=1, fisher=fisher, shelf=Shelf("disk", tmp_path))
+    assert len(touched) == len(whole.moments)
+    assert_same(found, whole, rtol=0, atol=0)
+
+
+def test_blocks_that_share_more_than_their_outputs_run_in_whole_passes(tiny_llama, tmp_path):
+    """As where later blocks read keys and values of earlier ones."""
+    shared = {}
+    first, second = tiny_llama.model.layers
+    tiny_llama.model.register_forward_pre_hook(lambda *_: shared.clear())
+    first.mlp.register_forward_hook(lambda *called: shared.update(states=called[-1]))
+    second.mlp.register_forward_hook(lambda *called: called[-1] + shared["states"])
+    found = statistics(tiny_llama, fisher=False, shelf=Shelf("disk", tmp_path))
+    assert_same(found, statistics(tiny_llama, fisher=False), rtol=0, atol=0)
 
 
 def test_bf16_activations_give_nearly_the_same_fp32_statistics(tiny_llama):

@@ -105,7 +105,7 @@ def test_memory_is_what_was_forecast(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("permprune.forecasts.machine._measured_rates", lambda *_: Rates(1e12, 1e12, 1e12, 1e12))
-    sizes = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 256}
+    sizes = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 512}
     source = small_checkpoint(tmp_path / "source", tiny_tokenizer, torch.float32, **sizes)
     settings = {"permute": method, "mode": mode, "batch": 1, "offload": "disk"}
     found = permprune.forecast(str(source), SETTINGS.replace(**settings), windows=4)
