@@ -104,13 +104,12 @@ static ALWAYS_INLINE __m512 alternate_floats(__m512 first, __m512 second, int up
 #undef SCALE
 #undef TOTAL
 
-/* ---- integers, half of them kept: unsigned |w| by signed x sign(w), on the 32 channels that are picked ---- */
+/* ---- integers, half of them kept, by the 32 channels that are picked: of eight bits unsigned |w| by signed x sign(w) ---- */
 
 #include "product/nibbles.h"
 
 typedef struct {
-    __m256i w;
-    __m512i index; /* of the channel of each byte of w; the upper half is undefined */
+    __m256i w, index; /* index of the channel of each byte of w */
 } half_block;
 
 static ALWAYS_INLINE __m256i read_kept(const char *block, int32_t number)
@@ -118,31 +117,56 @@ static ALWAYS_INLINE __m256i read_kept(const char *block, int32_t number)
     return number == I4 ? load_nibbles(block + HEADER_I4) : _mm256_loadu_si256((const __m256i *)(block + HEADER_I8));
 }
 
-/* The upper half is undefined. Clang's own cast copies something there. */
-static ALWAYS_INLINE __m512i as_lower_half(__m256i v)
-{
-#if defined(__clang__)
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3, -1, -1, -1, -1);
-#else
-    return _mm512_castsi256_si512(v);
-#endif
-}
-
-static ALWAYS_INLINE half_block read_half(const char *block, int32_t number)
+/* The channel of each kept value of a block. */
+static ALWAYS_INLINE __m256i index_of_half(const char *block)
 {
     const __m256i fields = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40,
                                             42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62);
     const __m256i groups = _mm256_setr_epi8(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28, 32, 32, 36, 36, 40,
                                             40, 44, 44, 48, 48, 52, 52, 56, 56, 60, 60);
     __m256i shifted = _mm256_multishift_epi64_epi8(fields, _mm256_set1_epi64x((int64_t)read_code(block)));
-    __m256i index = _mm256_ternarylogic_epi64(groups, shifted, _mm256_set1_epi8(3), OR_AND);
-    return (half_block){read_kept(block, number), as_lower_half(index)};
+    return _mm256_ternarylogic_epi64(groups, shifted, _mm256_set1_epi8(3), OR_AND);
 }
 
-static ALWAYS_INLINE __m256i dot_half(half_block half, __m512i x)
+static ALWAYS_INLINE half_block read_half_i8(const char *block)
 {
-    __m256i picked = _mm512_castsi512_si256(_mm512_permutexvar_epi8(half.index, x));
+    return (half_block){read_kept(block, I8), index_of_half(block)};
+}
+
+/* Integers of four bits are stored plus 8, unsigned. */
+static ALWAYS_INLINE half_block read_half_i4(const char *block)
+{
+    __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(block + HEADER_I4)));
+    __m256i w = _mm256_ternarylogic_epi64(wide, _mm256_slli_epi16(wide, 4), _mm256_set1_epi8(15), AND_OF_OR);
+    return (half_block){w, index_of_half(block)};
+}
+
+static ALWAYS_INLINE __m256i pick_half(half_block half, __m512i x)
+{
+    return _mm256_permutex2var_epi8(half_of(x, 0), half.index, half_of(x, 1));
+}
+
+static ALWAYS_INLINE __m256i dot_half_i8(half_block half, __m512i x)
+{
+    __m256i picked = pick_half(half, x);
     return _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_abs_epi8(half.w), _mm256_sign_epi8(picked, half.w));
+}
+
+/* The product in floats. Added to the bits of 1.5 x 2^23, a sum makes them those of 1.5 x 2^23 plus the sum. */
+static ALWAYS_INLINE __m256 dot_half_i4(half_block half, __m512i x)
+{
+    const __m256i start = _mm256_set1_epi32(0x4b400000);
+    __m256i picked = pick_half(half, x);
+    __m256i shifted = _mm256_dpbusd_epi32(start, half.w, picked);
+    __m256i shift = _mm256_dpbusd_epi32(start, _mm256_set1_epi8(8), picked);
+    return _mm256_sub_ps(_mm256_castsi256_ps(shifted), _mm256_castsi256_ps(shift));
+}
+
+static ALWAYS_INLINE __m256 scale_half_i4(const char *block)
+{
+    uint16_t scale;
+    memcpy(&scale, block + CODE, sizeof scale);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16((int16_t)scale), 16));
 }
 
 static ALWAYS_INLINE float total_half(__m256 sum)
@@ -157,19 +181,25 @@ static ALWAYS_INLINE float total_half(__m256 sum)
 
 #define SUM __m256
 #define ZERO() _mm256_setzero_ps()
-#define DOT(w, x) dot_half(w, x)
-#define SCALE(sum, count, w_scale, x_scale)                                                                            \
-    _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(x_scale)), _mm256_set1_ps(w_scale), sum)
 #define TOTAL(sum) total_half(sum)
 #define NAME half_i8
 #define SCALE_OF(weights, block, place) read_scale(block, I8)
+#define SCALE(sum, count, w_scale, x_scale)                                                                            \
+    _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(x_scale)), _mm256_set1_ps(w_scale), sum)
 #define FACTORS half_block
-#define READ(weights, block, end, room) ((void)(end), (void)(room), read_half(block, I8))
+#define READ(weights, block, end, room) ((void)(end), (void)(room), read_half_i8(block))
+#define DOT(w, x) dot_half_i8(w, x)
 #include "product/product_i8.h"
+#undef SCALE
+#undef DOT
 #define NAME half_i4
-#define SCALE_OF(weights, block, place) read_scale(block, I4)
+#define SCALE_TYPE __m256
+#define SCALE_OF(weights, block, place) scale_half_i4(block)
+#define SCALE(sum, product, w_scale, x_scale)                                                                          \
+    _mm256_fmadd_ps(product, _mm256_mul_ps(w_scale, _mm256_set1_ps(x_scale)), sum)
 #define FACTORS half_block
-#define READ(weights, block, end, room) ((void)(end), (void)(room), read_half(block, I4))
+#define READ(weights, block, end, room) ((void)(end), (void)(room), read_half_i4(block))
+#define DOT(w, x) dot_half_i4(w, x)
 #include "product/product_i8.h"
 #define HALF_I8
 
@@ -186,6 +216,16 @@ typedef struct {
     __m512i shift; /* -128 times the sum of each four of w */
     __m512 scale;
 } two_blocks;
+
+/* The upper half is undefined. Clang's own cast copies something there. */
+static ALWAYS_INLINE __m512i as_lower_half(__m256i v)
+{
+#if defined(__clang__)
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3, -1, -1, -1, -1);
+#else
+    return _mm512_castsi256_si512(v);
+#endif
+}
 
 /* In each lane of 128 bits, four groups: eight channels of the first row and eight of the second. */
 static ALWAYS_INLINE two_blocks read_two(const char *first, const char *second, int32_t number)

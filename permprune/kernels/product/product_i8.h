@@ -3,8 +3,11 @@
  *
  * Expects NAME; SCALE_OF(const struct weights *, const char *block, int64_t place), the scale of block number `place`;
  * READ(const struct weights *, const char *block, const char *end, int8_t *room), its FACTORS; and DOT, SUM, ZERO, SCALE
- * and TOTAL (family_i8.h).
+ * and TOTAL (family_i8.h). SCALE_TYPE is that of a scale, by default float.
  */
+#ifndef SCALE_TYPE
+#define SCALE_TYPE float
+#endif
 #define TILE PASTE(NAME, _tile)
 
 static ALWAYS_INLINE void TILE(const struct product *job, int64_t row, int64_t apart, int64_t group, const int height,
@@ -26,7 +29,7 @@ static ALWAYS_INLINE void TILE(const struct product *job, int64_t row, int64_t a
     const char *const tile = block[0];
     for (int64_t n = 0; n < count; n++, x += batch * BLOCK, x_scale += batch) {
         FACTORS w[TILE_ROWS];
-        float scale[TILE_ROWS];
+        SCALE_TYPE scale[TILE_ROWS];
         fetch_ahead(job, tile, apart * count * size, size, height, TILE_BATCH, group, n);
         UNROLLED for (int r = 0; r < height; r++) {
             w[r] = READ(weights, block[r], end, room[r]);
@@ -49,5 +52,6 @@ DEFINE_TILED(NAME, TILE, 2) /* two rows share what is read of the activations */
 #undef TILE
 #undef NAME
 #undef SCALE_OF
+#undef SCALE_TYPE
 #undef FACTORS
 #undef READ
