@@ -8,8 +8,7 @@
  *
  * The activations of a tile of tokens are turned first, so that any order of channels is one of rows. Then the tile is
  * multiplied by a chunk of rows, block by block of channels. Its lines stay in the level 1 cache, and
- * are written again for each chunk: that takes a fiftieth of the time, and less than reading them from another cache. Sums are
- * in the level 2 cache. */
+ * are written again for each chunk, which takes less time than reading them from another cache. Sums are in the level 2 cache. */
 #include "product/nibbles.h"
 
 enum { PLACES = 7, PAIR_LINES = BLOCK / 4 * PLACES + 3 };
