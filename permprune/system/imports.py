@@ -1,4 +1,4 @@
-"""Imports that are postponed until a name is used, and imports right after another module's."""
+"""Imports that are postponed until a name is used or a class called, and imports right after another module's."""
 
 from __future__ import annotations
 
@@ -86,6 +86,27 @@ class _Postponed:
 
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, self._value())
+
+
+@contextmanager
+def called_later(module: str, name: str) -> Iterator[None]:
+    """A context in which other modules may import a class that they rarely call: its module is imported by a call.
+
+    What they get is a class, so that annotations may name it, but no instance is one of it.
+    """
+
+    def call(_: type, *arguments: Any, **keywords: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments, **keywords)
+
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = ModuleType(module)
+    setattr(sys.modules[module], name, type(name, (), {"__new__": call}))
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def after_import(awaited: str, wanted: str) -> None:
