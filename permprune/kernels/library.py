@@ -90,9 +90,10 @@ def structure(name: str, **members: Any) -> Any:
     a dict for a structure. Raises `TypeError` for a member that it does not have.
     """
     kind: Any = _structures()[name]
-    types = dict(kind._fields_)
-    if unknown := members.keys() - types.keys():
-        raise TypeError(f"struct {name} of the native library has no {', '.join(sorted(unknown))}")
+    types = kind.types
+    if not members.keys() <= types.keys():
+        unknown = sorted(members.keys() - types.keys())
+        raise TypeError(f"struct {name} of the native library has no {', '.join(unknown)}")
     return kind(**{member: _value(value, types[member]) for member, value in members.items()})
 
 
@@ -208,7 +209,7 @@ def _running(library: ctypes.CDLL) -> list[tuple[int, str]]:
 
 @cache
 def _structures() -> dict[str, type[ctypes.Structure]]:
-    """Return the structures of the library by name."""
+    """Return the structures of the library by name; `types` are those of their members."""
     library, _ = require()
     made: dict[str, Any] = {}
     for text in _texts(library.permprune_structure):
@@ -218,12 +219,14 @@ def _structures() -> dict[str, type[ctypes.Structure]]:
                 element = ctypes.c_void_p if pointer else made.get(kind) or _TYPES[kind]
                 members.append((name, element * int(length) if length else element))
         name = text.partition(" ")[0]
-        made[name] = type(name, (ctypes.Structure,), {"_fields_": members})
+        made[name] = type(name, (ctypes.Structure,), {"_fields_": members, "types": dict(members)})
     return made
 
 
 def _value(value: Any, kind: Any) -> Any:
     """Return what ctypes takes for a member of this type."""
+    if value is None or isinstance(value, int | float):  # most are
+        return value
     if isinstance(value, Tensor):
         return value.data_ptr()
     if isinstance(value, tuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -81,7 +83,7 @@ def attend(queries: Queries, keys: Side, values: Side, packed: int, before: int)
     library.run(
         "attend",
         batch * all_heads * count * length * (width + value_width),
-        packed=tuple(_no_states(side) if side.packed is None else side.packed.struct for side in (keys, values)),
+        packed=tuple(own.packed.struct if own.packed else _no_states(own.whole.shape[3]) for own in (keys, values)),
         whole=tuple(_whole_states(side) for side in (keys, values)),
         order=(keys.order, values.order),
         query=query,
@@ -109,15 +111,16 @@ def attend(queries: Queries, keys: Side, values: Side, packed: int, before: int)
     return output
 
 
-def _no_states(side: Side) -> dict[str, Any]:
-    width = side.whole.shape[3]
-    return {"width": width, "kept": width}
+@lru_cache
+def _no_states(width: int) -> Any:
+    return library.structure("states", width=width, kept=width)
 
 
 def _whole_states(side: Side) -> dict[str, Any]:
     states = side.whole.contiguous()
-    tokens, number = states.shape[:3].numel(), NUMBERS[states.dtype]
-    return {**_no_states(side), "values": states, "tokens": tokens, "number": number}
+    *tokens, width = states.shape
+    number = NUMBERS[states.dtype]
+    return {"width": width, "kept": width, "values": states, "tokens": math.prod(tokens), "number": number}
 
 
 def _expanded(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
