@@ -167,7 +167,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
     batch = method.step_examples * run.examples_per_window
     trained = trained_weights(run)
     best = replace(trained, name="best trained weights", travels=2.0 * trained.bytes)  # put aside, and read at the end
-    step = run.gradient_work(batch, reads=False) + run.pass_work(batch, run.batch)  # of the dense model
+    step = run.step_work(batch)
     rounds = [accept]
     if method.rounds:
         rounds = [

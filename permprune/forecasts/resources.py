@@ -149,16 +149,22 @@ class Workload:
         size = self.gradient_bytes
         return Memory(name, size, travels=2.0 * size * math.ceil(examples / self.batch) * times)
 
-    def gradient_work(self, examples: int, *, reads: bool = True) -> Work:
-        """The work of a gradient: forward, backward to the inputs and to the weights, and again with `recompute`.
+    def gradient_work(self, examples: int) -> Work:
+        """The work of a gradient of the search: forward, backward to the inputs and to the weights.
 
-        Without `reads` the weights of blocks are not read. With one label per example the covariance of rows follows
-        from pairs of positions (`row_covariance`).
+        With one label per example the covariance of rows follows from pairs of positions (`row_covariance`): what is of
+        rows alone is multiplied in the type of the activations.
         """
-        again = 2 if self.recompute else 1
-        passes = self.pass_work(examples, self.batch, again) if reads else self.forward * (examples * again)
-        passes += self.forward * (2 * examples)
-        return passes + self.position_work(examples) + self.correlated(lambda _, rows: self.positions * rows) * examples
+        work = self.pass_work(examples, self.batch, 2 if self.recompute else 1) + self.forward * (2 * examples)
+        rows = self.correlated(lambda _, rows: self.positions * rows).products_fp32
+        return work + self.position_work(examples) + Work(products=rows) * examples
+
+    def step_work(self, examples: int) -> Work:
+        """The work of a step of training: passes of the dense model and, as of a gradient, of the pruned one.
+
+        It needs no covariance, and `carrying` its weights is left to the memory of the step.
+        """
+        return self.pass_work(examples, self.batch) + self.forward * ((4 if self.recompute else 3) * examples)
 
     def position_work(self, examples: int) -> Work:
         """The work of the products of all positions of an example with each other, where it has one label."""

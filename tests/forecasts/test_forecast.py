@@ -156,6 +156,13 @@ def test_training_holds_hidden_states_where_few_positions_have_labels(
         assert parts(model)["dense model's outputs"] > 0
 
 
+def test_only_gradients_of_the_search_need_the_covariance_of_rows(tiny_vit: Path) -> None:
+    found = forecast(tiny_vit, permute="newton:rounds=1:train_steps=1")
+    searched, trained = (stage_of(found, f"newton: {what}").work for what in ("gradients", "training at the end"))
+    assert searched and trained and searched.products_fp32 > 0
+    assert trained.products_fp32 == 0 and searched.products > trained.products * 3 / 4  # without the dense model's pass
+
+
 def test_training_holds_gradients_where_a_step_has_several_batches(config_folder: Path, tiny_vit: Path) -> None:
     """A step has a quarter of the 8 windows of a gradient; 8 images are a window, in a step as in a batch."""
     for model in (config_folder, tiny_vit):
