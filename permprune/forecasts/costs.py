@@ -48,8 +48,9 @@ MOVED = 280
 """Bytes that `QuadraticModel.swap` reads and writes for each weight: in three passes it computes scores and pruned
 parts, from which it takes the placement cost, the gains, and new slopes."""
 
-COUPLED = 7
-"""How often a swap multiplies all rows by their correlations, for gains and for the slopes at each candidate step."""
+COUPLED = 3
+"""How often a swap multiplies all rows by their correlations, for gains and for the slopes at each candidate step: the
+first or second of these is taken."""
 
 UPDATE_COPIES = 8.5
 """The weight of a layer, and what ADMM computes of its size at a time, beside matrices of second moments."""
