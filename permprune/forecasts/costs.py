@@ -52,6 +52,10 @@ COUPLED = 3
 """How often a swap multiplies all rows by their correlations, for gains and for the slopes at each candidate step: the
 first or second of these is taken."""
 
+STEPPED = 15
+"""How often a step of training reads or writes each weight: to mask and convert it, for both models' products, for its
+gradient, and for Adam."""
+
 UPDATE_COPIES = 8.5
 """The weight of a layer, and what ADMM computes of its size at a time, beside matrices of second moments."""
 
@@ -168,7 +172,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
     batch = method.step_examples * run.examples_per_window
     trained = trained_weights(run)
     best = replace(trained, name="best trained weights", travels=2.0 * trained.bytes)  # put aside, and read at the end
-    step = run.step_work(batch)
+    step = run.step_work(batch) + Work(moved=STEPPED * outline.dtype.itemsize * outline.weights)
     rounds = [accept]
     if method.rounds:
         rounds = [
