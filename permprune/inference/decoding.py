@@ -19,6 +19,9 @@ from permprune.kernels.attention.states import WIDEST
 
 HALVES = (torch.bfloat16, torch.float16)
 
+OTHERS = ("position_bias", "softcap", "output_attentions")
+"""Options that are left to Transformers, which adds a bias and tells what it does not do."""
+
 
 def use_native_decoding() -> None:
     """Let Transformers' "sdpa" attention, for all models of this process, compute single queries natively."""
@@ -54,7 +57,7 @@ def _is_native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, o
         return False
     fits = all(t.is_cpu and t.dtype == query.dtype and t.shape[-1] <= WIDEST for t in states)
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in states)
-    plain = options.get("position_bias") is None and options.get("softcap") is None
+    plain = all(options.get(name) is None or options[name] is False for name in OTHERS)
     return (
         fits
         and query.dtype in HALVES

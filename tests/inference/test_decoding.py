@@ -68,7 +68,7 @@ def grouped(group: int) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("case", ["fp32", "two queries", "gradient", "float mask", "dropout", "wide"])
+@pytest.mark.parametrize("case", ["fp32", "two queries", "gradient", "float mask", "dropout", "wide", "bias"])
 def test_other_calls_go_to_pytorch(case: str, calls: list[tuple[int, ...]]) -> None:
     dtype = torch.float32 if case == "fp32" else torch.bfloat16
     count, width = 2 if case == "two queries" else 1, 264 if case == "wide" else 64
@@ -76,7 +76,8 @@ def test_other_calls_go_to_pytorch(case: str, calls: list[tuple[int, ...]]) -> N
     query.requires_grad_(case == "gradient")
     mask = torch.zeros(1, 1, 1, 9, dtype=dtype) if case == "float mask" else None
     dropout = 0.5 if case == "dropout" else 0.0
-    found, _ = attention(grouped(2), query, key, key, mask, dropout=dropout)
+    bias = torch.zeros(1, 4, 1, 9, dtype=dtype) if case == "bias" else None
+    found, _ = attention(grouped(2), query, key, key, mask, dropout=dropout, position_bias=bias)
     assert found.shape == (1, count, 4, width) and not calls
 
 
