@@ -284,7 +284,7 @@ RECIPES = {
     "vit-s14": Recipe(
         model="vit-s14-cifar10",
         prepare=probed("vit-s14", 24),
-        prune="--permute newton:rounds=3:examples=4:train_steps=400 --samples 250",
+        prune="--permute newton:start=ria:rounds=0:compensate=true:train_steps=200 --samples 250",
         data="--windows 24",
         title="top-1 accuracy",
         pack="--dtype int8",
@@ -294,7 +294,7 @@ RECIPES = {
     "clip-vit-b16": Recipe(
         model="clip-vit-b16-cifar10",
         prepare=probed("clip-vit-b16", 40),
-        prune="--permute newton:rounds=3:examples=4:train_steps=240 --samples 250",
+        prune="--permute newton:start=ria:rounds=0:compensate=true:train_steps=150 --samples 250",
         data="--windows 12",
         title="top-1 accuracy",
         pack="--dtype int8",
