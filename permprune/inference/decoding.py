@@ -71,4 +71,4 @@ def _is_native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, o
 @lru_cache
 def _natural(heads: int, width: int) -> Tensor:
     """The order of channels that `Side` expects, int64 (heads, width)."""
-    return torch.arange(width).repeat(heads, 1)
+    return torch.arange(width, device="cpu").repeat(heads, 1)
