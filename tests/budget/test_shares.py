@@ -1,14 +1,10 @@
 """The search for the fewest weights within a loss, and the choice of candidates within a budget."""
 
-import itertools
-
 import numpy as np
 import pytest
 
 from permprune.budget.sensitivity import layer_costs
 from permprune.budget.shares import ATTEMPTS, next_share
-from permprune.errors import PermpruneError
-from permprune.matching.knapsack import cheapest
 
 
 @pytest.mark.parametrize(("power", "scale"), [(2, 0.5), (3.5, 0.5), (5, 0.3), (3, 4.0)])
@@ -43,20 +39,3 @@ def test_the_costs_of_layers_add_up_to_the_losses_of_uniform_patterns() -> None:
     costs = layer_costs(slopes, [float(total**2) for total in totals])
     assert costs.sum(0) == pytest.approx(totals**2)
     assert costs[:, 0] / costs[:, 0].sum() == pytest.approx(errors[:, 0] / totals[0])
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_choice_is_the_best_within_the_budget(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    weights, share = generator.choice([64, 128, 192, 512], 5), np.array([0.25, 0.5, 0.75, 1.0])
-    sizes = (weights[:, None] * share).astype(np.int64)
-    costs = np.sort(generator.normal(size=(5, 4)) ** 3, axis=1)[:, ::-1] * 1e-7
-    budget = int(0.6 * weights.sum())
-
-    def cost(choices: tuple[int, ...]) -> float:
-        return costs[range(5), choices].sum() if sizes[range(5), choices].sum() <= budget else np.inf
-
-    best = min(cost(choices) for choices in itertools.product(range(4), repeat=5))
-    assert cost(tuple(cheapest(costs, sizes, budget))) == pytest.approx(best, abs=1e-4 * np.ptp(costs))
-    with pytest.raises(PermpruneError, match="smallest choices"):
-        cheapest(costs, sizes, int(sizes[:, 0].sum()) - 1)
