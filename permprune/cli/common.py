@@ -33,7 +33,7 @@ from permprune.evaluation.lm_tasks import TaskList
 from permprune.options import Number
 from permprune.system.failures import interruptible
 from permprune.system.imports import called_later
-from permprune.system.progress import console, log, working
+from permprune.system.progress import console, log, quiet_libraries, working
 
 
 class Program(typer.core.TyperGroup):
@@ -175,7 +175,7 @@ def command(function: Callable[..., Iterator[None] | None], without: Collection[
                 from permprune.system import distributed
                 from permprune.system.memory import keep_freed_memory
 
-            _quiet_libraries()
+            quiet_libraries()
             keep_freed_memory()
             with interruptible(), distributed.processes(), _speaking(distributed.rank() == 0), _reported(parameters):
                 try:
@@ -206,15 +206,6 @@ def _reported(parameters: Collection[str]) -> Iterator[None]:
         message = OutOfMemory(error.peak, parameters) if isinstance(error, OutOfMemory) else error
         print(f"permprune: {message}", file=sys.stderr)
         raise typer.Exit(2) from None
-
-
-def _quiet_libraries() -> None:
-    """Turn off the logs and progress bars of other libraries."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 @contextmanager

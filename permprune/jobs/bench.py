@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -39,7 +38,7 @@ from permprune.report.run import REPORT, write_report
 from permprune.system.device import best_device, dtype_named, fast_dtype
 from permprune.system.files import write_json
 from permprune.system.memory import keep_activations
-from permprune.system.progress import console, log, track
+from permprune.system.progress import console, log, quiet_libraries, track
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
@@ -270,7 +269,7 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
     A `PermpruneError` is sent as the answer and ends the process.
     """
     console.quiet = True
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     torch.set_num_threads(entry.threads)
     keep_activations()  # of dense models, too
     try:

@@ -45,6 +45,15 @@ def disable_progress_bars() -> None:
     _shown = False
 
 
+def quiet_libraries() -> None:
+    """Turn off the logs and progress bars of other libraries."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
 def track(items: Iterable[T], label: str, total: int | None = None) -> Generator[T, None, None]:
     """Yield `items` and show a progress bar with `label`, if stderr is a terminal."""
     with _displayed() as display, display.bar(label, total) as task:
