@@ -19,12 +19,14 @@ from permprune.permuters.base import LocalPermuter, Permuter
 from permprune.permuters.identity import Random
 from permprune.permuters.newton import Newton
 from permprune.permuters.registry import PERMUTERS
+from permprune.permuters.tuning import KeptWeights
 from permprune.system import search_state as checkpoint
 from permprune.system.files import WorkFolder
 from permprune.system.search_state import Checkpoint
 from permprune.training.loop import Trainer
 
 from ..cli.running import fails, run
+from ..conversations import write_answers
 
 pytestmark = pytest.mark.slow
 
@@ -328,3 +330,20 @@ def test_a_journal_keeps_what_was_found_until_a_kill(tmp_path: Path, monkeypatch
     found = checkpoint.Journal(kept, "cp")
     assert {name: len(tensor) for name, tensor in found.tensors.items()} == {"a": 3, "b": 2, "c": 4}
     assert found.seconds > 0
+
+
+def test_training_on_answers_goes_on_from_its_last_step(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside text, of which batches take other shapes."""
+    answers, text = write_answers(tmp_path / "answers.jsonl", 30), write_text(tmp_path / "text.txt", "some words")
+    command = ["prune", tiny_checkpoint, "--calibration", answers, "--calibration", text, "--data", answers, *SMALL]
+    command += ["--permute", "newton:rounds=0:train_steps=4", "--examples", "0"]
+    assert run(*command, "--out", tmp_path / "whole")[0] == 0
+    monkeypatch.setattr("permprune.system.search_state.EVERY", 0.0)
+    with interrupted(KeptWeights, "step", 2, monkeypatch):
+        assert run(*command, "--out", tmp_path / "out")[0] == 130
+    with counted(KeptWeights, "step", monkeypatch) as rest:
+        assert run(*command, "--out", tmp_path / "out", "--resume")[0] == 0
+    assert len(rest) == 2
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
