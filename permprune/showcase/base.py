@@ -71,10 +71,12 @@ def text_of(examples: Examples, tokenizer: PreTrainedTokenizerBase, place: int) 
     return shortened(" / ".join(text for text in texts if text.strip()))
 
 
-def shortened(text: str) -> str:
-    """Return a text on one line, cut after `LONGEST` characters."""
+def shortened(text: str, *, end: bool = False) -> str:
+    """Return the first `LONGEST` characters of a text on one line, or the last ones, as of a text that is continued."""
     line = " ".join(text.split())
-    return line if len(line) <= LONGEST else f"{line[:LONGEST]}\N{HORIZONTAL ELLIPSIS}"
+    if len(line) <= LONGEST:
+        return line
+    return f"\N{HORIZONTAL ELLIPSIS}{line[-LONGEST:]}" if end else f"{line[:LONGEST]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def thumbnail(pixels: Tensor, processor: Any) -> str | None:

@@ -113,7 +113,7 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples
         cut = {name: tensor[:, :asked] for name in example if (tensor := example[name]).shape[:2] == ids.shape}
         device, whole = compute_device(model), {name: example[name] for name in example}
         inputs.append({name: tensor.to(device) for name, tensor in {**whole, **cut}.items() if name != "labels"})
-        given.append(shortened(str(tokenizer.decode(ids[0, :asked], skip_special_tokens=True))))
+        given.append(shortened(str(tokenizer.decode(ids[0, :asked], skip_special_tokens=True)), end=True))
         expected.append(shortened(str(tokenizer.decode(answer, skip_special_tokens=True))))
     return Texts(model, tokenizer, inputs, given, expected)
 

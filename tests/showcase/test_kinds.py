@@ -26,7 +26,7 @@ from permprune.checkpoints.io import read_model
 from permprune.data.load import load_examples
 from permprune.examples import IGNORED, Examples
 from permprune.models.modality import POOLING
-from permprune.showcase.base import NotShown, Showing
+from permprune.showcase.base import LONGEST, NotShown, Showing
 from permprune.showcase.shown import STRIP, Shown, showing_of
 from permprune.showcase.texts import PROMPT
 
@@ -169,6 +169,19 @@ def test_the_first_answer_of_a_conversation_is_expected(
     showing = showing_of(tiny_llama, tokenizer, examples, 2)
     assert len(answered(showing)) == 1
     assert showing.given == ["user which assistant"] and showing.expected == ["two of four"]
+
+
+def test_of_a_long_prompt_the_question_at_its_end_is_shown(
+    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = tiny_tokenizer(f"{' '.join(SENTENCES * 2)} which weights survive two of four", return_tensors="pt")[
+        "input_ids"
+    ]
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, -3:] = ids[:, -3:]
+    showing = showing_of(tiny_llama, tiny_tokenizer, Examples({"input_ids": ids, "labels": labels}), 1)
+    assert showing.given[0].startswith("\N{HORIZONTAL ELLIPSIS}") and showing.given[0].endswith("which weights survive")
+    assert len(showing.given[0]) == LONGEST + 1 and showing.expected == ["two of four"]
 
 
 def test_nothing_that_a_model_raises_ends_a_run(
