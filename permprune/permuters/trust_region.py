@@ -295,7 +295,15 @@ class TrustRegion(Iterative[TrustRegionState]):
             began, points, minutes = time.monotonic(), len(state.curve), landscape.run.minutes
             schedules = [counted(self.train_steps)] if self.train_steps else []
             schedules += [] if minutes is None else [timed(60 * minutes - state.seconds)]
-            state, _ = self._train(landscape, state, first_ended(*schedules), first=0, int4=self.int4)
+            state, kept = self._train(landscape, state, first_ended(*schedules), first=0, int4=self.int4)
+            if not kept:
+                log.warning(
+                    "training did not lower the held-out loss (%.4f): weights are as before; give a lower rate, as in "
+                    "%s:rate=%g",
+                    state.best,
+                    self.name,
+                    state.rate / 4,
+                )
             state = state.after(distributed.mean(time.monotonic() - began), points)
         return replace(super().finish(landscape, state), bits=bits)
 

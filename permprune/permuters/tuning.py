@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean
 
@@ -34,8 +34,12 @@ WEIGHT, MOMENTS, SCALE, GENERATOR = "weight/", "moments/", "scale/", "generator"
 """The prefixes of weights, Adam's moments and scales of int4, and the name of the generator's state, in a saved
 training."""
 
-LOGGED = 10
-"""The number of steps whose mean loss is logged."""
+LOGGED, FIRST = 10, 4
+"""The number of steps whose mean loss is logged, and of the first ones, with whose loss it is compared."""
+
+RISEN, SLOWER = 1.25, 0.25
+"""If the loss rises to so many times that of the first steps, training goes back to its first weights, with this
+share of the rate."""
 
 Schedule = Callable[[int, float], float | None]
 """The place in a schedule, from 0 to 1, of the step that follows so many steps and seconds; None at the end."""
@@ -69,6 +73,27 @@ def first_ended(*schedules: Schedule) -> Schedule:
     return place
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far training is: the number of `steps`, and the `losses` of those since the last multiple of `LOGGED`.
+
+    `first` is the mean loss of the `FIRST` steps. After the step `begun`, at a `place` of the schedule, training
+    went back to its first weights, and has this `share` of the learning rate since.
+    """
+
+    steps: int = 0
+    begun: int = 0
+    place: float = 0.0
+    share: float = 1.0
+    first: float | None = None
+    losses: tuple[float, ...] = ()
+
+    def rate(self, place: float) -> float:
+        """The learning rate at a place of the schedule, relative to the highest: it rises from 0, and falls to 0."""
+        left = (place - self.place) / (1 - self.place)
+        return self.share * min(left / RISING, (1 - left) / (1 - RISING))
+
+
 class KeptWeights:
     """The kept weights of a network in training with Adam, with moments of these weights only.
 
@@ -76,14 +101,14 @@ class KeptWeights:
     (`MaskedLayers.shelf`). `weights` are by layer, (rows, channels), with zeros where a weight is pruned, which do not
     rest. Learning rates are relative to the root mean square of a layer's kept weights, as in Adafactor (Shazeer &
     Stern 2018, arXiv 1804.04235, section 8), because that differs more than tenfold between models, and the rates that
-    suit them do as well. `steps` is the number of steps so far.
+    suit them do as well. The `progress` is that of the steps so far.
 
     Starts from the weights that the network shows, or from the state of an interrupted training with the same masks.
     """
 
     def __init__(self, network: PrunedNetwork, generator: torch.Generator, state: State | None) -> None:
-        tensors, values = state or ({}, {"steps": 0})
-        self._network, self._generator, self.steps = network, generator, int(values["steps"])
+        tensors, values = state or ({}, {})
+        self._network, self._generator, self.progress = network, generator, Progress(**values)
         if state is not None:
             generator.set_state(tensors[GENERATOR])
         self._bits = network.bits
@@ -91,15 +116,41 @@ class KeptWeights:
         scales = [name.removeprefix(SCALE) for name in tensors if name.startswith(SCALE)]
         self._int4 = Int4Weights(network, {name: tensors[SCALE + name] for name in scales})
         self._scales: dict[str, float] = {}
-        for name, layer in network.layers.items():
-            weight = network.shown[name].to(layer.stored.dtype)
-            kept = int(network.masks[name][0].sum())
+        self._begin(tensors)
+
+    def _begin(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the weights to those that the network shows, and moments to 0, or both to saved ones."""
+        for name, layer in self._network.layers.items():
+            weight = self._network.shown[name].to(layer.stored.dtype)
+            kept = int(self._network.masks[name][0].sum())
             moments = weight.new_zeros(2, len(weight), kept)
             self._scales[name] = float(weight.float().square().sum() / (len(weight) * kept)) ** 0.5
-            if state is not None:
+            if WEIGHT + name in tensors:
                 weight.copy_(tensors[WEIGHT + name])
                 moments.copy_(tensors[MOMENTS + name])
             self.weights[name], self._moments[name] = weight, moments
+
+    def follow(self, place: float) -> None:
+        """Log the mean loss of the last `LOGGED` steps, of which the last one was at this place of the schedule.
+
+        If the loss has risen (`RISEN`), the rate is too high: training goes back to its first weights with a lower one.
+        The rounding of int4 raises the loss as well, and is no reason.
+        """
+        at = self.progress
+        loss = distributed.mean(fmean(at.losses))
+        log.info("training step %d, %.0f %% of the schedule: loss %.4f", at.steps, 100 * place, loss)
+        first = distributed.mean(fmean(at.losses[:FIRST])) if at.first is None else at.first
+        self.progress = at = replace(at, first=first, losses=())
+        if self._int4.scales or loss - first <= (RISEN - 1) * abs(first):
+            return
+        share = at.share * SLOWER
+        message = (
+            "training: the loss rose from %.4f to %.4f: going back to the first weights, with %g of the learning rate"
+        )
+        log.warning(message, first, loss, share)
+        self._network.set_weights(self._network.trained)
+        self._begin({})
+        self.progress = replace(at, begun=at.steps, place=place, share=share)
 
     def begin_int4(self, examples: Examples) -> None:
         """Let the next steps run with the weights as int4 stores them, solved on `examples`, if they do not yet."""
@@ -111,7 +162,7 @@ class KeptWeights:
 
         A weight is updated as soon as its gradient is known.
         """
-        self.steps += 1
+        self.progress = at = replace(self.progress, steps=self.progress.steps + 1)
         seed, number = int(torch.randint(2**32, (), generator=self._generator)), itertools.count()
 
         def take(name: str, gradient: Tensor) -> None:
@@ -121,7 +172,7 @@ class KeptWeights:
                 gradient.contiguous(),
                 self._bits[name],
                 *moments,
-                step=self.steps,
+                step=at.steps - at.begun,
                 rate=rate * self._scales[name],
                 betas=BETAS,
                 seed=(seed + next(number)) % 2**32,
@@ -133,7 +184,9 @@ class KeptWeights:
             shown = self._network.shelf.another()
             shown.update((name, self._int4.stored(name, weight)) for name, weight in self.weights.items())
         self._network.show(shown)
-        return self._network.take_gradients(examples, loss, take, kept=True)
+        found = self._network.take_gradients(examples, loss, take, kept=True)
+        self.progress = replace(at, losses=(*at.losses, found))
+        return found
 
     def state(self) -> State:
         """Return the state after the last step, from which training can be resumed; its tensors are read one by one."""
@@ -141,7 +194,7 @@ class KeptWeights:
         tensors |= {WEIGHT + name: partial(self.weights.__getitem__, name) for name in self.weights}
         tensors |= {MOMENTS + name: partial(self._moments.resting, name) for name in self._moments}
         tensors |= {SCALE + name: partial(self._int4.scales.__getitem__, name) for name in self._int4.scales}
-        return Computed(tensors, lambda name: tensors[name]()), {"steps": self.steps}
+        return Computed(tensors, lambda name: tensors[name]()), asdict(self.progress)
 
     def with_pruned(self) -> Shelf:
         """Return the weights as stored, with the values that pruned ones had before; nothing is left for training."""
@@ -208,14 +261,16 @@ def train_weights(
     before = network.trained
     before.put_aside()
     kept = KeptWeights(network, run.generator(first, examples), saved.take())
-    if kept.steps:
-        log.info("training resumes after step %d", kept.steps)
+    if kept.progress.steps:
+        log.info("training resumes after step %d", kept.progress.steps)
     windows = len(run.train) // run.examples_per_window
     batch_of = run.varied_batch if isinstance(network.task, Imitation) else run.batch
-    losses: list[float] = []
     with bar("training, % of the schedule", 100) as advance:
-        while (place := schedule(kept.steps, distributed.mean(saved.seconds if kept.steps else 0.0))) is not None:
-            if run.passes * windows // examples == first + kept.steps:
+        while True:
+            steps = kept.progress.steps
+            if (place := schedule(steps, distributed.mean(saved.seconds if steps else 0.0))) is None:
+                break
+            if run.passes * windows // examples == first + steps:
                 log.warning(
                     "training starts over after %d windows, which it fits better than other data from here on: "
                     "give more calibration data, or a larger --samples",
@@ -223,13 +278,11 @@ def train_weights(
                 )
             if place > 1 - int4:
                 kept.begin_int4(run.batch(0, SOLVED))
-            scheduled = rate * min(place / RISING, (1 - place) / (1 - RISING))
-            losses.append(kept.step(batch_of(first + kept.steps, examples), loss, scheduled))
-            advance(round(100 * place), f"training: loss {losses[-1]:.4f}, % of the schedule")
+            found = kept.step(batch_of(first + steps, examples), loss, rate * kept.progress.rate(place))
+            advance(round(100 * place), f"training: loss {found:.4f}, % of the schedule")
+            if len(kept.progress.losses) == LOGGED:
+                kept.follow(place)
             saved.offer(kept.state)
-            if len(losses) == LOGGED:
-                log.info("training step %d, %.0f %% of the schedule: loss %.4f", kept.steps, 100 * place, fmean(losses))
-                losses.clear()
     saved.save(kept.state)
     weights = kept.with_pruned()
     network.set_weights(before)

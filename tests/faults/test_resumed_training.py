@@ -40,6 +40,7 @@ def six_steps(_: float) -> Schedule:
         ("fp32", "newton:rounds=2:tune=4:refine=2", ADAM, 6 * LAYERS + 5),  # in the third step of the second round
         ("bf16", "newton:rounds=1:tune=3:train=0.5", ADAM, (3 + 4) * LAYERS + 5),  # in the fifth step after the rounds
         ("bf16", "newton:start=ria:rounds=0:compensate=true:train_steps=6:int4=0.5", ADAM, 4 * LAYERS + 5),
+        ("fp32", "newton:rounds=0:train_steps=14:rate=0.05", ADAM, 12 * LAYERS + 5),  # after it went back
         ("fp32", "learned:rounds=1:refine=3", "permprune.permuters.refinement.all_swaps", 3),
     ],
 )
@@ -57,14 +58,15 @@ def test_a_killed_training_of_a_search_continues(
     text = write_text(tmp_path / "text.txt", "calibration")
     command = ["prune", tiny_checkpoint, "--calibration", text, "--data", text, "--length", "16", "--samples", "24"]
     command += ["--windows", "4", "--permute", method, *(["--minutes", "9"] if "train=" in method else [])]
-    schedule = "permprune.permuters.trust_region.timed"
-    monkeypatch.setattr(schedule, six_steps)
+    patches = {"permprune.permuters.trust_region.timed": six_steps, "permprune.permuters.tuning.RISEN": 0.9}
+    for name, value in patches.items():
+        monkeypatch.setattr(name, value)
     every, whole, out = calls(place, monkeypatch), tmp_path / "whole", tmp_path / "out"
     code, _, stderr = run(*command, "--out", whole)
     assert code == 0, stderr
     made = len(every)
     every.clear()
-    run_until(place, call, *command, "--out", out, patches={schedule: six_steps})
+    run_until(place, call, *command, "--out", out, patches=patches)
     code, _, stderr = run(*command, "--out", out, "--resume")
     assert code == 0, stderr
     steps = LAYERS if place == ADAM else 1  # the step in which it was killed is made again, and no other one

@@ -20,7 +20,17 @@ from permprune.kernels.product.layout import BLOCK
 from permprune.losses.objective import Objective
 from permprune.permuters.newton import Newton
 from permprune.permuters.ria import RIAPermuter
-from permprune.permuters.tuning import BETAS, RISING, Schedule, counted, first_ended, timed, train_weights
+from permprune.permuters.tuning import (
+    BETAS,
+    LOGGED,
+    RISING,
+    SLOWER,
+    Schedule,
+    counted,
+    first_ended,
+    timed,
+    train_weights,
+)
 from permprune.system import progress, search_state
 from permprune.system.search_state import Checkpoint, Resumable
 
@@ -77,6 +87,26 @@ def test_a_second_pass_over_the_data_is_said_once(
     assert len(prepared.run.train) == 14
     train(prepared, counted(steps))
     assert sum("starts over after 14 windows" in line for line in caplog.messages) == repeats
+
+
+def test_after_a_rise_of_the_loss_training_goes_back_with_a_lower_rate(
+    prepared: Prepared, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, last, rate = 2 * LOGGED + 9, 2 * LOGGED - 1, 0.05
+    places = [counted(steps)(step, 0.0) or 0.0 for step in range(steps)]
+    assert not any("the loss rose" in line for line in caplog.messages)
+    with monkeypatch.context() as patch:
+        patch.setattr("permprune.permuters.tuning.RISEN", 0.9)  # it would have to fall by a tenth
+        found = train(prepared, counted(steps), rate=rate)
+    shares = [line.split(", with ")[1] for line in caplog.messages if "the loss rose" in line]
+    assert shares == [f"{share:g} of the learning rate" for share in (SLOWER, SLOWER**2)]
+
+    def rest(done: int, _: float) -> float | None:
+        return (places[last + 1 + done] - places[last]) / (1 - places[last]) if done < 9 else None
+
+    expected = train(prepared, rest, first=last + 1, rate=SLOWER**2 * rate)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-8)
 
 
 def test_training_shows_its_progress_on_a_terminal(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
