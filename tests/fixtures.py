@@ -96,6 +96,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("permprune.permuters.kept.READ", 2**10)
     monkeypatch.setattr("permprune.calibration.symmetric.STRIP", 2**5)
     monkeypatch.setattr("permprune.kernels.adam.rounding.CHUNK", 2**10)
+    monkeypatch.setattr("permprune.pruning.masked.SPAN", 2**12)
 
 
 PICTURES = {report: report._pictures for report in (run, sweep)}

@@ -40,7 +40,7 @@ from permprune.models.dummy_inputs import processed_size
 from permprune.models.hooks import replaced_while_running
 from permprune.models.layers import at_rest, block_linears, canonical_names, values_of
 from permprune.models.modality import kind_of
-from permprune.models.narrow_weights import held_type
+from permprune.models.narrow_weights import end_weights, held_type, is_narrow
 from permprune.models.processors import Processor, read_processor
 from permprune.system import sharding
 from permprune.system.device import best_device
@@ -276,8 +276,9 @@ def load_at_rest(model: PreTrainedModel, weights: StoredWeights, pruned: Collect
     """Give a model on the meta device its weights, of which those of the layers in its blocks are at rest.
 
     These are read from the checkpoint whenever they are used or, if they are `held`, from the memory of the host. The
-    `pruned` parameters have the type in which a search holds them, all others fp32.
+    `pruned` parameters and those of the model's ends have the type in which a search holds them, all others fp32.
     """
+    ends = {id(weight) for weight, _ in end_weights(model)}
     device, users = best_device(), Counter(parameter for one in model.modules() for parameter in _own(one).values())
     resting = {layer.parameter for layer in block_linears(model) if users[layer.stored] == 1}
     loaded: dict[nn.Parameter, nn.Parameter] = {}
@@ -290,7 +291,9 @@ def load_at_rest(model: PreTrainedModel, weights: StoredWeights, pruned: Collect
                 replaced_while_running(module, attribute, values_of)
                 continue
             if parameter not in loaded:
-                loaded[parameter] = nn.Parameter(weights[name], requires_grad=False)
+                narrow = id(parameter) in ends and is_narrow(weights.stored[name].dtype)
+                tensor = weights.stored[name].to(device, copy=True) if narrow else weights[name]
+                loaded[parameter] = nn.Parameter(tensor, requires_grad=False)
             module._parameters[attribute] = loaded[parameter]
 
 

@@ -32,6 +32,7 @@ from permprune.forecasts.costs import state_bytes
 from permprune.forecasts.offloading import FILES
 from permprune.models.forward import short_inputs
 from permprune.models.layers import Layer, require_finite, values_of
+from permprune.models.narrow_weights import NarrowWeights
 from permprune.models.row_shards import load_rows
 from permprune.permuters.base import Solution
 from permprune.permuters.registry import permuter
@@ -75,13 +76,14 @@ class Sharded(Held):
         planned(self.whole, plan)
         self.shelf, fisher = self.shelf_of(config, work, room), permuter(config.permute).uses_fisher
 
-        def load() -> None:
-            self.load_weights(model, weights, {layer.parameter for layer in plan.layers})
+        def load() -> NarrowWeights | None:
+            held = self.load_weights(model, weights, {layer.parameter for layer in plan.layers})
             for layer in plan.layers:
                 require_finite(layer)
+            return held
 
-        distributed.on_all(load)
-        super().__init__(measure(plan, model, started, shelf=self.shelf, fisher=fisher), processor)
+        held = distributed.on_all(load)
+        super().__init__(measure(plan, model, started, held, shelf=self.shelf, fisher=fisher), processor)
         self.stored, self.scratch, self.memory = stored, work.scratch / "written", -(-size // self.files())
         lengths = {name: len(parameter) for name, parameter in self.whole.named_parameters()}
         layers = defaultdict[str, list[Layer]](list)
@@ -97,9 +99,15 @@ class Sharded(Held):
         self.weights = CollectedWeights(lengths, weights.canonical, rows_to_write)
         attach(self.whole, self.weights)
 
-    def load_weights(self, model: PreTrainedModel, weights: StoredWeights, pruned: Collection[str]) -> None:
-        """Give a model on the meta device the weights that this process holds; `pruned` are parameters to prune."""
+    def load_weights(
+        self, model: PreTrainedModel, weights: StoredWeights, pruned: Collection[str]
+    ) -> NarrowWeights | None:
+        """Give a model on the meta device the weights that this process holds; `pruned` are parameters to prune.
+
+        Returns those that are held in bf16, if they were read so.
+        """
         load_rows(model, weights.rows)
+        return None
 
     def shelf_of(self, config: PruneConfig, work: WorkFolder, room: Room | None) -> Shelf:
         """Where the other tensors of the run rest, and the room that is left for them."""
@@ -149,8 +157,9 @@ class Offloading(Sharded):
 
     unanswering = "the weights were offloaded"
 
-    def load_weights(self, model: PreTrainedModel, weights: StoredWeights, pruned: Collection[str]) -> None:
+    def load_weights(self, model: PreTrainedModel, weights: StoredWeights, pruned: Collection[str]) -> NarrowWeights:
         load_at_rest(model, weights, pruned, held=self.shelf.place == "host")
+        return NarrowWeights.as_read(model)
 
     def shelf_of(self, config: PruneConfig, work: WorkFolder, room: Room | None) -> Shelf:
         return Shelf(cast(Place, config.place), work.scratch, room=room)

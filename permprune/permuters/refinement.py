@@ -204,8 +204,8 @@ def compensate(landscape: Landscape, state: S, *, examples: int) -> S:
         updated, kept = network.updated, network.shelf.another()
         network.set_bits(_bits_of(network, updated))  # `updated` is not shown any more
         for name in [*updated]:  # pruned weights keep the values that they had, as in training
-            weight = torch.where(network.masks[name], updated.pop(name), network.weights[name])
-            kept[name] = weight.to(network.layers[name].stored.dtype)
+            dtype = network.layers[name].stored.dtype
+            kept[name] = torch.where(network.masks[name], updated.pop(name), network.weights[name]).to(dtype)
         network.set_weights(kept)
     loss = landscape.held_out_loss()
     better = loss < state.best - TOLERANCE

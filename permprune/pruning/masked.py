@@ -26,6 +26,9 @@ from permprune.system.shelf import Computed, Shelf
 
 T = TypeVar("T")
 
+SPAN = 2**21
+"""The weights of a part whose slopes are computed at a time."""
+
 
 class MaskedLayers(RunningLayers):
     """Layers that run with weight * mask, in the model's own channel order.
@@ -260,11 +263,16 @@ class MaskedLayers(RunningLayers):
         """Return what the rows of a part add to the slope of its problem; `gradient` is that of the part's layer."""
         if torch.equal(before, after):
             return 0.0
-        matrices = self.dense[part.layer], self.weights[part.layer], gradient
-        dense, weight, slope = (matrix[:, part.span] for matrix in matrices)
-        score = self.scales[part.layer].score(dense, channels=part.span)
-        values, pattern = (weight.float(), slope.float()), self.patterns[part.layer]
-        return kept_sum(score, *values, after, pattern) - kept_sum(score, *values, before, pattern)
+        scale, pattern, total = self.scales[part.layer], self.patterns[part.layer], 0.0
+        own = self.layers[part.layer].weight
+        matrices = own, self.trained.get(part.layer, own), gradient
+        size = max(1, SPAN // len(before))
+        for rows in (slice(first, first + size) for first in range(0, len(gradient), size)):
+            dense, weight, slope = (matrix[rows, part.span].float() for matrix in matrices)
+            score = scale.score(dense, rows, part.span)
+            sums = [kept_sum(score, weight, slope, order, pattern) for order in (before, after)]
+            total += sums[1] - sums[0]
+        return total
 
     def show(self, weights: Mapping[str, Tensor]) -> None:
         """Run with these weights without masking them, until orders or weights are set again.
