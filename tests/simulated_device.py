@@ -18,6 +18,7 @@ Not simulated: `torch.export`, and `torch.tensor` with a device, which does not 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 try:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -63,18 +65,28 @@ SIMULATED, CPU = torch.device("simulated:0"), torch.device("cpu")
 
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
+WORK = {
+    aten.mm.default: lambda args: 2 * args[0].numel() * args[1].shape[-1],
+    aten.addmm.default: lambda args: 2 * args[1].numel() * args[2].shape[-1],
+    aten.linalg_cholesky_ex.default: lambda args: args[0].shape[-1] ** 3 / 3,
+    aten.cholesky_inverse.default: lambda args: args[0].shape[-1] ** 3,
+}
+"""The floating-point operations of products and factors of matrices."""
+
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
 class Allocated:
     """The bytes of the device's tensors that live: `now`, and as `peak` the most at a time since `begin`.
 
-    A tensor that would need more than `limit` bytes in all raises `torch.OutOfMemoryError`.
+    A tensor that would need more than `limit` bytes in all raises `torch.OutOfMemoryError`. Products of matrices that
+    take more than `computed` floating-point operations are left out: they have the memory of their results, zeros.
     """
 
     def __init__(self) -> None:
         self.now = self.peak = 0
         self.limit: int | None = None
+        self.computed = math.inf
         self._sizes: dict[int, int] = {}
 
     def begin(self) -> None:
@@ -173,8 +185,19 @@ def _call(operator: Any, *args: Any, **kwargs: Any) -> Any:
         _require_one_device(operator, args, tensors)
     if simulated and (generator := kwargs.get("generator")) is not None:
         raise RuntimeError(f"{operator}: a generator on {generator.device} for a tensor on {SIMULATED}")
-    result = operator(*plain, **options)
+    if (work := WORK.get(operator)) is not None and work(plain) > MEMORY.computed:
+        result = _left_out(operator, plain, options)
+    else:
+        result = operator(*plain, **options)
     return _wrap(result, {id(tensor.values): tensor for tensor in own}) if simulated else result
+
+
+def _left_out(operator: Any, args: Any, kwargs: Any) -> Any:
+    """Zeros in place of what an operator would compute."""
+    described = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+    return tree_map_only(
+        Tensor, lambda tensor: torch.zeros_like(tensor, device=CPU), operator(*described[0], **described[1])
+    )
 
 
 def _unwrap(value: Any, found: list[Any]) -> Any:
@@ -207,8 +230,56 @@ def _require_one_device(operator: Any, args: tuple[Any, ...], tensors: list[Tens
         raise RuntimeError(f"{operator}: expected all tensors on one device, found {SIMULATED} and cpu")
 
 
+def _autocast(operator: Any, dtype: torch.dtype | None) -> Any:
+    """An operator inside autocast: its inputs are converted to this type, by default that of the context."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        chosen = dtype or torch.get_autocast_dtype(SIMULATED.type)
+
+        def converted(value: Any) -> Any:
+            found = isinstance(value, Tensor) and value.device.type == SIMULATED.type and value.is_floating_point()
+            return value.to(chosen) if found else value
+
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+            return operator(*map(converted, args), **{name: converted(value) for name, value in kwargs.items()})
+
+    return run
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention that holds no scores of all pairs, as the kernels of GPUs do."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    fused = aten._scaled_dot_product_flash_attention_for_cpu
+    result: Tensor = fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return result
+
+
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+NARROW = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention")
+WIDE = ("softmax.int", "log_softmax.int", "cross_entropy_loss", "nll_loss_nd", "mse_loss", "layer_norm", "rsqrt")
+"""Operators that autocast computes in the narrower type, and in fp32; others as their inputs are."""
+
 _LIBRARY = torch.library.Library("_", "IMPL")  # registrations end with the object
 _LIBRARY.fallback(_call, "PrivateUse1")  # for operators that create tensors on the device
+_LIBRARY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+_ATEN = torch.library.Library("aten", "IMPL")
+for _key in ("PrivateUse1", "AutogradPrivateUse1"):
+    _ATEN.impl("scaled_dot_product_attention", _attention, _key)
+for _name, _dtype in [*((name, None) for name in NARROW), *((name, torch.float32) for name in WIDE)]:
+    _packet, _, _overload = _name.partition(".")
+    _operator = getattr(getattr(aten, _packet), _overload or "default")
+    _ATEN.impl(_name, _autocast(_operator, _dtype), "AutocastPrivateUse1")
 
 
 @contextmanager
@@ -222,11 +293,11 @@ def simulated_device() -> Iterator[None]:
 
 
 @contextmanager
-def allocated(limit: int | None = None) -> Iterator[Allocated]:
-    """Context manager: the device has `limit` bytes; yields its memory, whose peak begins here."""
+def allocated(limit: int | None = None, computed: float = math.inf) -> Iterator[Allocated]:
+    """Context manager: the device has `limit` bytes; yields its memory, whose peak begins here (`Allocated`)."""
     MEMORY.begin()
-    MEMORY.limit = limit
+    MEMORY.limit, MEMORY.computed = limit, computed
     try:
         yield MEMORY
     finally:
-        MEMORY.limit = None
+        MEMORY.limit, MEMORY.computed = None, math.inf

@@ -23,6 +23,7 @@ from permprune.models.experts import EVENLY, implementation
 from permprune.models.forward import frozen
 from permprune.models.hooks import attached
 from permprune.models.layers import block_linears, blocks
+from permprune.models.narrow_weights import NarrowWeights, holdable_ends
 from permprune.models.shallow import Repetition, shortened
 
 CPU = torch.device("cpu")
@@ -72,13 +73,15 @@ def count_activations(
     recompute: bool = False,
     lists: Sequence[Repetition] = (),
     held: torch.dtype = torch.float32,
+    ends: torch.dtype = torch.float32,
 ) -> Activations:
     """Count what a pass of a model makes and computes; the model, which may be on the meta device, is not changed.
 
     `run(model)` makes a batch on the CPU, runs the model on it and returns the loss, or any output if there is no
-    backward pass. Weights are fp32, and those of the layers have type `held`. They are not part of the result, nor are
-    their gradients, but copies of them in the `dtype` of the activations are. Blocks that `lists` leaves out do not
-    run: each counts as the one that it equals. Tokens are spread evenly over experts.
+    backward pass. Weights are fp32, those of the layers have type `held`, and the embedding table and the output layer
+    type `ends` if they can be held so (`NarrowWeights`). They are not part of the result, nor are their gradients, but
+    copies of them in the `dtype` of the activations are. Blocks that `lists` leaves out do not run: each counts as the
+    one that it equals. Tokens are spread evenly over experts.
     """
     with shortened(model, lists):
         parameters = {id(one): nn.Parameter(one.detach().to("meta"), one.requires_grad) for one in model.parameters()}
@@ -86,7 +89,9 @@ def count_activations(
     with frozen(fake), implementation(EVENLY, fake.modules()), _without_packed_sequences():
         mode = FakeTensorMode()
         layers = block_linears(fake)
-        _make_fake(fake, mode, {id(layer.stored): held for layer in layers})
+        types = {id(end): ends for end in holdable_ends(fake)} | {id(layer.stored): held for layer in layers}
+        _make_fake(fake, mode, types)
+        narrow = NarrowWeights.as_read(fake) if ends == torch.bfloat16 else None  # its hooks last as long as it
         if gradients == "weights":
             for stored in {id(layer.stored): layer.stored for layer in layers}.values():
                 stored.requires_grad_(True).register_post_accumulate_grad_hook(_drop_gradient)
@@ -103,6 +108,7 @@ def count_activations(
                 loss = run(fake)
             if gradients != "none":
                 loss.backward()
+        del narrow
         live.leave_head()
         copies = [fake.get_submodule(f"{one.name}.{equal}") for one in lists for equal in one.equals]
         growth, outputs = (sum(sizes.get(block, 0) for block in copies) for sizes in (live.growth, live.outputs))

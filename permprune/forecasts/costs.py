@@ -30,7 +30,7 @@ from permprune.permuters.newton import Newton
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.ria import RIAPermuter
 from permprune.permuters.trust_region import TrustRegion
-from permprune.pruning.problem import Outline
+from permprune.pruning.problem import Outline, Problem
 from permprune.training.int4 import SOLVED
 from permprune.updates.admm import ADMM
 from permprune.updates.base import NoUpdate, Update
@@ -167,11 +167,13 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
 
     losses = TRIED * method.rounds + START + method.compensate + method.trains_at_end
     backward = (*_pass(method, run, examples), *_masked(run))
-    held = [gradients] if method.rounds else []
-    accept = Stage(f"{method.name}: accept", (*_pass(method, run), *held), run.loss_work(run.held_out) * losses)
     batch = method.step_examples * run.examples_per_window
     trained = trained_weights(run)
     best = replace(trained, name="best trained weights", travels=2.0 * trained.bytes)  # put aside, and read at the end
+    during = [*([gradients] if method.rounds else []), *([trained] if method.tune else [])]
+    after = [trained] if method.trains or method.compensate else []
+    held = max(during, after, key=lambda parts: sum(part.bytes for part in parts))
+    accept = Stage(f"{method.name}: accept", (*_pass(method, run), *held), run.loss_work(run.held_out) * losses)
     step = run.step_work(batch) + Work(moved=STEPPED * outline.dtype.itemsize * outline.weights)
     rounds = [accept]
     if method.rounds:
@@ -345,17 +347,19 @@ def model_bytes(run: Workload, slopes: torch.dtype, part: int | None = None) -> 
     These are the slopes, of type `slopes`, and of a block of rows the weights and scores (of a small problem, those of
     all rows), the pruned parts before and after a step, their difference, and two matrices that are computed from it;
     and the second moments that one layer reads, with a part of them in another order. Of these, only those inside parts
-    of `part` channels are read, if given.
+    of `part` channels are read, if given. They may be larger in a problem with fewer slopes.
     """
     outline = run.outline
-    total, largest = 0, max(outline.rows[layer.name] * layer.weight.shape[1] for layer in outline.layers)
-    for problem in outline.largest(run.threads):
+    largest = max(outline.rows[layer.name] * layer.weight.shape[1] for layer in outline.layers)
+
+    def beside_slopes(problem: Problem) -> int:
         weights = problem.size * outline.rows_of(problem)
         block = min(weights, largest, BLOCK)
-        total += slopes.itemsize * weights + 20 * block + 8 * (weights if weights <= BLOCK else block)
         width = max(outline.widths[one.site] for one in problem.parts)
-        total += 6 * width * min(width, part or width)
-    return total
+        return 20 * block + 8 * (weights if weights <= BLOCK else block) + 6 * width * min(width, part or width)
+
+    rest = sorted(map(beside_slopes, outline.problems))[-run.threads :]
+    return slopes.itemsize * outline.largest_weights(run.threads) + sum(rest)
 
 
 def model_parts(run: Workload, slopes: torch.dtype, model: int) -> tuple[Memory, ...]:

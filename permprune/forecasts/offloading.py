@@ -14,6 +14,7 @@ from permprune.calibration.symmetric import stored_elements
 from permprune.errors import PermpruneError
 from permprune.forecasts.resources import Memory, Place, Stage, Work, Workload
 from permprune.models.layers import block_linears, blocks
+from permprune.models.narrow_weights import end_weights
 from permprune.system.files import gib
 
 KEPT = {"weights in training", "sums of gradients"}
@@ -41,9 +42,6 @@ of the half that is kept. It is more than what it takes to find the weights that
 FILES = 4
 """Half the number of files of weights that a run writes, at least."""
 
-ONE_LAYER = {"load", "write"}
-"""The stages in which no module runs with all its weights."""
-
 BACKWARD = {"gradients", "training", "training at the end", "refinement"}
 """What stages with gradients are called, beside a calibration with Fisher information."""
 
@@ -63,19 +61,22 @@ def module_sizes(model: PreTrainedModel) -> Counter[int]:
 class Offload:
     """What a `run` that offloads holds of a model in blocks.
 
-    The largest block has `block` weights to prune, and the largest module, which may be that of all experts, `module`.
+    The largest block has `block` weights to prune, the largest module, which may be that of all experts, `module`, and
+    the largest of the model's ends `end`.
     """
 
     run: Workload
     block: int
     module: int
+    end: int
 
     @classmethod
     def of(cls, model: PreTrainedModel, run: Workload) -> Offload:
         """Return what a run holds."""
         inside = [{id(module) for module in block.modules()} for block in blocks(model)]
         sizes = module_sizes(model)
-        return cls(run, max(sum(sizes[owner] for owner in own & sizes.keys()) for own in inside), max(sizes.values()))
+        block = max(sum(sizes[owner] for owner in own & sizes.keys()) for own in inside)
+        return cls(run, block, max(sizes.values()), max((end.numel() for end, _ in end_weights(model)), default=0))
 
     def stages(
         self, stages: Sequence[Stage], memory: float, host: float
@@ -124,18 +125,28 @@ class Offload:
     def _in_hand(self, stage: Stage) -> int:
         outline, named = self.run.outline, {part.name for part in stage.parts}
         largest, held = max(layer.shape.numel() for layer in outline.layers), outline.dtype.itemsize
-        if stage.name in ONE_LAYER:
+        if stage.name == "load":
             return largest * (held + 4)
-        layer = self.module * (held + 4)  # as it is held, and masked
+        if stage.name == "write":  # a layer is masked, converted and copied; or an end runs in fp32
+            return max(largest * (3 * held + 4), 4 * self.end) if self.run.on_device else largest * (held + 4)
+        accepts = stage.name.endswith(": accept") and self.run.dtype != torch.float32
+        layer = self.module * (held + (1 if accepts else 4))  # as held, and masked, or the mask beside activations
         sums = 4 * stored_elements(max(outline.widths.values())) if "sums of moments" in named else 0
+        beside = sum(part.bytes for part in stage.parts if part.name in ("activations", "logits"))
+        compared = max(self._compared(stage.name, *layer.shape) for layer in outline.layers) - beside
         if stage.name.rpartition(": ")[2] not in BACKWARD and "Fisher information" not in named:
-            compared = max(4 * one.shape[1] * (MEASURED * one.shape[0] + one.shape[1]) for one in outline.layers)
-            beside = sum(part.bytes for part in stage.parts if part.name in ("activations", "logits"))
-            return max(layer + sums, compared - beside if stage.name == "evaluate" else 0)
+            return max(layer + sums, compared)
         changed = 2 if "Adam's moments" in named else 1  # the weight and the moments, or the sum of the gradients
         gradient = largest * (4 + changed * held)
         masked = 4 * (self.block - largest) if self.run.dtype == torch.float32 else 0  # others count as activations
         found = 1 + 2 * outline.pattern.density * held  # a mask, and what it keeps, twice
         step = round(largest * (STEP if self.run.on_device else found)) if "Adam's moments" in named else 0
         freed = sum(part.bytes for part in stage.parts if part.name in ONE_BLOCK)
-        return max(layer, masked + gradient + step + sums - freed)
+        return max(layer, masked + gradient + step + sums - freed, compared)
+
+    def _compared(self, stage: str, rows: int, channels: int) -> int:
+        """The bytes of a layer's second moments and weights, where it is scored, or compared with the dense one."""
+        if stage == "calibrate":
+            stored = self.run.outline.dtype.itemsize * stored_elements(channels)
+            return 4 * channels * (rows + channels) + stored
+        return 4 * channels * (MEASURED * rows + channels) if stage == "evaluate" else 0

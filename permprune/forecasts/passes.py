@@ -52,8 +52,12 @@ def batch_pass(
     dtype: torch.dtype,
     batch: int | None = None,
     size: tuple[int, int] | None = None,
+    ends: torch.dtype | None = None,
 ) -> Activations:
-    """Count the activations of a batch of this many windows, by default `config.batch`."""
+    """Count the activations of a batch of this many windows, by default `config.batch`.
+
+    The weights of the model's ends have type `ends`, by default that of the layers.
+    """
     return _run(
         model,
         _shapes(model, (batch or config.batch) * BATCH_MULTIPLIER[kind_of(model)], config.length, size),
@@ -62,6 +66,7 @@ def batch_pass(
         recompute=config.recompute and gradients != "none",
         lists=outline.repeated,
         held=outline.dtype if gradients == "inputs" and dtype == outline.dtype else torch.float32,
+        ends=ends or outline.dtype,
     )
 
 

@@ -253,20 +253,22 @@ def forecast_held(
         *stages_of_limit(config, searching),
         Stage("evaluate", evaluation.parts, measuring.pass_work(evaluated, evaluation_batch(model))).beside(found),
     ]
+    ends = [weight.numel() for weight, _ in end_weights(model)]
+    largest = max(module_sizes(model).values())
     # processes that divide rows convert their own from fp32, parameter by parameter
-    load = Stage("load", (weights if shards == 1 else Memory("weights", whole),), Work(stored=checkpoint))
+    read = Memory("tensor that is read", stored.itemsize * max(largest, *ends, 0) if run.on_device else 0, "host")
+    load = Stage("load", (weights if shards == 1 else Memory("weights", whole), read), Work(stored=checkpoint))
     offloads = config.offload != "none"
     experts = sum(layer.weight.numel() for layer in outline.layers if layer.expert is not None)
     files, room = FILES if offloads else shards, (0.0, math.inf)
-    ends = [weight.numel() for weight, _ in end_weights(model)]
-    largest = max(module_sizes(model).values())
-    check = counted("none", dtype=torch.float32, batch=2)  # on two examples of `short_inputs`
+    check = counted("none", dtype=torch.float32, batch=2, ends=torch.float32)  # on two examples of `short_inputs`
     short = min(1.0, SHORT / config.length)
-    as_stored = (
-        Memory("weights as stored", min(checkpoint // files, checkpoint if files == 1 else 2 * SHARD), "host"),
-    )
+    copied = 2 * stored.itemsize * max(ends, default=0) if offloads else 0  # a file has one tensor at least
+    file = max(copied, min(checkpoint // files, checkpoint if files == 1 else 2 * SHARD))
+    as_stored = (Memory("weights as stored", file, "host"),)
+    elsewhere = not is_narrow(stored) or (offloads and run.on_device)  # where they are in hand
     checked = (
-        Memory("layers in fp32", 4 * (largest + max(ends, default=0)) if is_narrow(stored) else 0, "host"),
+        Memory("layers in fp32", 0 if elsewhere else 4 * (largest + max(ends, default=0)), "host"),
         Memory("activations of the check", round(short * (check.blocks + check.logits)), "host"),
     )
     if files > 1:  # of which one after the other is freed before they are checked

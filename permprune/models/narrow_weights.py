@@ -45,6 +45,11 @@ def end_weights(model: nn.Module) -> list[tuple[nn.Parameter, list[nn.Module]]]:
     return list(weights.values())
 
 
+def holdable_ends(model: nn.Module) -> list[nn.Parameter]:
+    """Return those of `end_weights` that can be held in bf16."""
+    return [one.parameter for one in _holdable(model, ())]
+
+
 class NarrowWeights:
     """Holds weights in bf16 in a model that computes as in fp32.
 
