@@ -41,7 +41,16 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "model", options)
+        config = LlamaConfig(
+            hidden_size=options.hidden,
+            intermediate_size=options.inner,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.hidden // 64,
+            num_key_value_heads=max(1, options.hidden // 512),
+            vocab_size=options.vocabulary,
+            max_position_embeddings=2048,
+        )
+        write_model(folder / "model", config)
         rows = [measured(folder, count, options) for count in options.processes]
     print("| processes | peak of each, MiB | largest / single | held-out losses | seconds |\n|---|---|---|---|---|")
     for count, (peaks, losses, seconds) in zip(options.processes, rows, strict=True):
@@ -50,20 +59,12 @@ def main() -> None:
         add(options.rows, {"table": "processes", "processes": count}, {"peaks": [round(peak) for peak in peaks]})
 
 
-def write_model(folder: Path, options: argparse.Namespace) -> None:
-    """Write a random model and a tokenizer of words."""
-    config = LlamaConfig(
-        hidden_size=options.hidden,
-        intermediate_size=options.inner,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=max(1, options.hidden // 512),
-        vocab_size=options.vocabulary,
-        max_position_embeddings=2048,
-    )
+def write_model(folder: Path, config: LlamaConfig) -> None:
+    """Write a random model in bf16 and a tokenizer of words, and beside the folder texts of words."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(config).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
