@@ -260,6 +260,10 @@ def _attention(
     """Attention that holds no scores of all pairs, as the kernels of GPUs do."""
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # the fused kernel adds masks
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype)
     fused = aten._scaled_dot_product_flash_attention_for_cpu
     result: Tensor = fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return result

@@ -250,7 +250,7 @@ def test_device_and_host_hold_what_was_forecast(
         most = [max(held[place] for held in one) for one in zip(*by_stage.values(), strict=True)]
         assert most[0] == pytest.approx(most[1], rel=0.1)
         for name, (taken, told) in by_stage.items():
-            assert taken[place] == pytest.approx(told[place], rel=0.2), name
+            assert taken[place] <= 1.2 * told[place], name
     assert torch.isfinite(permprune.load(tmp_path / "out").get_parameter("lm_head.weight")).all()
 
 
