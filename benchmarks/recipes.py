@@ -294,7 +294,7 @@ RECIPES = {
     "clip-vit-b16": Recipe(
         model="clip-vit-b16-cifar10",
         prepare=probed("clip-vit-b16", 40),
-        prune="--permute newton:start=ria:rounds=0:compensate=true:train_steps=150 --samples 250",
+        prune="--permute newton:start=ria:rounds=0:compensate=true:train_steps=60:rate=0.0004 --samples 250",
         data="--windows 12",
         title="top-1 accuracy",
         pack="--dtype int8",

@@ -173,26 +173,8 @@ def home() -> str:
             speed = f"{first['pruned'] / first['dense']:.2f}"
             size = f"{sizes['pruned'] / 1e6:.0f}, {sizes['dense'] / 1e6:.0f}"
             lines.append([link, model, measure["title"], *values, f"{row['minutes']:.0f}", size, speed])
-        if not rows("recipes.jsonl", recipe=name):
-            lines.append([link, model, *earlier(model)])
     heads = "kind | model | measured | dense | plain 2:4 | pruned | core-minutes | MB, pruned and dense | speed / dense"
     return markdown(heads, lines)
-
-
-def earlier(model: str, results: str = "results") -> list[str]:
-    """The cells of a model whose recipe has no row yet: those of an earlier run, if there is one."""
-    if model == "SmolLM2-135M":
-        dense, none = (rows("protocol.jsonl", method=method)[0] for method in ("dense", "none"))
-        best = min(rows("training.jsonl", table="trained", mode="fold"), key=lambda row: row["nll_wikitext2"])
-        values = perplexity(dense, "wikitext2"), perplexity(none, "wikitext2"), math.exp(best["nll_wikitext2"])
-        cells, source = [f"{value:.1f}" for value in values], "protocol.md"
-        return [f"perplexity, WikiText-2 ([earlier run]({results}/{source}))", *cells, f"{best['minutes']}", "", ""]
-    found = [row for row in rows("training.jsonl", table="models-trained") if row["model"] in model]
-    if not found:
-        return ["not measured yet", *[""] * 6]
-    row = min(found, key=lambda row: abs(row["dense"] - row["value"]))
-    cells, source = [f"{row[name]:.1%}" for name in ("dense", "none", "value")], "models.md"
-    return [f"{row['metric']} ([earlier run]({results}/{source}))", *cells, f"{row['minutes']:.0f}", "", ""]
 
 
 def reading(measure: Row, value: float) -> str:
@@ -204,8 +186,7 @@ def recipes(page: str) -> str:
     """The measures, bytes and speeds of the recipes of a page, and what they cost."""
     lines: list[Sequence[object]] = []
     for name, (_, model, own) in RECIPES.items():
-        found = rows("recipes.jsonl", recipe=name) if own == page else []
-        for row in found:
+        for row in rows("recipes.jsonl", recipe=name) if own == page else []:
             for measure in row["measures"]:
                 values = [reading(measure, measure[one]) for one in MODELS_OF_RECIPES]
                 lines.append([model, measure["title"], *values])
@@ -215,10 +196,6 @@ def recipes(page: str) -> str:
                 ratio = f"{speed['pruned'] / speed['dense']:.2f}"
                 lines.append([model, f"speed ({row['speed']}), batch {speed['batch']}", "1", "", ratio])
             lines.append([model, "core-minutes; peak memory, GB", "", "", cost(row)])
-        if own == page and not found:
-            measure, *values, minutes, _, _ = earlier(model, "../results")
-            lines.append([model, measure, *values])
-            lines += [[model, "core-minutes", "", "", minutes]] if minutes else []
     return markdown("model | measured | dense | plain 2:4 | pruned", lines)
 
 
