@@ -30,8 +30,8 @@ ROUNDS = 1, 16
 STEPS = 16, 2000
 """The fewest and the most steps of training; its learning rate rises in a tenth of them."""
 
-RATES = {"embeddings": 5e-3}
-"""The learning rate of kinds of model whose training gains by another than the default."""
+RATES = {"embeddings": 5e-3, "images": 5e-4}
+"""The learning rate of kinds of model whose training gains by another than the default (docs/results/ablations.md)."""
 
 START = "ria"
 """The orders that a compensation is made for: as good as better orders of the search (docs/results/ablations.md)."""

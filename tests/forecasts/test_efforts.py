@@ -135,10 +135,8 @@ def test_training_sees_images_several_times(little: None, caplog: pytest.LogCapt
     pruned = permprune.prune(make("vit"), examples=images, precision="fp32")
     (said,) = [line for line in caplog.messages if "windows to train on" in line]
     assert "2 windows" in said and "up to 20 times, in 20 steps in place of" in said
-    assert (
-        pruned.config.permute == "newton:start=ria:rounds=0:compensate=true:train_steps=20"
-        and "starts over" not in caplog.text
-    )
+    assert pruned.config.permute == "newton:start=ria:rounds=0:compensate=true:train_steps=20:rate=0.0005"
+    assert "starts over" not in caplog.text
 
 
 def test_an_effort_gives_the_same_files_every_time(
