@@ -21,7 +21,7 @@ def cheapest(costs: np.ndarray, sizes: np.ndarray, budget: int) -> list[int]:
     cost of a known choice (Dyer, Riha & Walker 1995, "A hybrid dynamic programming/branch-and-bound algorithm for the
     multiple-choice knapsack problem"). The bound is that of Lagrange: with a `price` of the size, a choice costs what
     the cheapest ones at that price cost, plus the `excess` of each layer over its own, plus the price of what is left
-    of the budget. Layers whose choices differ most in excess come first, so that few states are left. Raises
+    of the budget. Layers whose best choice is the clearest come first, so that few states are left. Raises
     `PermpruneError` if even the smallest choices do not fit, or if a cost is not finite.
     """
     if not np.isfinite(costs).all():
@@ -35,7 +35,7 @@ def cheapest(costs: np.ndarray, sizes: np.ndarray, budget: int) -> list[int]:
     excess = total - total.min(1, keepdims=True)
     known = _sum_of(costs, _filled(costs, sizes, budget, _at_price(costs, sizes, price)))
     gap = known - (total.min(1).sum() - price * budget) + ROUNDING * costs.max(1).sum()
-    order = np.argsort(-np.partition(excess, min(1, excess.shape[1] - 1), axis=1)[:, min(1, excess.shape[1] - 1)])
+    order = np.argsort(-np.sort(excess, axis=1)[:, :2][:, -1])  # by the second least: the least is 0
     least_later, most_later = (ends[order][::-1].cumsum()[::-1] - ends[order] for ends in (least, sizes.max(1)))
     above, size, cost = np.zeros(1), np.zeros(1, dtype=np.int64), np.zeros(1)
     steps = []

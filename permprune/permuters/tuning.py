@@ -77,7 +77,7 @@ def first_ended(*schedules: Schedule) -> Schedule:
 class Progress:
     """How far training is: the number of `steps`, and the `losses` of those since the last multiple of `LOGGED`.
 
-    `first` is the mean loss of the `FIRST` steps. After the step `begun`, at a `place` of the schedule, training
+    `first` is the mean loss of the first steps (`FIRST`). After the step `begun`, at a `place` of the schedule, it
     went back to its first weights, and has this `share` of the learning rate since.
     """
 
