@@ -258,7 +258,7 @@ RECIPES = {
     "minilm-l6": Recipe(
         model="minilm-l6",
         prepare=texts,
-        prune="--calibration c4.txt --length 128 --effort hour",
+        prune="--calibration c4.txt --length 128 --pattern mixed --keep 0.5 --effort hour",
         data="--data other.txt --windows 30",
         evaluate=AGREEMENT,
         title="cosine to the dense model",
@@ -304,7 +304,7 @@ RECIPES = {
     "whisper-tiny-en": Recipe(
         model="whisper-tiny-en",
         prepare=speech,
-        prune="--calibration speech",
+        prune="--calibration speech --pattern mixed --keep 0.5",
         data="--data other",
         title="word error rate",
         speed="clips of 16 tokens",
