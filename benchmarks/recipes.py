@@ -26,8 +26,9 @@ from typing import Any
 
 import rows
 from join_speech import join
+from vision_language import build
 
-from permprune.evaluation.result import NEAREST, NEAREST_TEN, SIMILARITIES
+from permprune.evaluation.result import EXACT_MATCH, NEAREST, NEAREST_TEN, SIMILARITIES
 
 Row = dict[str, Any]
 
@@ -121,8 +122,11 @@ def measured(recipe: Recipe, place: Workplace) -> Row:
     asked = [measure.options for measure in recipe.others]
     file = f"pruned-{asked.index(options)}" if options in asked else "packed-data"
     first |= {"pruned": value(place, file, "packed", options), "count": own["count"], "of": own["unit"]}
-    if recipe.others:
+    mixed = "--pattern" in prune  # the record's plain model has the same mix
+    if recipe.others or mixed:
         place.model("plain", "prune", recipe.model, *plain(prune), *data)
+    if mixed:
+        first["plain"] = value(place, "plain-data", "plain", options)
     models = {"dense": recipe.model, "plain": "plain", "pruned": "packed"}
     others: list[Row] = []
     for measure in recipe.others:
@@ -143,8 +147,8 @@ def measured(recipe: Recipe, place: Workplace) -> Row:
 
 
 def plain(prune: list[str]) -> list[str]:
-    """The options of the same run without search and training."""
-    searching = {"--effort", "--permute", "--minutes", "--update"}
+    """The options of the same run at 2:4 without search and training."""
+    searching = {"--effort", "--permute", "--minutes", "--update", "--pattern", "--keep"}
     pairs = zip(prune[::2], prune[1::2], strict=True)
     return [*(word for pair in pairs if pair[0] not in searching for word in pair), "--permute", "none"]
 
@@ -230,10 +234,27 @@ def speech(place: Workplace) -> None:
         join([place.work / "clips", place.data / "ljspeech"], place.work / "speech", count=300)
 
 
+def vision_language(place: Workplace) -> None:
+    """CLIP ViT-B/16 and SmolLM2 with a projector trained on CIFAR-10, and other images of it with questions."""
+    if not (place.work / "model").exists():
+        build(place.work)
+
+
 AGREEMENT = "--data other.txt --windows 30 --length 128 --dense minilm-l6"
 """The options that compare the embeddings of unseen texts with those of the dense model."""
 
 RECIPES = {
+    "llava": Recipe(
+        model="model",
+        prepare=vision_language,
+        prune="--calibration photos",
+        data="--data other --windows 400",
+        title="perplexity of the answers",
+        unit="perplexity",
+        others=[Measure("exact match of the answers", "--data other --windows 400", "share", EXACT_MATCH.name)],
+        speed="answered questions",
+        bench="--batch 1 --turns 3",
+    ),
     "smollm2-135m": Recipe(
         model="smollm2-135m",
         prepare=text,

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.metrics import correlations, share
+from permprune.evaluation.metrics import correlations
 from permprune.evaluation.result import (
     COSINE,
     FEATURE_ERROR,
@@ -19,6 +19,7 @@ from permprune.evaluation.result import (
     SIMILARITIES,
     TOP_1_AGREEMENT,
     Result,
+    share,
 )
 from permprune.examples import Examples, batches
 from permprune.losses.choice import choose_task

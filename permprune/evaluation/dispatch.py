@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from permprune.errors import PermpruneError
 from permprune.evaluation.agreement import DenseOutputs, agreement, pair_similarity
 from permprune.evaluation.metrics import accuracy, measure_labels
-from permprune.evaluation.perplexity import perplexity
+from permprune.evaluation.perplexity import answers, perplexity
 from permprune.evaluation.result import Result
 from permprune.evaluation.speech import word_error_rate
 from permprune.examples import Examples
@@ -33,10 +33,10 @@ def evaluate_model(
     """Measure a model on examples; the most important result comes first.
 
     With `dense`, the agreement with that model is measured, of a sentence encoder beside what follows from labels.
-    Otherwise the metric depends on the model and the labels:
-    word error rate for speech, whose labels the `tokenizer` decodes; perplexity for language models; accuracy for
-    classes; correlation for scores, with which a sentence encoder's similarities of pairs are compared; or `metric`, if
-    it is given (one of `METRICS`). The model runs on `batch` examples at a time. Raises `PermpruneError` if nothing can
+    Otherwise the metric depends on the model and the labels: word error rate for speech, whose labels the `tokenizer`
+    decodes; perplexity for language models, and exact match of answers; accuracy for classes; correlation for scores,
+    with which a sentence encoder's similarities of pairs are compared; or `metric`, if it is given (one of `METRICS`).
+    The model runs on `batch` examples at a time. Raises `PermpruneError` if nothing can
     be measured.
     """
     require("batch", batch, Count)
@@ -61,7 +61,7 @@ def evaluate_model(
             raise PermpruneError("the word error rate needs the tokenizer of the transcripts: give it with the model")
         return [perplexity(model, examples, batch)]
     if is_causal_lm(model) and "input_ids" in examples and (labels is None or labels.dim() == 2):
-        return [perplexity(model, examples, batch)]
+        return [perplexity(model, examples, batch)] if labels is None else answers(model, examples, batch)
     if labels is None:
         raise PermpruneError("there are no labels: give examples with labels, or a dense model to compare with")
     return accuracy(model, examples, batch)

@@ -17,8 +17,7 @@ from transformers import (
 
 from permprune.checkpoints.origin import carry_over
 from permprune.errors import PermpruneError
-from permprune.evaluation.metrics import share
-from permprune.evaluation.result import TOP_1_ACCURACY, Result
+from permprune.evaluation.result import TOP_1_ACCURACY, Result, share
 from permprune.examples import Examples
 from permprune.models.forward import argument_names, frozen, run_model
 from permprune.models.hooks import attached

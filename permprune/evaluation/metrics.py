@@ -21,6 +21,7 @@ from permprune.evaluation.result import (
     TOP_5_ACCURACY,
     Metric,
     Result,
+    share,
 )
 from permprune.examples import IGNORED, Examples, batches, by_length
 from permprune.losses.targets import Predictions, labelled, scored
@@ -54,14 +55,6 @@ def accuracy(model: nn.Module, examples: Examples, batch: int = 32) -> list[Resu
     if classes > 5:
         results.append(share("classification", TOP_5_ACCURACY, right=sums[1], count=sums[2]))
     return results
-
-
-def share(task: str, metric: Metric, *, right: float, count: float) -> Result:
-    """Return the share of `right` among `count` predictions. Raises `PermpruneError` if `count` is 0."""
-    if not count:
-        raise PermpruneError("no example has a label: give examples with labels")
-    value = right / count
-    return Result(task, metric, value, count=int(count), stderr=(value * (1 - value) / count) ** 0.5)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Perplexity of a language model on windows of text."""
+"""Perplexity of a language model on windows of text, and how many answers it gives word for word."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import PERPLEXITY, NotFinite, Result
+from permprune.evaluation.result import EXACT_MATCH, PERPLEXITY, NotFinite, Result, share
 from permprune.examples import IGNORED, Examples, by_length
 from permprune.losses.cross_entropy import Logits, Projected, compute_logits, cross_entropy
 from permprune.losses.targets import next_labels
@@ -36,29 +36,55 @@ def perplexity(
     come from one forward pass without a cache. Raises `NotFinite` if a loss is not finite, and another `PermpruneError`
     if there is no token to predict.
     """
+    nll, counts, _ = _predicted(model, Examples.of(windows), batch, logits_of)
+    return _perplexity(nll, counts)
+
+
+@torch.inference_mode()
+def answers(model: nn.Module, examples: Examples, batch: int = 4) -> list[Result]:
+    """Measure the `perplexity` of answers, and the share of them that greedy decoding gives word for word.
+
+    The answers are the labels of the examples. Raises as `perplexity` does.
+    """
+    nll, counts, right = _predicted(model, examples, batch, exact=True)
+    given = int(counts.count_nonzero())
+    return [_perplexity(nll, counts), share("answers", EXACT_MATCH, right=float(right[counts > 0].sum()), count=given)]
+
+
+def _predicted(
+    model: nn.Module, examples: Examples, batch: int, logits_of: LogitsOf | None = None, *, exact: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The negative log-likelihood of each example, its number of tokens, and whether all are the most likely, if
+    `exact`; fp64 (count,)."""
     require("batch", batch, Count)
-    examples = Examples.of(windows)
     device = compute_device(model)
-    nll, counts = torch.zeros(2, len(examples), dtype=torch.float64)
+    nll, counts, right = torch.zeros(3, len(examples), dtype=torch.float64)
     with frozen(model):
         for places in track(distributed.share(by_length(examples, batch)), "perplexity"):
             inputs = examples[places].trimmed().to(device)
             labels = inputs["labels"] if is_encoder_decoder(model) else next_labels(inputs)
             logits = (logits_of or compute_logits)(model, inputs)[:, : labels.shape[1]]
             logits = logits.converted() if isinstance(logits, Projected) else logits
-            losses = [_loss(logits[window], tokens) for window, tokens in enumerate(labels)]
-            nll[places] = torch.tensor(losses, dtype=torch.float64)
+            each = list(enumerate(labels))
+            nll[places] = torch.tensor([_loss(logits[window], tokens) for window, tokens in each], dtype=nll.dtype)
+            if exact:
+                found = [_all_likeliest(logits[window], tokens) for window, tokens in each]
+                right[places] = torch.tensor(found, dtype=right.dtype)
             counts[places] = labels.ne(IGNORED).sum(1).double().cpu()
-    distributed.add_([nll, counts])
+    distributed.add_([nll, counts, right])
     if not counts.any():
         raise PermpruneError("the text has no tokens to predict: give longer windows, or labels that are not masked")
+    return nll, counts, right
+
+
+def _perplexity(nll: Tensor, counts: Tensor) -> Result:
     mean = nll.sum() / counts.sum()
     value = float(mean.exp())
     if not torch.isfinite(torch.tensor(value)):
         window = int((~nll.isfinite()).int().argmax())
         raise NotFinite(f"the loss on window {window} of the text is not finite: the weights or activations overflow")
-    spread = (nll - mean * counts).std() / counts.mean() if len(examples) > 1 else None
-    stderr = None if spread is None else value * float(spread) / len(examples) ** 0.5
+    spread = (nll - mean * counts).std() / counts.mean() if len(nll) > 1 else None
+    stderr = None if spread is None else value * float(spread) / len(nll) ** 0.5
     return Result("language modelling", PERPLEXITY, value, count=int(counts.sum()), stderr=stderr, unit="tokens")
 
 
@@ -66,3 +92,11 @@ def _loss(logits: Logits, targets: Tensor) -> float:
     """Cross-entropy of (tokens, vocabulary) logits, without the tokens that are `IGNORED`."""
     counted = targets != IGNORED
     return float(cross_entropy(logits if counted.all() else logits[counted], targets[counted]))
+
+
+def _all_likeliest(logits: Logits, targets: Tensor) -> bool:
+    """Whether each token that is not `IGNORED` has the largest of its logits, (tokens, vocabulary)."""
+    counted = targets != IGNORED
+    chosen = logits[counted]
+    whole = chosen.whole() if isinstance(chosen, Projected) else chosen
+    return torch.equal(whole.argmax(1), targets[counted])

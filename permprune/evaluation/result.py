@@ -33,6 +33,7 @@ def _metric(name: str, *, higher_is_better: bool) -> Metric:
 
 
 PERPLEXITY = _metric("perplexity", higher_is_better=False)
+EXACT_MATCH = _metric("exact match", higher_is_better=True)
 TOP_1_ACCURACY = _metric("top-1 accuracy", higher_is_better=True)
 TOP_5_ACCURACY = _metric("top-5 accuracy", higher_is_better=True)
 TOP_1_AGREEMENT = _metric("top-1 agreement", higher_is_better=True)
@@ -85,6 +86,14 @@ class Result:
         """Return the fields, ready for `json.dumps`: the metric by its name, the count under the name of its unit."""
         fields = {name: value for name, value in asdict(self).items() if name not in ("count", "unit")}
         return {**fields, "metric": self.metric.name, self.unit: self.count}
+
+
+def share(task: str, metric: Metric, *, right: float, count: float) -> Result:
+    """Return the share of `right` among `count` predictions. Raises `PermpruneError` if `count` is 0."""
+    if not count:
+        raise PermpruneError("no example has a label: give examples with labels")
+    value = right / count
+    return Result(task, metric, value, count=int(count), stderr=(value * (1 - value) / count) ** 0.5)
 
 
 def gap_closed(value: float, dense: float, none: float, *, metric: Metric = PERPLEXITY) -> float | None:

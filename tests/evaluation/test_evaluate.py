@@ -127,13 +127,29 @@ def test_perplexity_of_answers(batch: int, tiny_llama: LlamaForCausalLM) -> None
         F.cross_entropy(tiny_llama(text[None]).logits[0, first - 1 : last - 1], text[first:last], reduction="none")
         for text, first, last in texts
     ]
-    (result,) = evaluate_model(tiny_llama, examples, batch=batch)
+    result, exact = evaluate_model(tiny_llama, examples, batch=batch)
     assert result.value == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-5)
     assert result.count == sum(len(one) for one in losses)
+    assert (exact.metric.name, exact.value, exact.count) == ("exact match", 0, 5)
     divided = in_processes(2, lambda: evaluate_model(copy.deepcopy(tiny_llama), examples, batch=batch)[0])
     assert [one.value for one in divided] == pytest.approx([result.value] * 2, rel=1e-6)
     agreement, divergence = evaluate_model(tiny_llama, examples, dense=tiny_llama, batch=batch)
     assert agreement.value == 1 and agreement.count == result.count and abs(divergence.value) < 1e-5
+
+
+def test_answers_that_greedy_decoding_gives_are_exact_matches(tiny_llama: LlamaForCausalLM) -> None:
+    examples, texts = padded_answers()
+    for row in (1, 3):
+        text, first, last = texts[row]
+        greedy = {"do_sample": False, "min_new_tokens": last - first, "max_new_tokens": last - first}
+        written = tiny_llama.generate(text[None, :first], **greedy)[0]
+        examples["input_ids"][row, :last] = written
+        examples["labels"][row, first:last] = written[first:]
+    examples["labels"][4] = -100  # without an answer it does not count
+    exact = evaluate_model(tiny_llama, examples, batch=2)[1]
+    assert (exact.value, exact.count) == (0.5, 4)
+    shared = in_processes(2, lambda: evaluate_model(copy.deepcopy(tiny_llama), examples, batch=2)[1])
+    assert shared == [exact] * 2
 
 
 def test_the_metric_follows_from_the_examples(tiny_llama: LlamaForCausalLM) -> None:
