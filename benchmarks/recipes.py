@@ -148,7 +148,7 @@ def measured(recipe: Recipe, place: Workplace) -> Row:
 
 def plain(prune: list[str]) -> list[str]:
     """The options of the same run at 2:4 without search and training."""
-    searching = {"--effort", "--permute", "--minutes", "--update", "--pattern", "--keep"}
+    searching = {"--effort", "--permute", "--minutes", "--update", "--pattern", "--candidates", "--keep"}
     pairs = zip(prune[::2], prune[1::2], strict=True)
     return [*(word for pair in pairs if pair[0] not in searching for word in pair), "--permute", "none"]
 
@@ -279,7 +279,7 @@ RECIPES = {
     "minilm-l6": Recipe(
         model="minilm-l6",
         prepare=texts,
-        prune="--calibration c4.txt --length 128 --pattern mixed --keep 0.5 --effort hour",
+        prune="--calibration c4.txt --length 128 --pattern mixed --candidates dense,2:4 --keep 0.6 --effort hour",
         data="--data other.txt --windows 30",
         evaluate=AGREEMENT,
         title="cosine to the dense model",
@@ -325,7 +325,7 @@ RECIPES = {
     "whisper-tiny-en": Recipe(
         model="whisper-tiny-en",
         prepare=speech,
-        prune="--calibration speech --pattern mixed --keep 0.5",
+        prune="--calibration speech --pattern mixed --candidates dense,2:4 --keep 0.6",
         data="--data other",
         title="word error rate",
         speed="clips of 16 tokens",

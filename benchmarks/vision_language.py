@@ -2,7 +2,8 @@
 
 CLIP ViT-B/16's patch features take the place of image tokens of SmolLM2-135M, as in LLaVA (Liu et al. 2023, arXiv
 2304.08485). The projector between them alone is trained, as in its first stage, on images of CIFAR-10, each with one of
-two questions. Writes the folders model/, photos/ to calibrate on and other/ to measure on.
+two questions. The images are small, so that half of CLIP's resolution suffices: 49 tokens. Writes the folders model/,
+photos/ to calibrate on and other/ to measure on.
 
 python benchmarks/vision_language.py --out .
 """
@@ -13,7 +14,9 @@ import random
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from permprune import read_model
@@ -23,16 +26,21 @@ from permprune.zoo.images import CLASSES, ImagePart, load_images
 IMAGE = "<image>"
 """The token that stands for a part of an image."""
 
+POSITIONS = "embeddings.position_embedding.weight"
+
 TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}\
 <|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
+SIZE = 112
+"""The height and width of images, in pixels."""
+
 VEHICLES = {"airplane", "automobile", "ship", "truck"}
 
 PARTS: dict[str, tuple[ImagePart, int]] = {
-    "train": ("probe", 640),
+    "train": ("probe", 2400),
     "photos": ("calibration", 800),
     "other": ("evaluation", 400),
 }
@@ -80,14 +88,17 @@ def joined() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     writer.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**tower.config.to_dict()),
+        vision_config=CLIPVisionConfig(**tower.config.to_dict() | {"image_size": SIZE}),
         text_config=writer.config,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config).eval()
-    model.model.vision_tower.load_state_dict(tower.vision_model.state_dict())
+    weights = tower.vision_model.state_dict()
+    weights[POSITIONS] = smaller(weights[POSITIONS], SIZE // tower.config.patch_size)
+    model.model.vision_tower.load_state_dict(weights)
     model.model.language_model.load_state_dict(writer.model.state_dict())
+    images.size, images.crop_size = {"shortest_edge": SIZE}, {"height": SIZE, "width": SIZE}
     processor = LlavaProcessor(
         images,
         tokenizer,
@@ -97,6 +108,14 @@ def joined() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         chat_template=TEMPLATE,
     )
     return model, processor
+
+
+def smaller(positions: Tensor, side: int) -> Tensor:
+    """The embeddings (1 + patches, channels) of the class token and a square of patches, for one of `side` patches."""
+    old = round((len(positions) - 1) ** 0.5)
+    square = positions[1:].T.unflatten(1, (old, old))[None]
+    resized = F.interpolate(square, (side, side), mode="bicubic", antialias=True)
+    return torch.cat([positions[:1], resized[0].flatten(1).T])
 
 
 def train(
