@@ -4,7 +4,7 @@
 
 Few rows of activations are multiplied by kernels that read the packed weight as fast as memory allows. For many rows,
 where multiplications are the limit, a kernel leaves out what is pruned (`native.leaves_out`); where dense products are
-faster than that, the weight is unpacked a few rows at a time and multiplied with BLAS above `LARGEST_BATCH` rows. The
+faster than that, the weight is unpacked a few rows at a time and multiplied with BLAS (unless `native.is_few`). The
 kernels for few rows round the activations for int8 and int4 weights to int8, with a scale for every 64 channels of a
 row; the others do not round them. Rows of activations that are not finite give what the dense product with zeros
 gives, whatever multiplies them.
@@ -122,7 +122,7 @@ def multiply_native(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if native.leaves_out(weights, rows):
         y = native.multiply(weights, rows, many=True)
-    elif rows.shape[0] <= LARGEST_BATCH:
+    elif native.is_few(weights, rows):
         y = native.multiply(weights, rows)
     else:
         y = _multiply_unpacked(weights, rows, dtype, order, bias)
@@ -134,9 +134,9 @@ def _multiply_unpacked(
 ) -> Tensor:
     """`packed_linear` for a large batch, with BLAS and a weight that is unpacked in tiles.
 
-    Products are computed in fp32, unless the weight is stored in the type of x.
+    Products are computed in fp32, unless the weight is stored in the type of x, or both are multiplied as bf16.
     """
-    exact = x.dtype if x.dtype == dtype else torch.float32
+    exact = x.dtype if x.dtype == dtype or native.multiplies_bf16(weights, x) else torch.float32
     channels = (x if order is None else _reorder(x, order)).to(exact)
     y = torch.empty(x.shape[0], weights.rows, dtype=exact)
     for part, tile in _tiles(weights, exact):

@@ -27,6 +27,10 @@ MOST_SLOTS = 40
 MOST_SLOTS_BESIDE_PAIRS = 16
 """The same where dense products multiply pairs of bf16, and the kernel that leaves out the others does not (1:4)."""
 
+MASKS_FROM, MASKS_TO = 32, 96
+"""Rows of activations in bf16 from which kernels for few rows are slower, beside products of pairs, for weights with
+masks, and up to which leaving out is faster than these."""
+
 MANY = {"avx2": (16, 32), "avx512": (LARGEST_BATCH + 1, LARGEST_BATCH + 1)}
 """Rows of activations from which the kernel for many rows is faster than the others (docs/results/speed.md), with
 weights in floating point and with integers, by the name of the kernels; portable ones are slower than dense products,
@@ -178,21 +182,31 @@ def leaves_out(weights: Weights, x: Tensor) -> bool:
 def is_fastest(weights: Weights, x: Tensor) -> bool:
     """Whether `multiply` with `many` is the fastest product with a weight that keeps at most `MOST_SLOTS` of a block.
 
-    It is from `MANY` rows on, or `PAIRS_FROM`, except where weights and activations are bf16, or both fp16, and the
-    processor multiplies these as such and the kernel does not, or has matrix units for them (AMX).
+    It is from `MANY` rows on, or `PAIRS_FROM`, except where both are multiplied as bf16 (`multiplies_bf16`) and the
+    kernel does not, or the processor has matrix units (AMX), or both are fp16 and the processor multiplies these.
     """
-    name, pairs = library.best()
+    name, rows = library.best()[0], x.shape[0]
     if name not in MANY:
         return False
-    if x.dtype == torch.bfloat16 and pairs:
-        same = weights.number == NUMBERS[x.dtype]
-        if weights.kind == _POSITIONS and weights.number in _OF_PAIRS:
-            return x.shape[0] >= PAIRS_FROM and not (same and processor_has("amx_bf16"))
-        if same and (weights.slots > MOST_SLOTS_BESIDE_PAIRS or processor_has("amx_bf16")):
+    if multiplies_bf16(weights, x):
+        if processor_has("amx_bf16"):
             return False
-    elif x.dtype == torch.float16 and weights.number == NUMBERS[x.dtype] and processor_has("avx512_fp16"):
+        if weights.kind == _POSITIONS:
+            return rows >= PAIRS_FROM
+        return rows >= MASKS_FROM and (rows < MASKS_TO or weights.slots <= MOST_SLOTS_BESIDE_PAIRS)
+    if x.dtype == torch.float16 and weights.number == NUMBERS[x.dtype] and processor_has("avx512_fp16"):
         return False
-    return x.shape[0] >= MANY[name][weights.number >= NUMBERS[torch.int8]]
+    return rows >= MANY[name][weights.number >= NUMBERS[torch.int8]]
+
+
+def multiplies_bf16(weights: Weights, x: Tensor) -> bool:
+    """Whether activations are bf16, the processor multiplies pairs of these, and bf16 can hold the weight's values."""
+    return x.dtype == torch.bfloat16 and library.best()[1] and weights.number in _OF_PAIRS
+
+
+def is_few(weights: Weights, x: Tensor) -> bool:
+    """Whether kernels for few rows are the fastest product that reads what is pruned."""
+    return x.shape[0] < (MASKS_FROM if multiplies_bf16(weights, x) else LARGEST_BATCH + 1)
 
 
 def workspace(size: int, of: str = "lines") -> Tensor:

@@ -153,16 +153,18 @@ def test_the_same_bits_on_any_number_of_threads(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, LARGEST_BATCH, LARGEST_BATCH + 1])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "6:8"])
+@pytest.mark.parametrize("batch", [1, native.MASKS_FROM, LARGEST_BATCH, LARGEST_BATCH + 1, native.MASKS_TO])
 def test_the_operator_below_and_above_the_largest_batch(
-    dtype: torch.dtype, activations: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, activations: torch.dtype, pattern: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = 300
     monkeypatch.setattr("permprune.kernels.product.linear.UNPACKED_BYTES", 128 * 320 * 4)
-    weight = packed(rows, 320, dtype=dtype)
+    weight = packed(rows, 320, pattern, dtype)
     x = torch.randn(batch, 320).to(activations)
     bias, order = torch.randn(rows), torch.randperm(320)
-    rounded = batch <= LARGEST_BATCH and not native.leaves_out(describe(weight, bias, order), x)
+    described = describe(weight, bias, order)
+    rounded = native.is_few(described, x) and not native.leaves_out(described, x)
     expected = exact(weight, x, bias, order, rounded=rounded)
     assert_near(call(weight, x, bias, order), expected)
 
@@ -242,16 +244,20 @@ def test_bf16_is_dense_where_there_are_matrix_units_or_no_kernel_for_it(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": matrix_units}, raising=False)
     monkeypatch.setattr(library, "best", lambda: ("avx512", pairs))
     processor_has.cache_clear()
-    x = torch.ones(LARGEST_BATCH + 1, 64).bfloat16()
+    x = torch.ones(native.MASKS_TO, 64).bfloat16()
 
     def leaves_out(pattern: str, dtype: torch.dtype, batch: int = LARGEST_BATCH + 1) -> bool:
         return native.leaves_out(describe(packed(8, 64, pattern, dtype)), x[:batch])
 
     assert leaves_out("2:4", torch.bfloat16) == (not (pairs and matrix_units))
     assert leaves_out("2:4", torch.bfloat16, 16) == (pairs and not matrix_units)
-    assert leaves_out("4:8", torch.bfloat16) == (not pairs)
-    assert leaves_out("1:4", torch.bfloat16) == (not (pairs and matrix_units))
-    assert leaves_out("2:4", torch.int8) and leaves_out("4:8", torch.int8)
+    for dtype in (torch.bfloat16, torch.int8):
+        described = describe(packed(8, 64, "4:8", dtype))
+        assert native.is_few(described, x[:32]) == native.is_few(described, x[:64]) == (not pairs)
+        assert leaves_out("4:8", dtype) == leaves_out("1:4", dtype, 96) == (not (pairs and matrix_units))
+        assert leaves_out("4:8", dtype, 96) == (not pairs)
+        assert leaves_out("6:8", dtype) is False
+    assert leaves_out("2:4", torch.int8) == (not (pairs and matrix_units))
     processor_has.cache_clear()
 
 
