@@ -28,7 +28,7 @@ static ALWAYS_INLINE void PASTE(expand_add_, KIND)(SUM sums[][TILE_BATCH][CHAINS
     WEIGHT room[TILE_ROWS][BLOCK];
     UNROLLED for (int r = 0; r < height; r++) {
         bits[r] = kept_channels(read_code(block[r]), kind);
-        values[r] = readable(block[r] + CODE, end, room[r], sizeof(WEIGHT));
+        values[r] = readable(block[r] + CODE, end, room[r], BLOCK * sizeof(WEIGHT));
     }
     UNROLLED for (int step = 0; step < STEPS; step++) {
         VECTOR w[TILE_ROWS];
@@ -148,7 +148,7 @@ static void PASTE(unpack_, KIND)(const void *own, int64_t first, int64_t last)
     for (int64_t row = first; row < last; row++)
         for (int64_t n = 0; n < weights->count; n++, block += size) {
             uint64_t bits = kept_channels(read_code(block), weights->kind);
-            const WEIGHT *values = readable(block + CODE, end, room, sizeof(WEIGHT));
+            const WEIGHT *values = readable(block + CODE, end, room, BLOCK * sizeof(WEIGHT));
             for (int step = 0; step < BLOCK; step += LANES)
                 STORE(line + step, EXPAND(values + __builtin_popcountll(before(bits, step)), bits >> step));
             write_line(job, row, n * BLOCK, line);

@@ -9,16 +9,36 @@
  * Where a processor multiplies unsigned by signed bytes, FACTOR(w), a FACTOR_TYPE, is what DOT takes in place of w.
  *
  * If HALF_I8 is defined, `half_i8` and `half_i4` multiply weights with POSITIONS. If TWO_ROWS_I8 or TWO_ROWS_I4 is
- * defined, `two_rows_` multiplies the most rows of them in batches of so many activations or more.
+ * defined, `two_rows_` multiplies the most rows of them in batches of so many activations or more. UNPACK_NIBBLES(const
+ * uint8_t *, int8_t *) may be a fast way to unpack BLOCK integers of four bits.
  */
 #ifndef FACTOR
 #define FACTOR(w) (w)
 #define FACTOR_TYPE VECTOR
 #endif
+#ifndef UNPACK_NIBBLES
+#define UNPACK_NIBBLES(pairs, to)                                                                                      \
+    for (int i = 0; i < BLOCK / 2; i++) {                                                                              \
+        (to)[2 * i] = (int8_t)(((pairs)[i] & 15) - 8);                                                                 \
+        (to)[2 * i + 1] = (int8_t)(((pairs)[i] >> 4) - 8);                                                             \
+    }
+#endif
+
+/* The integers of a block, from which BLOCK can be read: any follow those that it keeps. */
+static ALWAYS_INLINE const int8_t *read_integers(const char *block, int32_t number, const char *end, int8_t room[BLOCK])
+{
+    if (number == I8)
+        return readable(block + HEADER_I8, end, room, BLOCK);
+    uint8_t copy[BLOCK / 2];
+    const uint8_t *pairs = readable(block + HEADER_I4, end, copy, BLOCK / 2);
+    UNPACK_NIBBLES(pairs, room)
+    return room;
+}
+
 static ALWAYS_INLINE VECTOR read_expanded(const struct weights *weights, int32_t number, const char *block,
                                           const char *end, int8_t room[BLOCK])
 {
-    const int8_t *values = read_integers(block, number, weights->slots, end, room);
+    const int8_t *values = read_integers(block, number, end, room);
     return EXPAND_BLOCK(values, kept_channels(read_code(block), weights->kind));
 }
 

@@ -212,31 +212,15 @@ static ALWAYS_INLINE void read_block(const struct weights *weights, const void *
 /* The first `channels` channels of a block. */
 static ALWAYS_INLINE uint64_t before(uint64_t bits, int channels) { return bits & ((1ull << channels) - 1); }
 
-/* An address from which BLOCK values can be read: `from`, or, if the array ends before that, a padded copy in `room`.
- * `size` is the bytes of one value. */
+/* An address from which `size` bytes can be read: `from`, or, if the array ends before that, a padded copy in `room`. */
 static ALWAYS_INLINE const void *readable(const void *from, const void *end, void *room, size_t size)
 {
     ptrdiff_t left = (const char *)end - (const char *)from;
-    if (__builtin_expect(left >= (ptrdiff_t)(BLOCK * size), 1))
+    if (__builtin_expect(left >= (ptrdiff_t)size, 1))
         return from;
-    memset(room, 0, BLOCK * size);
+    memset(room, 0, size);
     if (left > 0)
         memcpy(room, from, (size_t)left);
-    return room;
-}
-
-/* The integers of a block, from which BLOCK can be read. */
-static ALWAYS_INLINE const int8_t *read_integers(const char *block, int32_t number, int64_t slots, const char *end,
-                                                 int8_t room[BLOCK])
-{
-    if (number == I8)
-        return readable(block + HEADER_I8, end, room, 1);
-    const uint8_t *pairs = (const uint8_t *)block + HEADER_I4;
-    memset(room, 0, BLOCK);
-    for (int64_t i = 0; i < slots / 2; i++) {
-        room[2 * i] = (int8_t)((pairs[i] & 15) - 8);
-        room[2 * i + 1] = (int8_t)((pairs[i] >> 4) - 8);
-    }
     return room;
 }
 
