@@ -290,6 +290,7 @@ RECIPES = {
             Measure("ten nearest neighbours", AGREEMENT, "share", NEAREST_TEN.name),
             Measure("STS-B, rank correlation", "--data {data}/glue/STS-B/dev.tsv --windows 100", "correlation"),
         ],
+        pack="--dtype bf16 --head int8",
         speed="texts of 32 tokens",
         bench="--batch 1,8 --context 32",
     ),
