@@ -156,6 +156,7 @@ RECIPES = {
     "vit-s14": ("image classifier", "ViT-S/14 on CIFAR-10", "image-classifier"),
     "clip-vit-b16": ("image classifier", "CLIP ViT-B/16 on CIFAR-10", "image-classifier"),
     "whisper-tiny-en": ("speech recognition", "Whisper tiny.en", "speech"),
+    "llava": ("vision-language model", "CLIP ViT-B/16 with SmolLM2-135M", "vision-language"),
 }
 """The kind of each recipe, its model, and its page."""
 
@@ -218,7 +219,6 @@ MODELS = {
     "whisper-tiny-en": ("Whisper tiny.en, word error rate", "speech-b"),
     "vit-s14-cifar10": ("ViT-S/14, accuracy", "default data"),
     "vit-b16-cifar10": ("ViT-B/16, accuracy", "default data"),
-    "minilm-sst2": ("MiniLM, accuracy", "others.tsv"),
 }
 """The title of a model, and the data on which it is measured."""
 
