@@ -50,13 +50,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """A context of evaluation mode, without gradients and without key/value caches; restored afterwards."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    with without_caches(model), evaluating(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """A context without key/value caches, which blocks that run twice would fill twice; restored afterwards.
+
+    Forward methods of whole models, such as LLaVA's, need not take `use_cache`, which the config of a part sets.
+    """
+    configs = {id(config): config for module in model.modules() if (config := vars(module).get("config"))}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     for config in caching:
         config.use_cache = False
     try:
-        with evaluating(model), torch.no_grad():
-            yield
+        yield
     finally:
         for config in caching:
             config.use_cache = True
@@ -159,7 +168,8 @@ def short_inputs(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor
 
 def run_model(model: nn.Module, batch: Examples) -> Any:
     """The model's output for a batch. Raises `PermpruneError` if the batch has no input for the model's decoder."""
-    return model(**forward_arguments(model, model_inputs(model, batch, _decoder_labels(model, batch))))
+    with without_caches(model):
+        return model(**forward_arguments(model, model_inputs(model, batch, _decoder_labels(model, batch))))
 
 
 def padding_of(model: nn.Module, batch: Examples) -> Padding:
