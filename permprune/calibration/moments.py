@@ -95,9 +95,9 @@ class InputMoments:
         def add(layer: Layer, inputs: Tensor, routed: Routed | None) -> None:
             if recomputing():
                 return
-            x, site = padding.real(inputs, routed, layer.owner), self.sites[layer.name]
+            x, site = padding.real(inputs.detach(), routed, layer.owner), self.sites[layer.name]
             total = self.sums[site]
-            total.add_products(x.detach().flatten(0, -2).float())
+            total.add_products(x.flatten(0, -2).float())
             self.sums[site] = total
             self.counts[site] += x.shape[:-1].numel()
 

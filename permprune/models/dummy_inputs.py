@@ -156,7 +156,8 @@ def random_like(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[st
     """Random keyword arguments for the model's forward with the shapes and types of `inputs`, with a fixed seed.
 
     Token ids are ordinary tokens of the model's vocabulary, except where `inputs` have a special one. Floating-point
-    tensors are uniform noise in the range of the given ones. Other tensors, such as the sizes of images, are kept.
+    tensors are uniform noise in the range of the given ones, with zeros at padding of images. Other tensors, such as the
+    sizes of images, are kept.
     """
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name, tensor in inputs.items():
@@ -168,6 +169,8 @@ def random_like(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[st
         elif tensor.is_floating_point():
             noise = torch.rand(tensor.shape, generator=generator).to(tensor)
             tensors[name] = torch.lerp(tensor.min(), tensor.max(), noise)
+            if name == "pixel_values" and (shown := inputs.get("pixel_attention_mask")) is not None:
+                tensors[name] *= shown.unsqueeze(-3)  # models leave out parts of images that are all zeros
         else:
             tensors[name] = tensor
     return tensors

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from permprune.errors import PermpruneError
-from permprune.examples import IGNORED, Examples
+from permprune.examples import IGNORED, SIZES, Examples
 from permprune.models.experts import Routed
 from permprune.system.device import compute_device
 
@@ -160,9 +160,9 @@ def _named(name: str, output: Any) -> Iterator[tuple[str, Any]]:
 
 
 def short_inputs(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor]:
-    """The model's arguments for two examples, on its device and without attention masks; text is cut to 16 tokens."""
+    """The model's arguments for two examples, on its device and without masks of padding; text is cut to 16 tokens."""
     inputs = model_inputs(model, examples[torch.arange(2) % len(examples)].to(compute_device(model)))
-    inputs = {name: tensor for name, tensor in inputs.items() if not name.endswith("attention_mask")}
+    inputs = {name: tensor for name, tensor in inputs.items() if name in SIZES or not name.endswith("attention_mask")}
     return {"input_ids": inputs["input_ids"][:, :16]} if inputs.keys() == {"input_ids"} else inputs
 
 
