@@ -156,7 +156,7 @@ def random_like(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[st
     """Random keyword arguments for the model's forward with the shapes and types of `inputs`, with a fixed seed.
 
     Token ids are ordinary tokens of the model's vocabulary, except where `inputs` have a special one. Floating-point
-    tensors are uniform noise in the range of the given ones, with zeros at padding of images. Other tensors, such as the
+    tensors are uniform noise in the range of the given ones, with zeros at padding of images. Other tensors, as the
     sizes of images, are kept.
     """
     generator, tensors = torch.Generator().manual_seed(0), {}
