@@ -247,11 +247,12 @@ RECIPES = {
     "llava": Recipe(
         model="model",
         prepare=vision_language,
-        prune="--calibration photos",
-        data="--data other --windows 400",
+        prune="--calibration photos --samples 400 --permute "
+        "newton:start=ria:rounds=0:compensate=true:train_steps=150:rate=0.0005",
+        data="--data other --windows 200",
         title="perplexity of the answers",
         unit="perplexity",
-        others=[Measure("exact match of the answers", "--data other --windows 400", "share", EXACT_MATCH.name)],
+        others=[Measure("exact match of the answers", "--data other --windows 200", "share", EXACT_MATCH.name)],
         speed="answered questions",
         bench="--batch 1 --turns 3",
     ),
