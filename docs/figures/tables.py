@@ -230,11 +230,11 @@ def models_orders() -> str:
             own = [row for row in rows("models.jsonl", model=model) if row["method"].partition(":")[0] == method]
             names = ", ".join(dict.fromkeys(row["method"] for row in own)).replace(f", {method}:rounds=", ", ")
             cells = [title, names]
-            for found in ([row for row in own if row["pattern"] == pattern] for pattern in ("2:4", "4:8")):
-                cells += [mean_of([row["value"][data] for row in found])]
-                cells += [mean_of([row["gap"][data] for row in found], 0)]
+            found = [row for row in own if row["pattern"] == "2:4"]
+            cells += [mean_of([row["value"][data] for row in found])]
+            cells += [mean_of([row["gap"][data] for row in found], 0)]
             lines.append(cells)
-    return markdown("model | method | 2:4, % | gap closed, % | 4:8, % | gap closed, %", lines)
+    return markdown("model | method | 2:4, % | gap closed, %", lines)
 
 
 GLUE = {
