@@ -253,6 +253,7 @@ RECIPES = {
         title="perplexity of the answers",
         unit="perplexity",
         others=[Measure("exact match of the answers", "--data other --windows 200", "share", EXACT_MATCH.name)],
+        pack="--dtype int8",
         speed="answered questions",
         bench="--batch 1 --turns 3",
     ),

@@ -156,7 +156,6 @@ RECIPES = {
     "vit-s14": ("image classifier", "ViT-S/14 on CIFAR-10", "image-classifier"),
     "clip-vit-b16": ("image classifier", "CLIP ViT-B/16 on CIFAR-10", "image-classifier"),
     "whisper-tiny-en": ("speech recognition", "Whisper tiny.en", "speech"),
-    "llava": ("vision-language model", "CLIP ViT-B/16 with SmolLM2-135M", "vision-language"),
 }
 """The kind of each recipe, its model, and its page."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from statistics import fmean
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
@@ -37,9 +38,9 @@ training."""
 LOGGED, FIRST = 10, 4
 """The number of steps whose mean loss is logged, and of the first ones, with whose loss it is compared."""
 
-RISEN, SLOWER = 1.25, 0.25
-"""If the loss rises to so many times that of the first steps, training goes back to its first weights, with this
-share of the rate."""
+RISEN, ERRORS, SLOWER = 1.25, 3, 0.25
+"""If the loss rises to so many times that of the first steps, and by so many standard errors, training goes back to its
+first weights, with this share of the rate."""
 
 Schedule = Callable[[int, float], float | None]
 """The place in a schedule, from 0 to 1, of the step that follows so many steps and seconds; None at the end."""
@@ -94,6 +95,12 @@ class Progress:
         return self.share * min(left / RISING, (1 - left) / (1 - RISING))
 
 
+def has_risen(first: float, loss: float, spread: float) -> bool:
+    """Whether the mean loss of `LOGGED` steps, with this standard deviation, is above that of the first ones."""
+    error = spread * math.sqrt(1 / FIRST + 1 / LOGGED)
+    return loss - first > max((RISEN - 1) * abs(first), ERRORS * error)
+
+
 class KeptWeights:
     """The kept weights of a network in training with Adam, with moments of these weights only.
 
@@ -134,14 +141,15 @@ class KeptWeights:
         """Log the mean loss of the last `LOGGED` steps, of which the last one was at this place of the schedule.
 
         If the loss has risen (`RISEN`), the rate is too high: training goes back to its first weights with a lower one.
-        The rounding of int4 raises the loss as well, and is no reason.
+        The rounding of int4 raises the loss as well, and is no reason, nor are losses that differ as much from step to
+        step, as those of a few short answers.
         """
         at = self.progress
-        loss = distributed.mean(fmean(at.losses))
+        loss, spread = distributed.mean(fmean(at.losses)), distributed.mean(stdev(at.losses))
         log.info("training step %d, %.0f %% of the schedule: loss %.4f", at.steps, 100 * place, loss)
         first = distributed.mean(fmean(at.losses[:FIRST])) if at.first is None else at.first
         self.progress = at = replace(at, first=first, losses=())
-        if self._int4.scales or loss - first <= (RISEN - 1) * abs(first):
+        if self._int4.scales or not has_risen(first, loss, spread):
             return
         share = at.share * SLOWER
         message = (

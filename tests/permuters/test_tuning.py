@@ -28,6 +28,7 @@ from permprune.permuters.tuning import (
     Schedule,
     counted,
     first_ended,
+    has_risen,
     timed,
     train_weights,
 )
@@ -97,6 +98,7 @@ def test_after_a_rise_of_the_loss_training_goes_back_with_a_lower_rate(
     assert not any("the loss rose" in line for line in caplog.messages)
     with monkeypatch.context() as patch:
         patch.setattr("permprune.permuters.tuning.RISEN", 0.9)  # it would have to fall by a tenth
+        patch.setattr("permprune.permuters.tuning.ERRORS", -1e9)
         found = train(prepared, counted(steps), rate=rate)
     shares = [line.split(", with ")[1] for line in caplog.messages if "the loss rose" in line]
     assert shares == [f"{share:g} of the learning rate" for share in (SLOWER, SLOWER**2)]
@@ -107,6 +109,12 @@ def test_after_a_rise_of_the_loss_training_goes_back_with_a_lower_rate(
     expected = train(prepared, rest, first=last + 1, rate=SLOWER**2 * rate)
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-8)
+
+
+def test_losses_of_few_tokens_that_differ_from_step_to_step_have_not_risen() -> None:
+    assert not has_risen(0.2925, 0.5132, 0.25)  # of two short answers a step
+    assert has_risen(4.8, 8.8, 1.3) and has_risen(-4.8, -2.0, 0.1)
+    assert not has_risen(4.8, 5.9, 0.1)
 
 
 def test_training_shows_its_progress_on_a_terminal(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
