@@ -36,8 +36,7 @@ def evaluate_model(
     Otherwise the metric depends on the model and the labels: word error rate for speech, whose labels the `tokenizer`
     decodes; perplexity for language models, and exact match of answers; accuracy for classes; correlation for scores,
     with which a sentence encoder's similarities of pairs are compared; or `metric`, if it is given (one of `METRICS`).
-    The model runs on `batch` examples at a time. Raises `PermpruneError` if nothing can
-    be measured.
+    The model runs on `batch` examples at a time. Raises `PermpruneError` if nothing can be measured.
     """
     require("batch", batch, Count)
     labels, pooling = examples.get("labels"), pooling_of(model)  # type: ignore[arg-type]
