@@ -12,7 +12,14 @@ from permprune.checkpoints.gathers import BUFFERS, Gather, attached_orders, deta
 from permprune.checkpoints.origin import linear_layers
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
-from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output, replace_head, require_head
+from permprune.inference.quantizer import (
+    PackedConfig,
+    PackedQuantizer,
+    reorder_output,
+    replace_head,
+    require_head,
+    tie_head,
+)
 from permprune.inference.solving import solve
 from permprune.kernels.product.layout import BLOCK, LARGEST_GROUP, Layout
 from permprune.kernels.product.module import PackedLinear
@@ -81,7 +88,7 @@ def pack(
     )
     replace_head(model, config.head, model.dtype)
     if "tied" in config.head:
-        model.config.tie_word_embeddings = False  # the head has no weight that Transformers could tie
+        tie_head(model, False)  # the head has no weight that Transformers could tie
     PackedQuantizer(config).adopt(model)
     return dense
 

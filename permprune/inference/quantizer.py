@@ -211,7 +211,16 @@ def _unpack_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 tied = nn.Linear(table.embedding_dim, table.num_embeddings, bias=False)
             model.set_submodule(name, tied)
             tied.weight = model.get_input_embeddings().weight  # type: ignore[assignment]
-            model.config.tie_word_embeddings = True
+            tie_head(model, True)
+
+
+def tie_head(model: PreTrainedModel, tied: bool) -> None:
+    """Say in the configuration whether Transformers ties the head's weight to the embedding's.
+
+    A model with a text model says so in both configurations, as some take the text model's when they are read.
+    """
+    model.config.tie_word_embeddings = tied
+    model.config.get_text_config(decoder=True).tie_word_embeddings = tied
 
 
 def require_head(model: PreTrainedModel, head: Mapping[str, str]) -> None:

@@ -33,6 +33,7 @@ from permprune.kernels.product.int8 import Int8Linear, Int8Table
 from permprune.kernels.product.module import PackedLinear
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
+from tests import vision_language
 
 DTYPES = ["fp32", "bf16", "fp16", "int8", "int4"]
 CLOSE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 5e-3, "int8": 0.05, "int4": 0.4}
@@ -375,6 +376,24 @@ def test_embedding_and_head_in_int8(tiny_llama: LlamaForCausalLM, tmp_path: Path
     assert (loaded.get_output_embeddings().weight.data_ptr() == weight.data_ptr()) == tied
     assert float((weight.float() - whole).abs().max()) <= float(whole.abs().max()) / 127
     assert_close(say(loaded, input_ids=TOKENS), found, "int8")
+
+
+@pytest.mark.parametrize("name", vision_language.MODELS)
+def test_a_tied_head_of_a_vision_language_model_in_int8(name: str, tmp_path: Path) -> None:
+    drawn = vision_language.MODELS[name]()[0]
+    config = drawn.config
+    config.text_config.hidden_size, config.text_config.num_attention_heads = 64, 8
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    model = type(drawn)(config).float().eval()
+    pack(model, prune_to(model), dtype="fp32", head="int8")
+    found = say(model, input_ids=TOKENS)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(say(loaded, input_ids=TOKENS), found)
+    unpack(loaded)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    loaded.save_pretrained(tmp_path / "unpacked")
+    assert_close(say(type(model).from_pretrained(tmp_path / "unpacked"), input_ids=TOKENS), found, "int8")
 
 
 def test_heads_that_cannot_be_int8_are_refused(tiny_llama: LlamaForCausalLM) -> None:
