@@ -62,10 +62,8 @@ static ALWAYS_INLINE float bf16_to_f32(uint16_t value) { return from_bits((uint3
 
 static ALWAYS_INLINE uint16_t f32_to_bf16(float value)
 {
-    uint32_t bits = to_bits(value);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        return (uint16_t)(bits >> 16 | 0x40); /* NaN stays NaN */
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    uint32_t bits = to_bits(value), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = bits >> 16 | 0x40;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
 
 static ALWAYS_INLINE float f16_to_f32(uint16_t value)

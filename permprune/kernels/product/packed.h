@@ -166,8 +166,12 @@ static ALWAYS_INLINE void write_floats(void *numbers, int64_t to, int32_t number
     switch (number) { /* a separate loop for each type */
     case F32: memcpy((float *)numbers + to, line, (size_t)count * sizeof *line); break;
     case BF16:
-        for (int c = 0; c < count; c++)
-            write_number(numbers, to + c, BF16, line[c]);
+        if (count == BLOCK) /* whose loop becomes vectors */
+            for (int c = 0; c < BLOCK; c++)
+                write_number(numbers, to + c, BF16, line[c]);
+        else
+            for (int c = 0; c < count; c++)
+                write_number(numbers, to + c, BF16, line[c]);
         break;
     default:
         for (int c = 0; c < count; c++)
