@@ -389,19 +389,23 @@ EXPORT int64_t permprune_check(const struct weights *weights, int32_t n, int32_t
     return -1;
 }
 
-/* output (last - first, width) = rows `first` to `last` of the weight with its zeros. Returns a `status`. */
+/* output (last - first, width) = rows `first` to `last` of the weight with its zeros, which is not of PLAIN floats.
+ * Returns a `status`. */
 EXPORT int32_t permprune_unpack(const struct weights *weights, int64_t first, int64_t last, void *output, int32_t number,
                                 int32_t index, int32_t threads)
 {
     const struct kernels *kernels = find_kernels(index);
     if (!kernels)
         return NO_KERNEL;
-    if (weights_are_bad(weights) || weights->kind == PLAIN || !is_float(number) || first < 0 || last < first ||
-        last > weights->rows || LACKS((last - first) * weights->width, output))
+    const int plain = weights->kind == PLAIN;
+    if (weights_are_bad(weights) || (plain && weights->number != I8) || !is_float(number) || first < 0 ||
+        last < first || last > weights->rows || LACKS((last - first) * weights->width, output))
         return BAD_SIZE;
     struct weights some = *weights;
     some.rows = last - first;
-    some.blocks += first * weights->count * block_bytes(weights);
+    some.blocks += first * weights->count * (plain ? BLOCK : block_bytes(weights));
+    if (plain)
+        some.scale += first * weights->count;
     struct product job = {&some, NULL, output, number};
     run_in_pieces(&job, kernels->unpack[some.number], some.rows, TILE_ROWS, threads);
     return DONE;

@@ -122,17 +122,19 @@ static void product_i4(const void *own, int64_t first, int64_t last)
 static ALWAYS_INLINE void unpack_integers(const struct product *job, int32_t number, int64_t first, int64_t last)
 {
     const struct weights *weights = job->weights;
-    const int64_t size = block_bytes(weights);
+    const int plain = weights->kind == PLAIN;
+    const int64_t size = plain ? BLOCK : block_bytes(weights);
     const char *block = weights->blocks + first * weights->count * size;
     const char *end = weights->blocks + weights->rows * weights->count * size;
     int8_t room[BLOCK], integers[BLOCK];
     float line[BLOCK];
     for (int64_t row = first; row < last; row++)
         for (int64_t n = 0; n < weights->count; n++, block += size) {
-            VECTOR expanded = read_expanded(weights, number, block, end, room);
+            VECTOR expanded = plain ? LOAD((const int8_t *)block) : read_expanded(weights, number, block, end, room);
+            const float scale = plain ? weights->scale[row * weights->count + n] : read_scale(block, number);
             memcpy(integers, &expanded, BLOCK);
             for (int c = 0; c < BLOCK; c++)
-                line[c] = (float)integers[c] * read_scale(block, number);
+                line[c] = (float)integers[c] * scale;
             write_line(job, row, n * BLOCK, line);
         }
 }

@@ -6,12 +6,14 @@ Triton is part of PyTorch's builds for GPUs. On the CPU, tests run the kernels i
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from permprune.kernels.product.layout import Layout
+from permprune.kernels.product.layout import BLOCK, Layout
 from permprune.kernels.product.packed import PackedWeight
 from permprune.system.device import INT4
 
@@ -21,11 +23,17 @@ LARGEST_BATCH = 16
 ROWS = 32
 """Rows of a weight that one Triton program multiplies or unpacks."""
 
+MASKS, POSITIONS, PLAIN = (tl.constexpr(kind) for kind in range(3))
+"""How the channels of values are known: by masks, by positions in fours, or as those of an int8 table, all of them."""
+
+Tensors = tuple[Tensor, Tensor, Tensor]
+"""Codes, values (those of int4 in pairs) and scales."""
+
 
 @triton.jit
 def _block(
     codes, values, scales, row, inside, n, row_bytes, block_bytes, slots,
-    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALE: tl.constexpr,
+    HEADER: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Return the 64 channels of block `n` of some rows, including zeros, and its scales (1 without).
 
@@ -33,8 +41,11 @@ def _block(
     """
     channel = tl.arange(0, 64)
     start = row * row_bytes + n * block_bytes
+    if KIND == PLAIN:
+        weight = tl.load(values + start[:, None] + channel[None, :], mask=inside[:, None], other=0)
+        return weight, tl.load(scales + row * (row_bytes // 64) + n, mask=inside, other=0)
     byte = tl.load(codes + start[:, None] + channel[None, :] // 8, mask=inside[:, None], other=0).to(tl.int32)
-    if POSITIONS:
+    if KIND == POSITIONS:
         pair = byte >> (channel // 4 % 2 * 4)[None, :]
         place, second = (channel % 4)[None, :], (pair >> 2) & 3
         bit = ((place == (pair & 3)) | (place == second)).to(tl.int32)
@@ -57,7 +68,7 @@ def _block(
 @triton.jit
 def _multiply(
     x, codes, values, scales, bias, y, batch, rows, width, count, row_bytes, block_bytes, slots,
-    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALE: tl.constexpr, BIASED: tl.constexpr,
+    HEADER: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, BIASED: tl.constexpr,
     NARROW: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -66,7 +77,7 @@ def _multiply(
     total = tl.zeros((ROWS, BATCH), tl.float32)
     for n in range(count):
         weight, scale = _block(
-            codes, values, scales, row, inside, n, row_bytes, block_bytes, slots, HEADER, SIZE, POSITIONS, SCALE
+            codes, values, scales, row, inside, n, row_bytes, block_bytes, slots, HEADER, SIZE, KIND, SCALE
         )
         at = n * 64 + channel
         shown = (at[:, None] < width) & (sample[None, :] < batch)
@@ -85,13 +96,13 @@ def _multiply(
 @triton.jit
 def _unpack(
     codes, values, scales, weight, rows, width, count, row_bytes, block_bytes, slots,
-    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
+    HEADER: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = row < rows
     for n in range(count):
         part, scale = _block(
-            codes, values, scales, row, inside, n, row_bytes, block_bytes, slots, HEADER, SIZE, POSITIONS, SCALE
+            codes, values, scales, row, inside, n, row_bytes, block_bytes, slots, HEADER, SIZE, KIND, SCALE
         )
         if SCALE > 0:
             part = part.to(tl.float32) * scale[:, None]
@@ -105,28 +116,45 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 
     batch is at most `LARGEST_BATCH`. The result has the data type of x.
     """
-    layout, rows = weight.layout, len(weight.blocks)
+    return _product(x, _typed(weight), bias, len(weight.blocks), *_geometry(weight.layout))
+
+
+def multiply_table(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the same for a contiguous int8 table, `values` (rows, width) with a `scale`, fp32 (rows, width / 64)."""
+    return _product(x, (values, values, scale), bias, len(values), *_geometry_of_table(scale))
+
+
+def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Return the dense weight (rows, width) of type `dtype` for a contiguous packed weight."""
+    dense = torch.empty(len(weight.blocks), weight.layout.width, dtype=dtype, device=weight.blocks.device)
+    return _filled(dense, _typed(weight), *_geometry(weight.layout))
+
+
+def unpack_table(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the same for a contiguous int8 table."""
+    return _filled(torch.empty_like(values, dtype=dtype), (values, values, scale), *_geometry_of_table(scale))
+
+
+def _product(
+    x: Tensor, tensors: Tensors, bias: Tensor | None, rows: int, sizes: Sequence[int], kinds: Mapping[str, int]
+) -> Tensor:
     y = x.new_empty(len(x), rows)
-    narrow = x.is_cuda and x.dtype == layout.dtype != torch.float32  # the interpreter multiplies bf16 as integers
-    sizes, kinds = _geometry(layout)
+    narrow = x.is_cuda and x.dtype == tensors[1].dtype != torch.float32  # the interpreter multiplies bf16 as integers
     _multiply[(triton.cdiv(rows, ROWS),)](
-        x, *_typed(weight), weight.blocks if bias is None else bias, y, len(x), rows, layout.width, *sizes,
+        x, *tensors, tensors[0] if bias is None else bias, y, len(x), rows, x.shape[1], *sizes,
         **kinds, BIASED=bias is not None, NARROW=narrow, BATCH=LARGEST_BATCH, ROWS=ROWS,
     )  # fmt: skip
     return y
 
 
-def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Return the dense weight (rows, width) of type `dtype` for a contiguous packed weight."""
-    layout, rows = weight.layout, len(weight.blocks)
-    dense = torch.empty(rows, layout.width, dtype=dtype, device=weight.blocks.device)
-    sizes, kinds = _geometry(layout)
-    _unpack[(triton.cdiv(rows, ROWS),)](*_typed(weight), dense, rows, layout.width, *sizes, **kinds, ROWS=ROWS)
+def _filled(dense: Tensor, tensors: Tensors, sizes: Sequence[int], kinds: Mapping[str, int]) -> Tensor:
+    rows, width = dense.shape
+    _unpack[(triton.cdiv(rows, ROWS),)](*tensors, dense, rows, width, *sizes, **kinds, ROWS=ROWS)
     return dense
 
 
-def _typed(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same bytes as codes, as values (those of int4 in pairs), and as scales."""
+def _typed(weight: PackedWeight) -> Tensors:
+    """Return the same bytes as codes, as values, and as scales."""
     blocks, layout = weight.blocks, weight.layout
     values = torch.uint8 if layout.dtype == INT4 else layout.dtype
     return blocks, blocks.view(values), blocks.view(layout.scale or torch.uint8)
@@ -139,6 +167,12 @@ def _geometry(layout: Layout) -> tuple[tuple[int, ...], dict[str, int]]:
     """
     sizes = (layout.count, layout.row_bytes, layout.block_bytes, layout.slots)
     size, scale = 0 if layout.dtype == INT4 else layout.dtype.itemsize, layout.scale
+    kind = POSITIONS if layout.positions else MASKS
     return sizes, {
-        "HEADER": layout.header, "SIZE": size, "POSITIONS": layout.positions, "SCALE": scale.itemsize if scale else 0,
+        "HEADER": layout.header, "SIZE": size, "KIND": kind.value, "SCALE": scale.itemsize if scale else 0,
     }  # fmt: skip
+
+
+def _geometry_of_table(scale: Tensor) -> tuple[tuple[int, ...], dict[str, int]]:
+    count = scale.shape[1]
+    return (count, count * BLOCK, BLOCK, BLOCK), {"HEADER": 0, "SIZE": 1, "KIND": PLAIN.value, "SCALE": scale.itemsize}

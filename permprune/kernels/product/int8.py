@@ -16,7 +16,8 @@ from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
 from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH
-from permprune.kernels.product.linear import bias_gradient, round_to_int8
+from permprune.kernels.product.linear import bias_gradient, has_triton, multiply_native, round_to_int8
+from permprune.kernels.product.module import dense_layer
 from permprune.kernels.product.packed import quantize
 
 ROWS = 4096
@@ -27,22 +28,31 @@ ROWS = 4096
 def int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Return x W^T + bias, (..., rows), for activations x (..., width) in fp32, bf16 or fp16 and an int8 table.
 
-    `values` is int8 (rows, width) and `scale` fp32 (rows, width / 64). If there are at most `LARGEST_BATCH` rows of
-    activations, they are rounded to int8 as for packed weights. Raises `PermpruneError` if shapes or types do not
-    match. The table is frozen: there are gradients for the activations, those of the product without rounding, and the
-    bias.
+    `values` is int8 (rows, width) and `scale` fp32 (rows, width / 64). Few rows of activations are rounded to int8 as
+    for packed weights, and many are multiplied by BLAS. The table is frozen: there are gradients for the activations,
+    those of the product without rounding, and the bias. Raises `PermpruneError` if shapes or types do not match.
     """
     _require_fit(x, values, scale)
+    if library.available() and x.device.type == "cpu":
+        return multiply_native(native.describe_plain(values, scale, bias), x, torch.int8, None, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= LARGEST_BATCH and library.available() and x.device.type == "cpu":
-        y = native.multiply(native.describe_plain(values, scale), rows.contiguous())
+    exact = round_to_int8(rows.float()) if len(rows) <= LARGEST_BATCH else rows
+    if x.is_cuda and has_triton():
+        y = _multiply_gpu(exact.contiguous(), values, scale, bias)
     else:
-        rounded = round_to_int8(rows.float()) if len(rows) <= LARGEST_BATCH else rows.float()
         tiles = (dequantize(*tile) for tile in zip(values.split(ROWS), scale.split(ROWS), strict=True))
-        y = torch.cat([rounded @ tile.T for tile in tiles], -1).to(x.dtype)
-    if bias is not None:
-        y = (y + bias).to(x.dtype)
-    return y.view(*x.shape[:-1], len(values))
+        y = torch.cat([exact.float() @ tile.T for tile in tiles], -1)
+        y = y if bias is None else y + bias
+    return y.to(x.dtype).view(*x.shape[:-1], len(values))
+
+
+def _multiply_gpu(rows: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with Triton kernels; larger batches with BLAS."""
+    from permprune.kernels.product import gpu  # needs Triton
+
+    if len(rows) <= gpu.LARGEST_BATCH:
+        return gpu.multiply_table(rows, values, scale, bias)
+    return F.linear(rows, gpu.unpack_table(values, scale, rows.dtype), None if bias is None else bias.to(rows.dtype))
 
 
 @int8_linear.register_fake
@@ -91,7 +101,7 @@ class Int8Table(nn.Module):
         `options` are passed to the constructor. Raises `PermpruneError` as `require`.
         """
         cls.require(weight)
-        values, scale = quantize(weight.float())
+        values, scale = quantize(weight.float().contiguous())
         return cls(values.to(torch.int8), scale, **options)
 
     @staticmethod
@@ -156,10 +166,11 @@ class Int8Embedding(Int8Table):
 
 
 class Int8Linear(Int8Table):
-    """An `nn.Linear` with an int8 weight, such as a head."""
+    """An `nn.Linear`, or a `Conv1D` (`transposed`), with an int8 weight: a head, or a layer that was not pruned."""
 
-    def __init__(self, values: Tensor, scale: Tensor, *, bias: Tensor | None = None) -> None:
+    def __init__(self, values: Tensor, scale: Tensor, *, bias: Tensor | None = None, transposed: bool = False) -> None:
         super().__init__(values, scale)
+        self.transposed = transposed
         self.out_features, self.in_features = values.shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -169,13 +180,8 @@ class Int8Linear(Int8Table):
         return product
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
-        """Return an `nn.Linear` with the numbers of the table, and the bias, in type `dtype`."""
-        with torch.device("meta"):
-            layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        layer.weight = nn.Parameter(self.weight.to(dtype))
-        if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.data.to(dtype))
-        return layer
+        """Return the dense layer with the numbers of the table, and the bias, in type `dtype`."""
+        return dense_layer(self.weight.to(dtype), self.bias, transposed=self.transposed)
 
 
 class TiedHead(nn.Module):

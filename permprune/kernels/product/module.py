@@ -120,17 +120,7 @@ class PackedLinear(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
         """Return the dense layer that this one replaces, with its zeros, in type `dtype`; columns in stored order."""
-        weight = self.packed.unpack(dtype)
-        with torch.device("meta"):
-            layer = (
-                Conv1D(self.out_features, self.in_features)
-                if self.transposed
-                else nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-            )
-        layer.weight = nn.Parameter((weight.T if self.transposed else weight).contiguous())
-        if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.data.to(dtype))
-        return layer.train(self.training)
+        return dense_layer(self.packed.unpack(dtype), self.bias, transposed=self.transposed).train(self.training)
 
     def check(self, name: str) -> None:
         """Raise `PermpruneError` unless the tensors are valid (`PackedWeight.check`) and `order` is a permutation."""
@@ -159,3 +149,14 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         layout = self.layout
         return f"in_features={layout.width}, out_features={self.out_features}, {layout.pattern}, {layout.dtype}"
+
+
+def dense_layer(weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> nn.Linear | Conv1D:
+    """Return an `nn.Linear`, or a `Conv1D`, with a weight (rows, width) and a bias of its type."""
+    rows, width = weight.shape
+    with torch.device("meta"):
+        layer = Conv1D(rows, width) if transposed else nn.Linear(width, rows, bias=bias is not None)
+    layer.weight = nn.Parameter((weight.T if transposed else weight).contiguous())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.data.to(weight.dtype))
+    return layer

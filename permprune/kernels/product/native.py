@@ -84,11 +84,11 @@ def state_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_cpu
 
 
-def describe_plain(values: Tensor, scale: Tensor | None = None) -> Weights:
+def describe_plain(values: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Weights:
     """Describe a weight that keeps everything, values (rows, width), for int8 tables and as a baseline in benchmarks.
 
     `scale` is fp32 (rows, width / 64), for int8 only. Raises `PermpruneError` unless the width is a multiple of 64 and
-    the tensors are contiguous and match.
+    the tensors, with a `bias` (rows,), are contiguous and match.
     """
     rows, width = values.shape
     tensors = [values] if scale is None else [values, scale]
@@ -98,15 +98,18 @@ def describe_plain(values: Tensor, scale: Tensor | None = None) -> Weights:
         raise PermpruneError(f"a plain weight of {values.dtype} needs {'a scale' if scale is None else 'no scale'}")
     if scale is not None and (scale.dtype != torch.float32 or tuple(scale.shape) != (rows, width // BLOCK)):
         raise PermpruneError(f"a plain weight has a scale of shape {tuple(scale.shape)} and type {scale.dtype}")
+    _require_bias(bias, rows)
     return library.structure(
         "weights",
         blocks=values,
+        bias=bias,
         scale=scale,
         rows=rows,
         width=width,
         count=width // BLOCK,
         slots=BLOCK,
         number=NUMBERS[values.dtype],
+        bias_number=0 if bias is None else NUMBERS[bias.dtype],
         kind=_PLAIN,
     )
 
@@ -120,10 +123,7 @@ def describe_blocks(
 
     Raises `PermpruneError` for a bias that is not (rows,), contiguous and on the CPU.
     """
-    if bias is not None and not (
-        bias.shape == (rows,) and bias.is_contiguous() and bias.is_cpu and bias.dtype in FLOATS
-    ):
-        raise PermpruneError(f"a bias of shape {tuple(bias.shape)} and type {bias.dtype} does not fit {rows} rows")
+    _require_bias(bias, rows)
     return library.structure(
         "weights",
         blocks=blocks,
@@ -138,6 +138,13 @@ def describe_blocks(
         kind=_MASK if order is None else _POSITIONS,
         half=order is not None,
     )
+
+
+def _require_bias(bias: Tensor | None, rows: int) -> None:
+    if bias is not None and not (
+        bias.shape == (rows,) and bias.is_contiguous() and bias.is_cpu and bias.dtype in FLOATS
+    ):
+        raise PermpruneError(f"a bias of shape {tuple(bias.shape)} and type {bias.dtype} does not fit {rows} rows")
 
 
 def multiply(weights: Weights, x: Tensor, kernels: str | None = None, *, many: bool = False) -> Tensor:

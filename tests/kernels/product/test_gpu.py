@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from permprune.kernels.product import gpu
+from permprune.kernels.product.int8 import dequantize, int8_linear
 from permprune.kernels.product.layout import DTYPES
 from permprune.kernels.product.linear import multiply_gpu, multiply_reference
 from permprune.kernels.product.packed import PackedWeight
@@ -71,3 +72,26 @@ def test_codes_that_lie_read_nothing_outside(pattern: Pattern) -> None:
     weight.blocks.unflatten(1, (weight.layout.count, -1))[..., :8] = 255
     found = gpu.multiply(torch.ones(1, 128, device=DEVICE), weight, None)
     assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_products_with_int8_tables_are_those_of_pytorch(batch: int, dtype: torch.dtype) -> None:
+    values = torch.randint(-127, 128, (37, 192), dtype=torch.int8, device=DEVICE)
+    scale, bias = torch.rand(37, 3, device=DEVICE), torch.randn(37, device=DEVICE)
+    x = torch.randn(batch, 192, device=DEVICE).to(dtype)
+    expected = x.double() @ dequantize(values, scale).double().T + bias
+    found = gpu.multiply_table(x, values, scale, bias)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3 if dtype == torch.float32 else 0.5)
+    for target in (torch.float32, torch.float16):
+        assert torch.equal(gpu.unpack_table(values, scale, target), dequantize(values, scale).to(target))
+
+
+@pytest.mark.parametrize("batch", [1, 40, 70])
+def test_the_operator_of_int8_tables(batch: int) -> None:
+    values = torch.randint(-127, 128, (37, 192), dtype=torch.int8, device=DEVICE)
+    scale, bias = torch.rand(37, 3, device=DEVICE), torch.randn(37, device=DEVICE)
+    x = torch.randn(batch, 192, device=DEVICE)
+    expected = x.double() @ dequantize(values, scale).double().T + bias
+    assert (int8_linear(x, values, scale, bias) - expected).norm() <= 0.02 * expected.norm()

@@ -339,6 +339,27 @@ def test_native_unpacking_agrees(kernels: str, dtype: torch.dtype) -> None:
             assert torch.equal(unpack(weight, 0, 6, to, kernels), weight.unpack(to))
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_native_unpacking_of_int8_tables_agrees(kernels: str) -> None:
+    values, scale = torch.randint(-127, 128, (7, 192), dtype=torch.int8), torch.rand(7, 3)
+    weights = native.describe_plain(values, scale)
+    for to in (torch.float32, torch.bfloat16, torch.float16):
+        found = torch.empty(4, 192, dtype=to)
+        native.unpack(weights, 2, found, kernels)
+        assert torch.equal(found, dequantize(values, scale)[2:6].to(to))
+
+
+@pytest.mark.parametrize("x_dtype", FLOATS)
+@pytest.mark.parametrize("batch", [0, 1, 40, LARGEST_BATCH, 2 * LARGEST_BATCH + 1])
+def test_products_with_int8_tables_agree(x_dtype: torch.dtype, batch: int, kernel: str) -> None:
+    values, scale = torch.randint(-127, 128, (70, 128), dtype=torch.int8), torch.rand(70, 2) / 100
+    x, bias = torch.randn(batch, 128).to(x_dtype), torch.randn(70)
+    found = int8_linear(x, values, scale, bias)
+    assert found.dtype == x_dtype and found.shape == (batch, 70)
+    expected = x.double() @ dequantize(values, scale).double().T + bias
+    assert (found - expected).norm() <= 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize("number", [torch.float16, torch.bfloat16])
 def test_every_number_of_16_bits_goes_in_and_out(number: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(number)
