@@ -380,3 +380,8 @@ class Mix:
     def patterns(self) -> dict[str, Pattern]:
         """The patterns of the layers that do not stay dense."""
         return {name: Pattern.parse(text) for name, text in self.layers.items() if text != DENSE}
+
+    @property
+    def dense(self) -> list[str]:
+        """The names of the layers that stay dense."""
+        return [name for name, text in self.layers.items() if text == DENSE]

@@ -16,7 +16,7 @@ from permprune.budget.asked import KEPT, Candidate, parse_candidates
 from permprune.checkpoints.record import Mix
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import weight_bytes
-from permprune.inference.pack import layer_bytes, unpacked_bytes
+from permprune.inference.pack import layer_bytes, other_bytes
 from permprune.kernels.product.layout import LARGEST_GROUP
 from permprune.plan import Plan
 from permprune.pruning.network import PrunedNetwork
@@ -88,8 +88,7 @@ def costs_of(plan: Plan, model: PreTrainedModel, keep: float | None = None) -> C
     weights = [layer.weight.numel() for layer in plan.layers]
     kept = table([[count if one is None else count * one.n // one.m for one in candidates] for count in weights])
     sizes = table([[size(layer, one) for one in candidates] for layer in range(len(weights))])
-    dense = sum(size(layer, None) for layer in range(len(weights)))
-    others = unpacked_bytes(model, dtype=config.packed, head=config.packed_head) - dense + _gather_bytes(plan)
+    others = other_bytes(model, plan.layers, dtype=config.packed, head=config.packed_head) + _gather_bytes(plan)
     found = Costs(candidates, kept, sizes, weights=sum(weights), others=others, limit=0)
     if config.bytes is None or keep is not None:
         return found.keeping(next(share for share in (keep, config.keep, KEPT) if share is not None))

@@ -16,6 +16,7 @@ from permprune.inference.quantizer import (
     PackedConfig,
     PackedQuantizer,
     reorder_output,
+    replace_by_tables,
     replace_head,
     require_head,
     tie_head,
@@ -26,7 +27,7 @@ from permprune.kernels.product.module import PackedLinear
 from permprune.kernels.product.packed import PackedWeight
 from permprune.models.layers import Layer, require_changeable
 from permprune.options import PACKED
-from permprune.pattern import Pattern
+from permprune.pattern import DENSE, Pattern
 from permprune.system.device import INT4, dtype_named
 
 
@@ -47,23 +48,25 @@ def pack(
 ) -> list[str]:
     """Replace linear layers of a pruned model by `PackedLinear`, in place.
 
-    `patterns` maps the names of the layers to their N:M patterns. `dtype` is "fp32", "bf16", "fp16", "int8" or "int4"
-    (with a scale for every 64 channels of a row); the rest of the model is converted to it too, unless it is an
-    integer. With `head="int8"` the embedding and the head become int8 as well, whatever the `dtype`. The orders of a
-    model in gather mode become part of the packed model. Afterwards `model.save_pretrained` writes a folder that
-    `from_pretrained` loads once permprune is imported.
+    `patterns` maps the names of the layers to their N:M patterns, or to "dense" for those that a mix left so. `dtype`
+    is "fp32", "bf16", "fp16", "int8" or "int4" (with a scale for every 64 channels of a row); the rest of the model is
+    converted to it too, unless it is an integer: then the dense layers of a mix become int8. With `head="int8"` the
+    embedding and the head become int8 as well, whatever the `dtype`. The orders of a model in gather mode become part
+    of the packed model. Afterwards `model.save_pretrained` writes a folder that `from_pretrained` loads once permprune
+    is imported.
 
     Values of int4 are rounded, or solved on calibration `examples` (`solving.solve`): give them where outputs count.
 
-    Returns the names of layers that stay dense: experts, and layers that `PackedLinear` does not replace, because their
-    class computes something else than `nn.Linear` or `Conv1D`. Raises `PermpruneError` if a weight does not hold its
-    pattern or does not fit the dtype, or the head cannot be int8; the model is unchanged then.
+    Returns the names of layers that have no such form and stay as they are: experts, layers that `PackedLinear` does
+    not replace, because their class computes something else than `nn.Linear` or `Conv1D`, and dense layers that should
+    be int8 but whose width 64 does not divide. Raises `PermpruneError` if a weight does not hold its pattern or does
+    not fit the dtype, or the head cannot be int8; the model is unchanged then.
     """
     require_changeable(model)
     stored, orders = packed_type(dtype), attached_orders(model)
     if examples is not None and stored != INT4:
         raise PermpruneError(f"values in {dtype} are rounded, not solved: leave out the calibration, or pack as int4")
-    layers, dense = _packable(model, patterns, stored, {name for side, name in orders if side == "input"})
+    layers, tables, left = _packable(model, patterns, stored, {name for side, name in orders if side == "input"})
     named = head_names(model, head)
     scales = {}
     if examples is not None:
@@ -74,6 +77,7 @@ def pack(
         order = orders.get(("input", name))
         packed = PackedLinear.pack(model.get_submodule(name), pattern, stored, order, scales.get(name))
         model.set_submodule(name, packed)
+    replace_by_tables(model, tables)
     if stored.is_floating_point:
         _convert(model, stored)
     reordered = {name: order for (side, name), order in orders.items() if side == "output"}
@@ -85,44 +89,58 @@ def pack(
         ordered=[name for name in layers if ("input", name) in orders],
         reordered={name: len(order) for name, order in reordered.items()},
         head=named,
+        tables=tables,
     )
     replace_head(model, config.head, model.dtype)
     if "tied" in config.head:
         tie_head(model, False)  # the head has no weight that Transformers could tie
     PackedQuantizer(config).adopt(model)
-    return dense
+    return left
 
 
 def _packable(
     model: PreTrainedModel, patterns: Mapping[str, Pattern | str], dtype: torch.dtype, ordered: set[str]
-) -> tuple[dict[str, Pattern], list[str]]:
-    """Return the patterns of the layers that can be packed, and the names of those that cannot.
+) -> tuple[dict[str, Pattern], list[str], list[str]]:
+    """Return the patterns of the layers that can be packed, the names of dense ones to be int8, and of those that stay.
 
     `ordered` are the names of modules with a channel order. Raises `PermpruneError` as `pack`.
     """
     linears = linear_layers(model)
     layers: dict[str, Pattern] = {}
-    dense: list[str] = []
+    tables: list[str] = []
+    left: list[str] = []
     for name, text in patterns.items():
         if name not in linears:
             raise PermpruneError(f"the model has no linear layer {name}: give the patterns of its own layers")
-        layer, pattern = linears[name], Pattern.parse(text)
-        if layer.expert is None and PackedLinear.replaces(layer.owner):
+        layer = linears[name]
+        if text == DENSE:
+            if not dtype.is_floating_point:
+                (tables if _can_be_table(layer) else left).append(name)
+        elif _has_packed_form(layer):
+            pattern = Pattern.parse(text)
             try:
                 PackedWeight.layout_of(layer.weight, pattern, dtype)
             except PermpruneError as error:
                 raise PermpruneError(f"{name}: {error}") from error
             layers[name] = pattern
         else:
-            dense.append(name)
+            left.append(name)
     if not layers:
-        kind = f"; a {type(linears[dense[0]].owner).__name__} has no packed form" if dense else ""
+        kind = f"; a {type(linears[left[0]].owner).__name__} has no packed form" if left else ""
         raise PermpruneError(f"no layer to pack: give a model whose linear layers were pruned to N:M{kind}")
     for name in ordered - layers.keys():
         raise PermpruneError(
             f"{name} has a channel order but cannot be packed: give its pattern, or prune in fold mode"
         )
-    return layers, dense
+    return layers, tables, left
+
+
+def _has_packed_form(layer: Layer) -> bool:
+    return layer.expert is None and PackedLinear.replaces(layer.owner)
+
+
+def _can_be_table(layer: Layer) -> bool:
+    return layer.weight.shape[1] % BLOCK == 0 and _has_packed_form(layer)
 
 
 def packed_bytes(
@@ -134,32 +152,36 @@ def packed_bytes(
     Returns None if no layer can be packed.
     """
     linears = linear_layers(model)
-    packable, total = False, unpacked_bytes(model, gathers, dtype=dtype)
-    for name, text in patterns.items():
-        layer, pattern = linears[name], Pattern.parse(text)
-        if layer.expert is None and PackedLinear.replaces(layer.owner):
-            if pattern.m > LARGEST_GROUP:
-                return None
-            packable = True
-        total -= layer_bytes(model, layer, None, dtype=dtype) - layer_bytes(model, layer, pattern, dtype=dtype)
-    return total if packable else None
+    found = [(linears[name], Pattern.parse(text)) for name, text in patterns.items()]
+    packable = [pattern for layer, pattern in found if _has_packed_form(layer)]
+    if not packable or any(pattern.m > LARGEST_GROUP for pattern in packable):
+        return None
+    own = sum(layer_bytes(model, layer, pattern, dtype=dtype) for layer, pattern in found)
+    return own + other_bytes(model, [layer for layer, _ in found], gathers, dtype=dtype)
 
 
 def layer_bytes(model: nn.Module, layer: Layer, pattern: Pattern | None, *, dtype: str = "bf16") -> int:
-    """Return the bytes of a layer's weight in a model that is packed as `dtype`; dense without a pattern.
+    """Return the bytes of a layer's weight in a model that is packed as `dtype`; dense in a mix without a pattern.
 
     Layers that have no packed form are dense with any pattern.
     """
     stored, (rows, width) = packed_type(dtype), layer.weight.shape
-    if pattern is None or layer.expert is not None or not PackedLinear.replaces(layer.owner):
-        return rows * width * _item(model, stored)
-    return rows * Layout(pattern, stored, width).row_bytes
+    if pattern is not None and _has_packed_form(layer):
+        return rows * Layout(pattern, stored, width).row_bytes
+    if pattern is None and not stored.is_floating_point and _can_be_table(layer):
+        return _table_bytes(rows * width)
+    return rows * width * _item(model, stored)
 
 
-def unpacked_bytes(
-    model: nn.Module, gathers: Iterable[Gather] = (), *, dtype: str = "bf16", head: str | None = None
+def other_bytes(
+    model: nn.Module,
+    layers: Iterable[Layer],
+    gathers: Iterable[Gather] = (),
+    *,
+    dtype: str = "bf16",
+    head: str | None = None,
 ) -> int:
-    """Return the bytes of the tensors of a model that is packed as `dtype` and `head` if all layers stay dense."""
+    """Return the bytes of a model's tensors, packed as `dtype` and `head`, but for the weights of some layers."""
     item = _item(model, packed_type(dtype))
     total = sum(parameter.numel() for parameter in model.parameters()) * item
     for module in model.modules():
@@ -168,8 +190,13 @@ def unpacked_bytes(
                 total += buffer.numel() * (item if buffer.is_floating_point() else buffer.dtype.itemsize)
     named = head_names(model, head)  # type: ignore[arg-type]
     for table in (model.get_parameter(f"{name}.weight") for part, name in named.items() if part != "tied"):
-        total -= table.numel() * (item - 1) - table.numel() // BLOCK * torch.float32.itemsize
+        total -= table.numel() * item - _table_bytes(table.numel())
+    total -= sum(layer.weight.numel() for layer in layers) * item
     return total + sum(len(gather.places) * len(gather.order) * torch.int64.itemsize for gather in gathers)
+
+
+def _table_bytes(weights: int) -> int:
+    return weights + weights // BLOCK * torch.float32.itemsize
 
 
 def _item(model: nn.Module, stored: torch.dtype) -> int:

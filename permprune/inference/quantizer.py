@@ -10,7 +10,7 @@ by `PackedLinear`, and loads the packed tensors like any others; `save_pretraine
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     lists the layers with a channel order.
     `reordered` maps the names of modules whose output is reordered, for all modules that read it, to its width. `head`
     names the embedding and the head that are int8, as "embedding" and "linear"; a "tied" head is the embedding's table.
+    `tables` lists the layers that keep all weights, in int8.
     `weights` is the name of the file of weights, or of its index; None for that of Transformers.
     Raises `PermpruneError` for a configuration that no version so far has written.
     """
@@ -69,6 +70,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         ordered: Sequence[str] = (),
         reordered: Mapping[str, int] | None = None,
         head: Mapping[str, str] | None = None,
+        tables: Sequence[str] = (),
         weights: str | None = None,
         version: int = VERSION,
         quant_method: str = METHOD,
@@ -76,7 +78,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = quant_method  # type: ignore[assignment]
         self.version, self.layers, self.dtype = version, dict(layers), dtype
         self.ordered, self.reordered, self.head = list(ordered), dict(reordered or {}), dict(head or {})
-        self.weights = weights
+        self.tables, self.weights = list(tables), weights
         if version != VERSION:
             raise PermpruneError(f"the packed checkpoint has format {version}: install a permprune that reads it")
         known = set(self.ordered) <= set(self.layers) and set(self.head) <= {"embedding", "linear", "tied"}
@@ -105,15 +107,14 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         for name, text in config.layers.items():
-            path, layer = _find(model, name)
-            if not isinstance(layer, (nn.Linear, Conv1D)):
-                raise PermpruneError(f"{name} is packed in the checkpoint but a {type(layer).__name__} in the model")
+            path, layer = _find_linear(model, name)
             pattern = Pattern.parse(text)
             packed = PackedLinear.empty(layer, pattern, config.stored, name in config.ordered)  # type: ignore[arg-type]
             model.set_submodule(path, packed)
         for name, width in config.reordered.items():
             _, module = _find(model, name)
             reorder_output(module, torch.empty(width, dtype=torch.int64, device="meta"))
+        replace_by_tables(model, config.tables)
         replace_head(model, config.head, model.dtype)
         scales = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, Int8Table)}
         wide = model._keep_in_fp32_modules_strict or ()  # where Transformers loads scales of int8 tables as they are
@@ -257,6 +258,19 @@ def replace_head(model: PreTrainedModel, head: Mapping[str, str], dtype: torch.d
         model.set_submodule(_find(model, head["tied"])[0], TiedHead(table))  # type: ignore[arg-type]
 
 
+def replace_by_tables(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Replace linear layers by int8 ones, to be filled if they are on the meta device.
+
+    Raises `PermpruneError` unless they are linear, and as `Int8Table.require`.
+    """
+    for name in names:
+        path, layer = _find_linear(model, name)
+        transposed, bias = isinstance(layer, Conv1D), layer.bias
+        weight = layer.weight.data.T if transposed else layer.weight.data
+        build = Int8Linear.empty if weight.is_meta else Int8Linear.pack
+        model.set_submodule(path, build(weight, bias=None if bias is None else bias.data, transposed=transposed))
+
+
 def reorder_output(module: nn.Module, order: Tensor) -> None:
     """Reorder a module's output: channel c becomes what was channel `order[c]`. The order is saved with the weights."""
     module.register_buffer(ORDER, order)
@@ -266,6 +280,13 @@ def reorder_output(module: nn.Module, order: Tensor) -> None:
 def _reorder(module: nn.Module, _args: object, result: Tensor) -> Tensor:
     order: Tensor = module._buffers[ORDER]  # type: ignore[assignment]
     return result.index_select(-1, order)
+
+
+def _find_linear(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear | Conv1D]:
+    path, layer = _find(model, name)
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        raise PermpruneError(f"{name} is packed in the checkpoint but a {type(layer).__name__} in the model")
+    return path, layer
 
 
 def _find(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:

@@ -19,6 +19,7 @@ from permprune.inference.pack import pack, unpack
 from permprune.inference.rounding import check_rounding
 from permprune.models.layers import merged
 from permprune.models.processors import Processor, read_processor
+from permprune.pattern import DENSE
 from permprune.plan import calibration_examples
 from permprune.pruning.folder import require_probe, write_pruned
 from permprune.system.failures import failures_reported
@@ -87,16 +88,17 @@ def pack_folder(
     if calibration is not None:
         examples = calibration_examples(model, processor, calibration.replace(samples=calibration.measured))
     patterns = {row.name: row.pattern for row in record.layers}
+    kept = dict.fromkeys(record.mix.dense if record.mix else (), DENSE)
     before = _sizes(model, set(patterns))
-    dense = pack(model, patterns, dtype=dtype, head=head, examples=examples)
+    left = pack(model, patterns | kept, dtype=dtype, head=head, examples=examples)
     after = _sizes(model, set(patterns))
     packed = f"{folder}, packed as {dtype},"
     difference = output_difference(model, probe, packed)
     rounding = check_rounding(model, probe, difference, before=probe.tolerance, what=packed)
-    kept = {"gathers": record.to_json()["gathers"], "dtype": dtype, "head": head, TOLERANCE: probe.tolerance}
+    stored = {"gathers": record.to_json()["gathers"], "dtype": dtype, "head": head, TOLERANCE: probe.tolerance}
     measured = dataclasses.replace(probe, tolerance=max(probe.tolerance, SLACK * difference))
     shown = record.showcase and record.showcase.resized(after[0])
-    record = dataclasses.replace(record, gathers=[], bench=None, showcase=shown, extra={**record.extra, PACKED: kept})
+    record = dataclasses.replace(record, gathers=[], bench=None, showcase=shown, extra={**record.extra, PACKED: stored})
 
     def weights(written: Path) -> None:
         model.save_pretrained(written)
@@ -108,7 +110,7 @@ def pack_folder(
     return Packed(
         weights=Sizes(before[0], after[0]),
         layers=Sizes(before[1], after[1]),
-        left_dense=merged(dense),
+        left_dense=merged(left),
         difference=difference,
         before=earlier,
         rounding=rounding,

@@ -21,6 +21,7 @@ from permprune.checkpoints.origin import (
     require_patterns,
 )
 from permprune.errors import PermpruneError
+from permprune.kernels.product.int8 import Int8Linear
 from permprune.kernels.product.module import PackedLinear
 from permprune.models.layers import is_packed
 from permprune.pattern import tightest
@@ -173,7 +174,7 @@ def lora_on_packed(config: LoraConfig) -> LoraConfig:
 
     The packed weights stay as they are, and such adapters cannot be merged. Raises `PermpruneError` without PEFT.
     """
-    config._register_custom_module({PackedLinear: _lora_class()})
+    config._register_custom_module(dict.fromkeys((PackedLinear, Int8Linear), _lora_class()))
     return config
 
 

@@ -28,7 +28,8 @@ import permprune
 from permprune.checkpoints.gathers import Gather, attach_gathers
 from permprune.checkpoints.weights import PACKED_WEIGHTS
 from permprune.errors import PermpruneError
-from permprune.inference.pack import pack, unpack
+from permprune.evaluation.size import stored_bytes
+from permprune.inference.pack import layer_bytes, other_bytes, pack, unpack
 from permprune.kernels.product.int8 import Int8Linear, Int8Table
 from permprune.kernels.product.module import PackedLinear
 from permprune.models.layers import prunable_layers
@@ -394,6 +395,36 @@ def test_a_tied_head_of_a_vision_language_model_in_int8(name: str, tmp_path: Pat
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     loaded.save_pretrained(tmp_path / "unpacked")
     assert_close(say(type(model).from_pretrained(tmp_path / "unpacked"), input_ids=TOKENS), found, "int8")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, GPT2LMHeadModel])
+def test_dense_layers_of_a_mix(tiny_llama: LlamaForCausalLM, tmp_path: Path, kind: type, dtype: str) -> None:
+    config = copy.deepcopy(tiny_llama.config)
+    config.hidden_size, config.intermediate_size = 64, 96
+    if kind is GPT2LMHeadModel:
+        config = GPT2Config(vocab_size=config.vocab_size, n_embd=64, n_inner=96, n_layer=2, n_head=2)
+    model = kind(config).eval()
+    layers = prunable_layers(model, Pattern.parse("2:4"))
+    narrow = {layer.name for layer in layers if layer.weight.shape[1] % 64}
+    dense = {*(layer.name for layer in layers[::3]), *narrow}
+    patterns = {name: text for name, text in prune_to(model).items() if name not in dense}
+    expected, before = say(model, input_ids=TOKENS), {name: type(model.get_submodule(name)) for name in dense}
+    own = [layer_bytes(model, one, patterns.get(one.name) and Pattern(2, 4), dtype=dtype) for one in layers]
+    size = sum(own) + other_bytes(model, layers, dtype=dtype)
+    left = pack(model, patterns | dict.fromkeys(dense, "dense"), dtype=dtype)
+    assert stored_bytes(model) == size
+    tables = {name for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    assert {*left} == (narrow if dtype != "bf16" else set())
+    assert tables == (dense - narrow if dtype != "bf16" else set()) and dense > narrow
+    found = say(model, input_ids=TOKENS)
+    assert_close(found, expected, dtype)
+    model.save_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path)
+    assert torch.equal(say(loaded, input_ids=TOKENS), found)
+    unpack(loaded)
+    assert {name: type(loaded.get_submodule(name)) for name in dense} == before
+    assert_close(say(loaded, input_ids=TOKENS), found, "int8")
 
 
 def test_heads_that_cannot_be_int8_are_refused(tiny_llama: LlamaForCausalLM) -> None:

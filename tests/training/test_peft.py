@@ -13,6 +13,7 @@ from permprune.kernels.product.module import PackedLinear
 from permprune.models.layers import block_linears
 
 from ..faults.pruned import WINDOWS
+from ..inference.test_pack import prune_to
 
 pytestmark = pytest.mark.filterwarnings("default:.*is_gradient_checkpointing:FutureWarning")  # PEFT reads it
 TARGETS = ["q_proj", "down_proj"]
@@ -87,3 +88,19 @@ def test_adapters_on_packed_layers(pruned: PreTrainedModel, tmp_path: Path) -> N
     base = model.unload()
     again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", config=config)
     torch.testing.assert_close(again(input_ids=WINDOWS).logits, expected)
+
+
+def test_adapters_on_dense_layers_in_int8(tiny_llama: LlamaForCausalLM) -> None:
+    config = tiny_llama.config
+    config.hidden_size = 64
+    model = LlamaForCausalLM(config).eval()
+    patterns = prune_to(model)
+    dense = [name for name in patterns if name.endswith("q_proj")]
+    permprune.pack(model, patterns | dict.fromkeys(dense, "dense"), dtype="int8")
+    before = {name: model.get_submodule(name).values.clone() for name in dense}
+    adapted = peft.get_peft_model(model, permprune.lora_on_packed(lora()))
+    first, last = trained(adapted)
+    assert last < first
+    layers = {name: adapted.base_model.model.get_submodule(name) for name in dense}
+    assert all(torch.equal(layer.base_layer.values, before[name]) for name, layer in layers.items())
+    assert all(layer.lora_B["default"].weight.any() for layer in layers.values())
