@@ -253,9 +253,8 @@ RECIPES = {
         title="perplexity of the answers",
         unit="perplexity",
         others=[Measure("exact match of the answers", "--data other --windows 200", "share", EXACT_MATCH.name)],
-        pack="--dtype int8",
-        speed="answered questions",
-        bench="--batch 1 --turns 3",
+        speed="generated tokens",
+        bench="--batch 1 --context 128 --turns 3",
     ),
     "smollm2-135m": Recipe(
         model="smollm2-135m",
