@@ -91,11 +91,13 @@ def loading_code(record: Mapping[str, Any], config: Mapping[str, Any], source: s
     loader = next(iter([*own_classes, *(config.get("architectures") or ())]), "AutoModel")
     trusted = ", trust_remote_code=True" if own_classes else ""
     lines = ["import permprune  # with it, Transformers loads packed weights"] if PACKED in record else []
-    if config.get(POOLING):
-        lines += ["from sentence_transformers import SentenceTransformer", ""]
-        return "\n".join([*lines, f"model = SentenceTransformer({name}{trusted})"])
     measured = ((record.get("showcase") or {}).get("sides") or {}).get("pruned") or {}
-    dtype = ', dtype="bfloat16"' if str(measured.get("dtype")).endswith("run in bf16") else ""
+    in_bf16 = str(measured.get("dtype")).endswith("run in bf16")
+    if config.get(POOLING):
+        dtype = ', model_kwargs={"dtype": "bfloat16"}' if in_bf16 else ""
+        lines += ["from sentence_transformers import SentenceTransformer", ""]
+        return "\n".join([*lines, f"model = SentenceTransformer({name}{dtype}{trusted})"])
+    dtype = ', dtype="bfloat16"' if in_bf16 else ""
     lines += [f"from transformers import {loader}", "", f"model = {loader}.from_pretrained({name}{dtype}{trusted})"]
     return "\n".join(lines)
 

@@ -123,9 +123,15 @@ def test_a_card_says_whether_weights_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "loaded"), [("int8, packed, run in bf16", ', dtype="bfloat16"'), ("int8, packed", "")]
+    ("dtype", "loaded", "encoder"),
+    [
+        ("int8, packed, run in bf16", ', dtype="bfloat16"', ', model_kwargs={"dtype": "bfloat16"}'),
+        ("int8, packed", "", ""),
+    ],
 )
-def test_a_packed_model_is_loaded_in_the_type_of_its_speed(dtype: str, loaded: str) -> None:
+def test_a_packed_model_is_loaded_in_the_type_of_its_speed(dtype: str, loaded: str, encoder: str) -> None:
     record = {"gathers": {}, "showcase": {"sides": {"pruned": {"dtype": dtype}}}}
-    code = loading_code(record, {"architectures": ["LlamaForCausalLM"]}, "out")
-    assert f'LlamaForCausalLM.from_pretrained("out"{loaded})' in code
+    config = {"architectures": ["LlamaForCausalLM"]}
+    assert f'LlamaForCausalLM.from_pretrained("out"{loaded})' in loading_code(record, config, "out")
+    pooled = loading_code(record, {**config, "sentence_pooling": "mean"}, "out")
+    assert f'SentenceTransformer("out"{encoder})' in pooled
