@@ -155,7 +155,7 @@ RECIPES = {
     "minilm-sst2": ("text classifier", "MiniLM-L6 on SST-2", "text-classifier"),
     "vit-s14": ("image classifier", "ViT-S/14 on CIFAR-10", "image-classifier"),
     "clip-vit-b16": ("image classifier", "CLIP ViT-B/16 on CIFAR-10", "image-classifier"),
-    "llava": ("vision-language model", "CLIP ViT-B/16 with SmolLM2-135M", "vision-language"),
+    "llava": ("vision-language model", "CLIP and SmolLM2", "vision-language"),
     "whisper-tiny-en": ("speech recognition", "Whisper tiny.en", "speech"),
 }
 """The kind of each recipe, its model, and its page."""

@@ -205,7 +205,7 @@ def test_the_tests_of_each_promise_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["smollm2-135m", "qwen2.5-coder-1.5b", "minilm-l6", "minilm-sst2", "vit-s14", "whisper-tiny-en"]
+    "name", ["smollm2-135m", "qwen2.5-coder-1.5b", "minilm-l6", "minilm-sst2", "vit-s14", "llava", "whisper-tiny-en"]
 )
 def test_a_recipe_is_measured_by_the_command_of_its_page(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
