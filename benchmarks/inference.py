@@ -7,8 +7,9 @@ turns, every other turn in reverse order, because a product is slower the more o
 The fastest of all turns counts, in processor time where one thread runs. Each product cycles through so many copies of
 its weights that none is in the processor's cache.
 
-Above 64 rows of activations, `packed` is the kernel that leaves out what is pruned, and there is no `dense`; these
-figures are rows of the table `many-rows`. Nor is there one of int4.
+Above 64 rows of activations, `packed` is the product that the package chooses (with other `--kernels` the one that
+leaves out what is pruned), and there is no `dense`; these figures are rows of the table `many-rows`. Nor is there one
+of int4.
 
 python benchmarks/inference.py --threads 1 2 --batch 1 16
 python benchmarks/inference.py --threads 1 2 --batch 512 --types fp32 --turns 8 --outputs 1536 --inputs 576
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from permprune.kernels import library
 from permprune.kernels.product import native
 from permprune.kernels.product.layout import BLOCK, LARGEST_BATCH, Layout
+from permprune.kernels.product.linear import multiply_native
 from permprune.kernels.product.packed import PackedWeight, quantize
 from permprune.pattern import Pattern
 from permprune.system.huge_pages import move_to_huge_pages
@@ -127,6 +129,8 @@ def _native(numbers: Tensor, kernels: str, layout: Layout | None = None, scale: 
     described = native.describe(layout, numbers) if layout else native.describe_plain(numbers, scale)
 
     def product(x: Tensor, _owner: object = (numbers, scale)) -> Tensor:
+        if len(x) > LARGEST_BATCH and kernels == library.names()[0]:
+            return multiply_native(described, x, layout.dtype if layout else numbers.dtype, None, None)
         return native.multiply(described, x, kernels, many=len(x) > LARGEST_BATCH)
 
     return product

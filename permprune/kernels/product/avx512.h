@@ -42,6 +42,29 @@ static ALWAYS_INLINE __m512 alternate_floats(__m512 first, __m512 second, int up
     return _mm512_castsi512_ps(alternate(_mm512_castps_si512(first), _mm512_castps_si512(second), upper));
 }
 
+static void unpack_16(const struct product *job, int64_t first, int64_t last)
+{
+    const struct weights *weights = job->weights;
+    const int64_t size = block_bytes(weights);
+    const char *block = weights->blocks + first * weights->count * size;
+    const char *end = weights->blocks + weights->rows * weights->count * size;
+    uint16_t room[BLOCK];
+    for (int64_t row = first; row < last; row++)
+        for (int64_t n = 0; n < weights->count; n++, block += size) {
+            const uint64_t bits = kept_channels(read_code(block), weights->kind);
+            const uint16_t *values = readable(block + CODE, end, room, sizeof room);
+            uint16_t *to = (uint16_t *)job->output + row * weights->width + n * BLOCK;
+            const int64_t left = weights->width - n * BLOCK;
+            UNROLLED for (int step = 0; step < BLOCK; step += 32) {
+                __m512i next = _mm512_loadu_si512(values + __builtin_popcountll(before(bits, step)));
+                __m512i whole = _mm512_maskz_expand_epi16((__mmask32)(bits >> step), next);
+                uint64_t inside = left - step >= 32 ? UINT32_MAX : left > step ? (1ull << (left - step)) - 1 : 0;
+                _mm512_mask_storeu_epi16(to + step, (__mmask32)inside, whole);
+            }
+        }
+}
+#define UNPACK_16 unpack_16
+
 #define STAGED float
 #define LANES 16
 #define VECTOR __m512

@@ -6,6 +6,8 @@
  * bits), the next values put where `bits` has ones and zeros between, which may read LANES values; ZERO(),
  * FMA(SUM, VECTOR, VECTOR) and TOTAL(SUM); and STORE(float *, VECTOR), where the vectors are floats.
  *
+ * UNPACK_16(const struct product *, int64_t first, int64_t last) may be a fast way to unpack numbers of 16 bits as they are.
+ *
  * If activations can be picked by an index, also the type INDEX; PICK(VECTOR, INDEX, VECTOR); READ_HALF(const WEIGHT *),
  * BLOCK / 2 values as a HALF, and PART(HALF, int step), LANES of them; and for each kind of code what pick.h expects:
  * MASK_PLACES, DECODE_MASK and AT_MASK, and the same of POSITIONS. Then weights that keep half of
@@ -140,11 +142,17 @@ static void PASTE(unpack_, KIND)(const void *own, int64_t first, int64_t last)
 {
     const struct product *job = own;
     const struct weights *weights = job->weights;
+#ifdef UNPACK_16
+    if (sizeof(WEIGHT) == sizeof(uint16_t) && job->output_number == weights->number) {
+        UNPACK_16(job, first, last);
+        return;
+    }
+#endif
     const int64_t size = CODE + weights->slots * (int64_t)sizeof(WEIGHT);
     const char *block = weights->blocks + first * weights->count * size;
     const char *end = weights->blocks + weights->rows * weights->count * size;
     WEIGHT room[BLOCK];
-    float line[BLOCK];
+    float line[BLOCK] __attribute__((aligned(64)));
     for (int64_t row = first; row < last; row++)
         for (int64_t n = 0; n < weights->count; n++, block += size) {
             uint64_t bits = kept_channels(read_code(block), weights->kind);

@@ -126,8 +126,8 @@ static ALWAYS_INLINE void unpack_integers(const struct product *job, int32_t num
     const int64_t size = plain ? BLOCK : block_bytes(weights);
     const char *block = weights->blocks + first * weights->count * size;
     const char *end = weights->blocks + weights->rows * weights->count * size;
-    int8_t room[BLOCK], integers[BLOCK];
-    float line[BLOCK];
+    int8_t room[BLOCK], integers[BLOCK] __attribute__((aligned(64)));
+    float line[BLOCK] __attribute__((aligned(64)));
     for (int64_t row = first; row < last; row++)
         for (int64_t n = 0; n < weights->count; n++, block += size) {
             VECTOR expanded = plain ? LOAD((const int8_t *)block) : read_expanded(weights, number, block, end, room);

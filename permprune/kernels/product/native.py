@@ -29,7 +29,7 @@ MOST_SLOTS_BESIDE_PAIRS = 16
 
 MASKS_FROM, MASKS_TO = 32, 96
 """Rows of activations in bf16 from which kernels for few rows are slower, beside products of pairs, for weights with
-masks, and up to which leaving out is faster than these."""
+masks, and up to which leaving out is faster than these, if integers have to be unpacked for them."""
 
 MANY = {"avx2": (16, 32), "avx512": (LARGEST_BATCH + 1, LARGEST_BATCH + 1)}
 """Rows of activations from which the kernel for many rows is faster than the others (docs/results/speed.md), with
@@ -200,7 +200,9 @@ def is_fastest(weights: Weights, x: Tensor) -> bool:
             return False
         if weights.kind == _POSITIONS:
             return rows >= PAIRS_FROM
-        return rows >= MASKS_FROM and (rows < MASKS_TO or weights.slots <= MOST_SLOTS_BESIDE_PAIRS)
+        if weights.slots <= MOST_SLOTS_BESIDE_PAIRS:
+            return rows >= MASKS_FROM
+        return MASKS_FROM <= rows < MASKS_TO and weights.number != NUMBERS[torch.bfloat16]
     if x.dtype == torch.float16 and weights.number == NUMBERS[x.dtype] and processor_has("avx512_fp16"):
         return False
     return rows >= MANY[name][weights.number >= NUMBERS[torch.int8]]
