@@ -1,6 +1,7 @@
-"""Embeddings and heads in int8: tables (rows, width) with a scale for every 64 channels of a row.
+"""Weights that keep everything, in int8: tables (rows, width) with a scale for every 64 channels of a row.
 
-In small models the embedding table is about a third of all bytes, and the head reads all of it for every token.
+They are embeddings, heads and the layers that a mix left dense. In small models the embedding table is about a third of
+all bytes, and the head reads all of it for every token.
 """
 
 from __future__ import annotations
