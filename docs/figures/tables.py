@@ -128,7 +128,7 @@ def protocol_fold() -> str:
 
 
 def protocol_others() -> str:
-    cells = [(pattern, mode, row) for pattern, mode in (("2:4", "gather"), ("4:8", "fold"))
+    cells = [(pattern, mode, row) for pattern, mode in (("2:4", "gather"), ("4:8", "fold"), ("6:8", "fold"))
              for row in protocol(pattern, mode)]  # fmt: skip
     lines = ([f"{pattern}, {mode}", *searched(row)] for pattern, mode, row in cells)
     return markdown(f"pattern, mode | {PROTOCOL_HEADS}", lines)
