@@ -244,6 +244,8 @@ def forecast_held(
     ]
     limit = config.memory if config.offload == "none" else None
     texts = Stage("transcribe", (weights,), measuring.forward * (TRANSCRIBED * subject.transcribed))
+    energies = Work(products_fp32=_energies(outline))
+    evaluating = measuring.pass_work(evaluated, evaluation_batch(model)) + energies * 2  # dense, and in natural order
     stages: Sequence[Stage] = [
         *([texts] if subject.transcribed else []),
         _calibration(run, measured, fisher=fisher, memory=limit, positions=example.positions).beside(
@@ -251,7 +253,7 @@ def forecast_held(
         ),
         *searching,
         *stages_of_limit(config, searching),
-        Stage("evaluate", evaluation.parts, measuring.pass_work(evaluated, evaluation_batch(model))).beside(found),
+        Stage("evaluate", evaluation.parts, evaluating).beside(found),
     ]
     ends = [weight.numel() for weight, _ in end_weights(model)]
     largest = max(module_sizes(model).values())
@@ -280,7 +282,7 @@ def forecast_held(
         load,
         *(replace(stage, work=stage.work and stage.work * (shards / processes)) for stage in stages),
         # the model is freed before what was written is read to check it
-        Stage("write", written, Work(stored=checkpoint)),
+        Stage("write", written, Work(stored=checkpoint) + energies),
     )
     if offloads:
         device = config.memory if run.on_device else 0
@@ -325,6 +327,11 @@ def _assumed(model: PreTrainedModel, config: PruneConfig, run: Workload, process
         yield f"{BUS / 1e9:.0f} GB a second travel to and from the device{files}, while nothing is computed"
     if processes > 1:
         yield f"the {processes} processes do equal parts of the work, and send what they exchange in no time"
+
+
+def _energies(outline: Outline) -> float:
+    """The operations of the mean squared outputs of all layers, of dense weights or of errors (`output_energy`)."""
+    return sum(2.0 * layer.shape[1] ** 2 * outline.rows[layer.name] for layer in outline.layers)
 
 
 def _calibration(run: Workload, examples: int, *, fisher: bool, memory: int | None, positions: int) -> Stage:
