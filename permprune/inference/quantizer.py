@@ -246,13 +246,13 @@ def replace_head(model: PreTrainedModel, head: Mapping[str, str], dtype: torch.d
     The embedding's vectors have type `dtype`. Raises `PermpruneError` as `require_head`.
     """
     require_head(model, head)
-    for part, (_, int8) in TABLES.items():
-        if part not in head:
-            continue
-        path, layer = _find(model, head[part])
-        options = {"dtype": dtype} if part == "embedding" else {"bias": layer.bias}
-        build = int8.empty if layer.weight.is_meta else int8.pack
-        model.set_submodule(path, build(layer.weight.data, **options))  # type: ignore[arg-type]
+    if "embedding" in head:
+        path, table = _find(model, head["embedding"])
+        weight: Tensor = table.weight.data  # type: ignore[union-attr,assignment]
+        build = Int8Embedding.empty if weight.is_meta else Int8Embedding.pack
+        model.set_submodule(path, build(weight, dtype=dtype))
+    if "linear" in head:
+        replace_by_tables(model, [head["linear"]])
     if "tied" in head:
         _, table = _find(model, head["embedding"])
         model.set_submodule(_find(model, head["tied"])[0], TiedHead(table))  # type: ignore[arg-type]
