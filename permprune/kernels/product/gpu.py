@@ -43,25 +43,26 @@ def _block(
     start = row * row_bytes + n * block_bytes
     if KIND == PLAIN:
         weight = tl.load(values + start[:, None] + channel[None, :], mask=inside[:, None], other=0)
-        return weight, tl.load(scales + row * (row_bytes // 64) + n, mask=inside, other=0)
-    byte = tl.load(codes + start[:, None] + channel[None, :] // 8, mask=inside[:, None], other=0).to(tl.int32)
-    if KIND == POSITIONS:
-        pair = byte >> (channel // 4 % 2 * 4)[None, :]
-        place, second = (channel % 4)[None, :], (pair >> 2) & 3
-        bit = ((place == (pair & 3)) | (place == second)).to(tl.int32)
-        rank = (channel // 4 * 2)[None, :] + (place == second).to(tl.int32)
+        scale = tl.load(scales + row * (row_bytes // 64) + n, mask=inside, other=0)
     else:
-        bit = (byte >> (channel % 8)[None, :]) & 1
-        rank = tl.cumsum(bit, axis=1) - bit
-    shown = inside[:, None] & (bit == 1) & (rank < slots)
-    if SIZE == 0:  # two values in a byte
-        pair = tl.load(values + (start + HEADER)[:, None] + rank // 2, mask=shown, other=0).to(tl.int32)
-        weight = tl.where(shown, ((pair >> (rank % 2 * 4)) & 15) - 8, 0)
-    else:
-        weight = tl.load(values + ((start + HEADER) // SIZE)[:, None] + rank, mask=shown, other=0)
-    scale = tl.full((1,), 1.0, tl.float32)
-    if SCALE > 0:
-        scale = tl.load(scales + (start + 8) // SCALE, mask=inside, other=0).to(tl.float32)
+        byte = tl.load(codes + start[:, None] + channel[None, :] // 8, mask=inside[:, None], other=0).to(tl.int32)
+        if KIND == POSITIONS:
+            pair = byte >> (channel // 4 % 2 * 4)[None, :]
+            place, second = (channel % 4)[None, :], (pair >> 2) & 3
+            bit = ((place == (pair & 3)) | (place == second)).to(tl.int32)
+            rank = (channel // 4 * 2)[None, :] + (place == second).to(tl.int32)
+        else:
+            bit = (byte >> (channel % 8)[None, :]) & 1
+            rank = tl.cumsum(bit, axis=1) - bit
+        shown = inside[:, None] & (bit == 1) & (rank < slots)
+        if SIZE == 0:  # two values in a byte
+            pair = tl.load(values + (start + HEADER)[:, None] + rank // 2, mask=shown, other=0).to(tl.int32)
+            weight = tl.where(shown, ((pair >> (rank % 2 * 4)) & 15) - 8, 0)
+        else:
+            weight = tl.load(values + ((start + HEADER) // SIZE)[:, None] + rank, mask=shown, other=0)
+        scale = tl.full((1,), 1.0, tl.float32)
+        if SCALE > 0:
+            scale = tl.load(scales + (start + 8) // SCALE, mask=inside, other=0).to(tl.float32)
     return weight, scale
 
 
