@@ -76,9 +76,9 @@ def calibrate(
     is a limit in bytes for the accumulators: the sites that do not fit are measured in further forward passes. With
     `half` the second moments are stored as correlations in fp16 (`Symmetric`); they are read as fp32. `seed` is that of
     the labels that are drawn at random if there are none (`Outputs.fisher_loss`); they are the same for any number of
-    processes. The sums of the moments rest where tensors of `shelf` do; if that is the disk, all examples run through
-    one block before the next, so that the sums of one block are held and none rest (`_Pass.forward_by_block`). Raises
-    `PermpruneError` if a loss or a statistic is not finite.
+    processes. If tensors of `shelf` do not rest on the device, all examples run through one block before the next, so
+    that the sums of one block are held and none rest (`_Pass.forward_by_block`); sums of a model that cannot go on from
+    one block to the next rest there as well. Raises `PermpruneError` if a loss or a statistic is not finite.
     """
     readers = {sites[layer.name]: layer for layer in reversed(layers)}
     shelf = Shelf() if shelf is None else shelf
@@ -95,7 +95,7 @@ def calibrate(
     differentiated = layers if fisher else []
     sums = {layer.name: layer.stored.new_zeros(layer.shape[0], dtype=torch.float64) for layer in differentiated}
     with frozen(model):
-        by_block = shelf.place == "disk" and reading.continues(one)
+        by_block = shelf.place != "device" and reading.continues(one)
         forward = reading.forward_by_block if by_block else reading.forward
         moments, terms = {} if fisher and not by_block else forward(first).stored, 0.0
         if fisher:

@@ -190,8 +190,8 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         work = run.gradient_work(2 * examples) + run.loss_work(run.held_out) * TRIED_SHARES
         rounds.append(stage("refinement", *backward, work=work, summed=2 * examples, times=method.refine))
     if method.compensate:
-        size = 4 * outline.weights  # written, read by blocks that run again, and replaced by half as many
-        updated = Memory("compensated weights", size, travels=3.5 * size)
+        size = outline.dtype.itemsize * outline.weights  # written, read by blocks that run again, and replaced
+        updated = Memory("compensated weights", size, travels=4.0 * size)
         parts = (updated, *([trained_weights(run)] if method.tune else []), *_block_update(run, 4 * examples))
         rounds.append(Stage(f"{method.name}: compensation", parts, _compensation(run, 4 * examples)))
     if method.trains_at_end:

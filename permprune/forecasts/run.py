@@ -343,9 +343,9 @@ def _calibration(run: Workload, examples: int, *, fisher: bool, memory: int | No
     each = sums_by_pass(outline.widths, None if memory is None else memory * outline.shards)
     size, stored = max(accumulator_bytes(widths.values()) for widths in each) // outline.shards, _moments_bytes(outline)
     sums = [Memory("sums of moments", size, travels=size * (2.0 * -(-examples // run.batch) + 1))]
-    if by_block := run.rests == "disk":  # all examples run through one block before the next
+    if by_block := run.rests != "device":  # all examples run through one block before the next
         sums = [Memory("sums of a block", 4 * outline.block_sums), Memory("outputs", run.block_outputs(examples))]
-    moments = Memory("second moments", stored if len(each) > 1 else 0, travels=float(stored))
+    moments = Memory("second moments", stored if by_block or len(each) > 1 else 0, travels=float(stored))
     wide = fisher and run.dtype == torch.float32 != outline.dtype and not run.recompute
     converted = Memory("weights in fp32", 4 * outline.weights if wide else 0)  # until the backward pass
     work = run.pass_work(examples, run.batch, len(each))

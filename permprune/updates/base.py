@@ -84,7 +84,7 @@ class LayerUpdate(Update):
         padding = padding_of(network.model, shown)
 
         def visit(layers: list[Layer], run_block: Callable[[], Any]) -> None:
-            network.show({layer.name: network.weights[layer.name] for layer in layers})
+            network.show({layer.name: network.weights[layer.name].to(layer.stored.dtype) for layer in layers})
             inputs = InputMoments({network.sites[layer.name]: layer for layer in layers})
             with inputs.observe(padding):
                 run_block()
@@ -94,7 +94,8 @@ class LayerUpdate(Update):
                 for layer in layers:
                     mask, site = None if masks is None else masks[layer.name], network.sites[layer.name]
                     moments = (measured if site in measured else known)[site]  # few tokens may reach an expert
-                    updated[layer.name] = self._layer(network, layer.name, moments, columns[layer.name], mask)
+                    weight = self._layer(network, layer.name, moments, columns[layer.name], mask)
+                    updated[layer.name] = weight.to(layer.stored.dtype)  # as it will be stored
                 network.show(updated)
 
         pruned = network.layers.values()

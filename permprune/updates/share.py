@@ -53,5 +53,5 @@ def _choices(update: Update, network: PrunedNetwork, examples: Examples) -> Iter
     update.run(network, examples, network.masks)
     whole = dict(network.updated)
     for share in SHARES:
-        weights = {name: masked[name].lerp(weight, share) for name, weight in whole.items()}
+        weights = {name: masked[name].lerp(weight.float(), share) for name, weight in whole.items()}
         yield f"{share:.0%} of the update with fixed masks", weights
