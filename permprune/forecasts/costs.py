@@ -246,7 +246,8 @@ def _block_by_block(run: Workload, examples: int, update: Callable[[int, int, in
 @state_bytes.register(TrustRegion)
 def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
     weights = outline.dtype.itemsize * outline.weights if method.trains else 0
-    training = weights + 2 * weights * outline.pattern.n // outline.pattern.m  # and two moments of kept ones
+    training = weights + weights * outline.pattern.n // outline.pattern.m  # and first moments of kept ones
+    training += 4 * sum(sum(layer.shape) for layer in outline.layers) if method.trains else 0  # and second ones
     training += outline.weights // 32 if method.int4 else 0  # scales
     masks = outline.weights // 8 if method.refine or method.compensate else 0
     orders = 8 * sum(problem.size for problem in outline.problems) * method.rounds
@@ -304,7 +305,7 @@ def _training(method: Iterative[Any], run: Workload, examples: int, steps: float
     outline, batches = run.outline, math.ceil(examples / run.batch)
     reads = (2 if run.recompute else 1) * batches + 2
     weights = outline.dtype.itemsize * outline.weights
-    moments = 2 * weights * outline.pattern.n // outline.pattern.m
+    moments = weights * outline.pattern.n // outline.pattern.m
     parts = [
         Memory("weights in training", weights, travels=float(weights * reads * steps)),
         Memory("Adam's moments", moments, travels=2.0 * moments * steps), *run.gradient.parts, *_masked(run),

@@ -35,8 +35,8 @@ MARGIN = 1.1
 MEASURED = 4
 """Copies in fp32 of a layer's weights that are held while it is compared with the dense one, beside its moments."""
 
-STEP = 9
-"""Bytes for each weight of a layer that a step of Adam computes on a device: a mask, and four numbers in fp32 for each
+STEP = 7
+"""Bytes for each weight of a layer that a step of Adam computes on a device: a mask, and three numbers in fp32 for each
 of the half that is kept. It is more than what it takes to find the weights that are kept, as on a CPU."""
 
 FILES = 4
@@ -136,8 +136,8 @@ class Offload:
         compared = max(self._compared(stage.name, *layer.shape) for layer in outline.layers) - beside
         if stage.name.rpartition(": ")[2] not in BACKWARD and "Fisher information" not in named:
             return max(layer + sums, compared)
-        changed = 2 if "Adam's moments" in named else 1  # the weight and the moments, or the sum of the gradients
-        gradient = largest * (4 + changed * held)
+        changed = 1 + (outline.pattern.density if "Adam's moments" in named else 0)  # the weight and moments, or a sum
+        gradient = round(largest * (4 + changed * held))
         masked = 4 * (self.block - largest) if self.run.dtype == torch.float32 else 0  # others count as activations
         found = 1 + 2 * outline.pattern.density * held  # a mask, and what it keeps, twice
         step = round(largest * (STEP if self.run.on_device else found)) if "Adam's moments" in named else 0

@@ -31,6 +31,7 @@ struct kernels {
     kernel *pairs, *dense_pairs;
     kernel *turn_pairs, *many_pairs; /* of tiles of tokens; of (tiles, chunks of rows): see product/many_pairs.h */
     kernel *mask, *keep, *apply, *step;         /* of rows */
+    kernel *square;                             /* of blocks of channels */
     kernel *prune;                              /* of groups */
     int (*place)(const struct place *place);    /* 0 when there is no memory */
     kernel *attend;                             /* of (batch, heads, parts) */
@@ -45,8 +46,8 @@ struct kernels {
     .dense = {[F32] = dense_f32, [BF16] = dense_bf16, [F16] = dense_f16, [I8] = dense_i8},                             \
     .unpack = {[F32] = unpack_f32, [BF16] = unpack_bf16, [F16] = unpack_f16, [I8] = unpack_i8, [I4] = unpack_i4},      \
     .spread = spread_tokens, .many = multiply_tokens, .lanes = LANES, .vectors = MOST_VECTORS,                        \
-    .mask = mask_rows, .keep = keep_rows, .apply = apply_rows, .step = step_rows, .prune = prune_groups,               \
-    .place = place_channels, .attend = attend, .combine = combine, .unpack_states = unpack_states
+    .mask = mask_rows, .keep = keep_rows, .apply = apply_rows, .step = step_rows, .square = square_blocks,             \
+    .prune = prune_groups, .place = place_channels, .attend = attend, .combine = combine, .unpack_states = unpack_states
 
 extern const struct kernels avx512_kernels, avx2_kernels, neon_kernels, portable_kernels;
 

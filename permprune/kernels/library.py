@@ -50,7 +50,7 @@ REASONS = {
 JOBS = {
     **dict.fromkeys(("mask", "keep", "prune", "place", "apply"), "a step of the search"),
     "compress": "a product with a masked weight",
-    "step": "a step of Adam",
+    **dict.fromkeys(("square", "step"), "a step of Adam"),
     "attend": "attention to packed keys and values",
     "unpack_states": "unpacking keys and values",
 }

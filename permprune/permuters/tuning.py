@@ -24,6 +24,7 @@ from permprune.system.progress import bar, log
 from permprune.system.search_state import Resumable, State
 from permprune.system.shelf import Computed, Shelf
 from permprune.training.int4 import SOLVED, Int4Weights
+from permprune.training.second_moments import SecondMoments
 
 BETAS = (0.9, 0.95)
 """Adam's betas; the second is that of language models, which suits a small number of steps."""
@@ -31,9 +32,9 @@ BETAS = (0.9, 0.95)
 RISING = 0.1
 """The share of the steps in which the learning rate rises from 0."""
 
-WEIGHT, MOMENTS, SCALE, GENERATOR = "weight/", "moments/", "scale/", "generator"
-"""The prefixes of weights, Adam's moments and scales of int4, and the name of the generator's state, in a saved
-training."""
+WEIGHT, MEAN, SQUARES, SCALE, GENERATOR = "weight/", "mean/", "squares/", "scale/", "generator"
+"""The prefixes of weights, Adam's first and second moments and scales of int4, and the name of the generator's state,
+in a saved training."""
 
 LOGGED, FIRST = 10, 4
 """The number of steps whose mean loss is logged, and of the first ones, with whose loss it is compared."""
@@ -104,11 +105,11 @@ def has_risen(first: float, loss: float, spread: float) -> bool:
 class KeptWeights:
     """The kept weights of a network in training with Adam, with moments of these weights only.
 
-    Weights and moments have the type in which the model holds each weight, and rest where those of the network do
-    (`MaskedLayers.shelf`). `weights` are by layer, (rows, channels), with zeros where a weight is pruned, which do not
-    rest. Learning rates are relative to the root mean square of a layer's kept weights, as in Adafactor (Shazeer &
-    Stern 2018, arXiv 1804.04235, section 8), because that differs more than tenfold between models, and the rates that
-    suit them do as well. The `progress` is that of the steps so far.
+    Weights and first moments have the type in which the model holds each weight, and rest where those of the network do
+    (`MaskedLayers.shelf`); second ones are factored (`SecondMoments`). `weights` are by layer, (rows, channels), with
+    zeros where a weight is pruned, which do not rest. Learning rates are relative to the root mean square of a layer's
+    kept weights, as in Adafactor (Shazeer & Stern 2018, arXiv 1804.04235, section 8), because that differs more than
+    tenfold between models, and the rates that suit them do as well. The `progress` is that of the steps so far.
 
     Starts from the weights that the network shows, or from the state of an interrupted training with the same masks.
     """
@@ -119,7 +120,8 @@ class KeptWeights:
         if state is not None:
             generator.set_state(tensors[GENERATOR])
         self._bits = network.bits
-        self.weights, self._moments = network.shelf.another(network.masks), network.shelf.another()
+        self.weights, self._means = network.shelf.another(network.masks), network.shelf.another()
+        self._squares: dict[str, SecondMoments] = {}
         scales = [name.removeprefix(SCALE) for name in tensors if name.startswith(SCALE)]
         self._int4 = Int4Weights(network, {name: tensors[SCALE + name] for name in scales})
         self._scales: dict[str, float] = {}
@@ -129,13 +131,13 @@ class KeptWeights:
         """Set the weights to those that the network shows, and moments to 0, or both to saved ones."""
         for name, layer in self._network.layers.items():
             weight = self._network.shown[name].to(layer.stored.dtype)
-            kept = int(self._network.masks[name][0].sum())
-            moments = weight.new_zeros(2, len(weight), kept)
-            self._scales[name] = float(weight.float().square().sum() / (len(weight) * kept)) ** 0.5
+            mean = weight.new_zeros(len(weight), int(self._network.masks[name][0].sum()))
+            self._scales[name] = float(weight.float().square().sum() / mean.numel()) ** 0.5
             if WEIGHT + name in tensors:
                 weight.copy_(tensors[WEIGHT + name])
-                moments.copy_(tensors[MOMENTS + name])
-            self.weights[name], self._moments[name] = weight, moments
+                mean.copy_(tensors[MEAN + name])
+            self.weights[name], self._means[name] = weight, mean
+            self._squares[name] = SecondMoments(self._bits[name], layer.shape[1], tensors.get(SQUARES + name))
 
     def follow(self, place: float) -> None:
         """Log the mean loss of the last `LOGGED` steps, of which the last one was at this place of the schedule.
@@ -174,18 +176,20 @@ class KeptWeights:
         seed, number = int(torch.randint(2**32, (), generator=self._generator)), itertools.count()
 
         def take(name: str, gradient: Tensor) -> None:
-            weight, moments = self.weights[name], self._moments[name]
+            weight, mean, gradient = self.weights[name], self._means[name], gradient.contiguous()
+            taken = at.steps - at.begun
             adam_step(
                 weight,
-                gradient.contiguous(),
+                gradient,
                 self._bits[name],
-                *moments,
-                step=at.steps - at.begun,
+                mean,
+                self._squares[name].with_gradient(gradient, step=taken, beta=BETAS[1]),
+                step=taken,
                 rate=rate * self._scales[name],
-                betas=BETAS,
+                beta=BETAS[0],
                 seed=(seed + next(number)) % 2**32,
             )
-            self.weights[name], self._moments[name] = weight, moments
+            self.weights[name], self._means[name] = weight, mean
 
         shown = self.weights
         if self._int4.scales:
@@ -200,13 +204,14 @@ class KeptWeights:
         """Return the state after the last step, from which training can be resumed; its tensors are read one by one."""
         tensors: dict[str, Callable[[], Tensor]] = {GENERATOR: self._generator.get_state}
         tensors |= {WEIGHT + name: partial(self.weights.__getitem__, name) for name in self.weights}
-        tensors |= {MOMENTS + name: partial(self._moments.resting, name) for name in self._moments}
+        tensors |= {MEAN + name: partial(self._means.resting, name) for name in self._means}
+        tensors |= {SQUARES + name: partial(getattr, moments, "means") for name, moments in self._squares.items()}
         tensors |= {SCALE + name: partial(self._int4.scales.__getitem__, name) for name in self._int4.scales}
         return Computed(tensors, lambda name: tensors[name]()), asdict(self.progress)
 
     def with_pruned(self) -> Shelf:
         """Return the weights as stored, with the values that pruned ones had before; nothing is left for training."""
-        whole = self._moments = self._network.shelf.another()  # the moments are freed
+        whole = self._means = self._network.shelf.another()  # the moments are freed
         for name in self._network.layers:
             mask, weight = self._network.masks[name], self._int4.stored(name, self.weights.pop(name))
             whole[name] = torch.where(mask, weight, self._network.weights[name].to(weight.dtype))

@@ -63,15 +63,19 @@ def test_every_step_takes_the_gradient_where_the_last_one_ended(prepared: Prepar
     expected = {name: weight.clone() for name, weight in network.dense.items()}
     scales = {name: float(weight[network.masks[name]].square().mean().sqrt()) for name, weight in expected.items()}
     first = {name: torch.zeros_like(weight) for name, weight in expected.items()}
-    second = {name: torch.zeros_like(weight) for name, weight in expected.items()}
+    by_row = {name: torch.zeros(len(weight), 1) for name, weight in expected.items()}
+    by_channel = {name: torch.zeros(weight.shape[1]) for name, weight in expected.items()}
     places = [RISING / 2, RISING, (1 + RISING) / 2]
     for step, height in enumerate([rate / 2, rate, rate / 2]):
         network.set_weights({name: weight.clone() for name, weight in expected.items()})
         for name, gradient in network.gradients(run.batch(5 + step, 4), Objective()).weight.items():
-            own = gradient * network.masks[name]
+            own, mask = gradient * network.masks[name], network.masks[name]
             first[name] = BETAS[0] * first[name] + (1 - BETAS[0]) * own
-            second[name] = BETAS[1] * second[name] + (1 - BETAS[1]) * own**2
-            mean, square = first[name] / (1 - BETAS[0] ** (step + 1)), second[name] / (1 - BETAS[1] ** (step + 1))
+            kept = own.square().sum(1, keepdim=True) / mask.sum(1, keepdim=True), own.square().sum(0) / mask.sum(0)
+            by_row[name] = BETAS[1] * by_row[name] + (1 - BETAS[1]) * kept[0]
+            by_channel[name] = BETAS[1] * by_channel[name] + (1 - BETAS[1]) * kept[1].nan_to_num()
+            mean, square = first[name] / (1 - BETAS[0] ** (step + 1)), by_row[name] * by_channel[name]
+            square /= by_row[name].mean() * (1 - BETAS[1] ** (step + 1))
             expected[name] -= height * scales[name] * mean / (square.sqrt() + 1e-8)
     network.set_weights({})
     shown = dict(network.shown)
@@ -163,7 +167,7 @@ def test_the_time_of_an_interrupted_training_counts(
     size = (tmp_path / "training.safetensors").stat().st_size
     plain, tuning = (state_bytes(method, prepared.outline) for method in (Newton(), Newton(tune=1)))
     weights = sum(weight.nbytes for weight in prepared.network.dense.values())
-    assert tuning - plain == pytest.approx(2 * size + 3 * weights, abs=2 * 10**4)  # of headers
+    assert tuning - plain == pytest.approx(2 * size + 3 * weights, abs=2.5 * 10**4)  # of headers
     assert saved().before > spent and Resumable(Checkpoint(tmp_path, {}), "training", key=4).take() is None
 
 

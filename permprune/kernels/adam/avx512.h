@@ -74,20 +74,18 @@ static ALWAYS_INLINE __m512i randomly_raised(__m512i bits, __m512i noise)
 }
 
 /* A step for the channels in `keep` among LINE; `whole` is whether all of them, and as many moments, are in the row. */
-static ALWAYS_INLINE void step_lanes(const struct step *job, int64_t at, int64_t slot, __mmask16 keep, const int whole,
-                                     const int32_t number)
+static ALWAYS_INLINE void step_lanes(const struct step *job, int64_t row, int64_t channel, int64_t slot, __mmask16 keep,
+                                     const int whole, const int32_t number)
 {
-    const float one = job->first, two = job->second;
+    const int64_t at = row * job->width + channel;
+    const float one = job->first;
     const __mmask16 first = (__mmask16)((1u << __builtin_popcount(keep)) - 1);
     const lanes gradient = read_lanes(job->gradient, at, keep, whole, number);
     lanes weight = read_lanes(job->weight, at, keep, whole, number);
     lanes mean = read_moments(job->mean, slot, first, keep, whole, number);
-    lanes square = read_moments(job->square, slot, first, keep, whole, number);
     mean = one * mean + (1 - one) * gradient;
-    square = two * square + (1 - two) * (gradient * gradient);
-    weight -= job->rate * mean / ((lanes)_mm512_sqrt_ps((__m512)square) * job->root + job->least);
+    weight -= job->rate * mean / (job->by_row[row] * read_lanes(job->by_channel, channel, keep, whole, F32) + job->least);
     write_moments(job->mean, slot, first, keep, whole, number, mean);
-    write_moments(job->square, slot, first, keep, whole, number, square);
     const __m512i bits = (__m512i)weight;
     const __m512i raised = number == F32 ? bits : randomly_raised(bits, noise_of(job->seed, (uint32_t)slot, keep));
     write_lanes(job->weight, at, keep, whole, number, raised);
@@ -115,9 +113,9 @@ static ALWAYS_INLINE void step_row(const struct step *job, int64_t row, const in
         if (__builtin_popcount(keep) > end - slot) /* more bits than moments: the rest stays as it is */
             keep = (__mmask16)_pdep_u32((1u << (end - slot)) - 1, keep);
         if (channel + LINE <= job->width && slot + LINE <= end)
-            step_lanes(job, row * job->width + channel, slot, keep, 1, number);
+            step_lanes(job, row, channel, slot, keep, 1, number);
         else
-            step_lanes(job, row * job->width + channel, slot, keep, 0, number);
+            step_lanes(job, row, channel, slot, keep, 0, number);
         slot += __builtin_popcount(keep);
     }
 }

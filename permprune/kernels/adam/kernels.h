@@ -1,4 +1,5 @@
-/* The kernel of adam.h, inside BEGIN_TARGET and END_TARGET; for any processor unless HAS_STEP_ROW is defined. */
+/* The kernels of adam.h, inside BEGIN_TARGET and END_TARGET; for any processor; `step_row` unless HAS_STEP_ROW
+ * is defined. */
 
 #if !defined(HAS_STEP_ROW)
 enum { SPAN = 64 }; /* channels that are worked on together */
@@ -53,14 +54,13 @@ static ALWAYS_INLINE void write_span(void *numbers, int64_t at, int count, const
     memcpy((uint16_t *)numbers + at, halves, (size_t)count * sizeof(uint16_t));
 }
 
-static ALWAYS_INLINE void step_span(const struct step *job, float *weight, const float *gradient, float *mean,
-                                    float *square)
+static ALWAYS_INLINE void step_span(const struct step *job, float by_row, const float *by_channel, float *weight,
+                                    const float *gradient, float *mean)
 {
-    const float first = job->first, second = job->second, rate = job->rate, root = job->root, least = job->least;
+    const float first = job->first, rate = job->rate, least = job->least;
     for (int i = 0; i < SPAN; i++) {
         mean[i] = first * mean[i] + (1 - first) * gradient[i];
-        square[i] = second * square[i] + (1 - second) * (gradient[i] * gradient[i]);
-        weight[i] -= rate * mean[i] / (sqrtf(square[i]) * root + least);
+        weight[i] -= rate * mean[i] / (by_row * by_channel[i] + least);
     }
 }
 
@@ -76,7 +76,7 @@ static ALWAYS_INLINE void round_span(const float *weight, uint32_t seed, uint32_
 static ALWAYS_INLINE void step_row(const struct step *job, int64_t row, const int32_t number)
 {
     const uint8_t *bits = job->bits + row * ((job->width + 7) / 8);
-    float weight[SPAN] = {0}, gradient[SPAN] = {0}, mean[SPAN] = {0}, square[SPAN] = {0};
+    float weight[SPAN] = {0}, gradient[SPAN] = {0}, mean[SPAN] = {0}, by_channel[SPAN] = {0};
     int64_t slot = row * job->kept;
     const int64_t end = slot + job->kept;
     for (int64_t channel = 0; channel < job->width; channel += SPAN) {
@@ -89,12 +89,11 @@ static ALWAYS_INLINE void step_row(const struct step *job, int64_t row, const in
         for (int i = 0; i < count; i++) {
             weight[i] = read_number(job->weight, at + lane[i], number);
             gradient[i] = read_number(job->gradient, at + lane[i], number);
+            by_channel[i] = job->by_channel[channel + lane[i]];
         }
         read_span(job->mean, slot, count, number, mean);
-        read_span(job->square, slot, count, number, square);
-        step_span(job, weight, gradient, mean, square);
+        step_span(job, job->by_row[row], by_channel, weight, gradient, mean);
         write_span(job->mean, slot, count, number, mean);
-        write_span(job->square, slot, count, number, square);
         if (number == BF16)
             round_span(weight, job->seed, (uint32_t)slot, rounded);
         for (int i = 0; i < count; i++)
@@ -115,4 +114,58 @@ static void step_rows(const void *own, int64_t first, int64_t last)
             step_row(job, row, F32);
         else
             step_row(job, row, BF16);
+}
+
+/* `count` numbers, at most LINE; the other lanes are 0. */
+static ALWAYS_INLINE lanes read_numbers(const void *numbers, int64_t at, int64_t count, const int32_t number)
+{
+    typedef uint16_t short_lanes __attribute__((vector_size(LINE * sizeof(uint16_t))));
+    if (number == F32) {
+        lanes line = {0};
+        memcpy(&line, (const float *)numbers + at, (size_t)(count == LINE ? LINE : count) * sizeof(float));
+        return line;
+    }
+    short_lanes halves = {0};
+    memcpy(&halves, (const uint16_t *)numbers + at, (size_t)(count == LINE ? LINE : count) * sizeof(uint16_t));
+    return (lanes)(__builtin_convertvector(halves, int_lanes) << 16);
+}
+
+static ALWAYS_INLINE void square_line(const struct square *job, int64_t at, const uint8_t *bits, int64_t count,
+                                      lanes *by_channel, lanes *by_lane, const int32_t number)
+{
+    const int_lanes place = {15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0};
+    const int_lanes keep = -((bits[0] << 8 | (count > 8 ? bits[1] : 0)) >> place & 1);
+    const lanes kept = (lanes)((int_lanes)read_numbers(job->gradient, at, count, number) & keep), squares = kept * kept;
+    *by_channel += squares;
+    *by_lane += squares;
+}
+
+static ALWAYS_INLINE void square_block(const struct square *job, int64_t block, const int32_t number)
+{
+    const int64_t first = block * SQUARED, width = smaller(SQUARED, job->width - first), bytes = (job->width + 7) / 8;
+    lanes by_channel[SQUARED / LINE] = {{0}};
+    for (int64_t row = 0; row < job->rows; row++) {
+        const uint8_t *bits = job->bits + row * bytes + first / 8;
+        const int64_t at = row * job->width + first, whole = width / LINE;
+        lanes by_lane = {0};
+        for (int64_t line = 0; line < whole; line++)
+            square_line(job, at + line * LINE, bits + 2 * line, LINE, &by_channel[line], &by_lane, number);
+        if (whole * LINE < width)
+            square_line(job, at + whole * LINE, bits + 2 * whole, width % LINE, &by_channel[whole], &by_lane, number);
+        float sum = 0;
+        for (int i = 0; i < LINE; i++)
+            sum += by_lane[i];
+        job->by_row[block * job->rows + row] = sum;
+    }
+    memcpy(job->by_channel + first, by_channel, (size_t)width * sizeof(float));
+}
+
+static void square_blocks(const void *own, int64_t first, int64_t last)
+{
+    const struct square *job = own;
+    for (int64_t block = first; block < last; block++)
+        if (job->number == F32)
+            square_block(job, block, F32);
+        else
+            square_block(job, block, BF16);
 }

@@ -1,4 +1,4 @@
-"""A step of Adam for the weights that a mask keeps, whose moments are stored for these weights only.
+"""A step of Adam for the weights that a mask keeps, whose first moments are stored for these weights only.
 
 It runs in native code for contiguous fp32 or bf16 tensors on the CPU, and in PyTorch otherwise, with the same results
 up to the rounding of fp32.
@@ -6,18 +6,48 @@ up to the rounding of fp32.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.adam.rounding import rounded
-from permprune.kernels.search.masks import unpack_mask
+from permprune.kernels.search.masks import require_layout, unpack_mask
 
 EPSILON = 1e-8
 """Adam's epsilon, which is added to the root of the second moment."""
+
+SQUARED = 256
+"""Channels of a block, as in adam.h."""
+
+
+def squared_sums(gradient: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of the squares of what a mask keeps of each row and of each channel, fp32 (rows,), (channels,).
+
+    `gradient` is (rows, channels), of fp32 or bf16, and `bits` a mask as from `pack_mask`.
+    """
+    rows, width = gradient.shape
+    if gradient.dtype not in (torch.float32, torch.bfloat16) or not _is_native(gradient, bits):
+        kept = (gradient * unpack_mask(bits, width)).float().square_()
+        return kept.sum(1), kept.sum(0)
+    require_layout("a mask", bits, torch.uint8, rows, -(-width // 8))
+    by_row, by_channel = torch.empty(-(-width // SQUARED), rows), torch.empty(width)
+    library.run(
+        "square",
+        gradient.numel(),
+        gradient=gradient,
+        bits=bits,
+        by_row=by_row,
+        by_channel=by_channel,
+        rows=rows,
+        width=width,
+        number=library.NUMBERS[gradient.dtype],
+    )
+    return by_row.sum(0), by_channel
+
+
+def _is_native(*tensors: Tensor) -> bool:
+    return all(tensor.is_contiguous() and tensor.is_cpu for tensor in tensors) and library.available()
 
 
 def adam_step(
@@ -25,39 +55,38 @@ def adam_step(
     gradient: Tensor,
     bits: Tensor,
     mean: Tensor,
-    square: Tensor,
+    roots: tuple[Tensor, Tensor],
     *,
     step: int,
     rate: float,
-    betas: tuple[float, float],
+    beta: float,
     seed: int = 0,
 ) -> None:
-    """Update the kept weights and their moments in place (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1).
+    """Update the kept weights and their first moments in place (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1).
 
     `weight` and `gradient` are (rows, channels), both fp32 or both bf16. `bits` is a mask as from `pack_mask` that
-    keeps the same number of weights in each row, and the moments `mean` and `square` are (rows, kept) of the weights'
-    type. `step` is the number of the step, from 1. Arithmetic is in fp32. Weights in bf16 are rounded stochastically,
-    so that on average a step smaller than their spacing is not lost; `seed`, from 0 to 2**32 - 1, has to differ from
-    step to step. Raises `PermpruneError` if the tensors do not match.
+    keeps the same number of weights in each row, and the first moments `mean`, of decay `beta`, are (rows, kept) of the
+    weights' type. The outer product of the `roots`, fp32 (rows,) and (channels,), are the roots of the second moments,
+    without their bias. `step` is the number of the step, from 1. Arithmetic is in fp32. Weights in bf16 are rounded
+    stochastically, so that on average a step smaller than their spacing is not lost; `seed`, from 0 to 2**32 - 1, has
+    to differ from step to step. Raises `PermpruneError` if the tensors do not match.
     """
-    tensors, kept = (weight, gradient, mean, square), mean.shape[1]
-    fits = gradient.shape == weight.shape and mean.shape == square.shape == (len(weight), kept)
-    fits &= bits.shape == (len(weight), -(-weight.shape[1] // 8)) and len({tensor.dtype for tensor in tensors}) == 1
-    if not fits or weight.dtype not in (torch.float32, torch.bfloat16):
+    (rows, width), kept, (by_row, by_channel) = weight.shape, mean.shape[1], roots
+    fits = gradient.shape == weight.shape and len(mean) == rows and bits.shape == (rows, -(-width // 8))
+    fits &= (by_row.shape, by_channel.shape) == ((rows,), (width,))
+    fits &= by_row.dtype == by_channel.dtype == torch.float32 and weight.dtype == gradient.dtype == mean.dtype
+    if not (fits and weight.dtype in (torch.float32, torch.bfloat16)):
         raise PermpruneError(
             "a step of Adam needs a weight, a gradient, a mask and moments that match, in fp32 or bf16"
         )
-    first, second = betas
-    rate, root = rate / (1 - first**step), 1 / math.sqrt(1 - second**step)
-    contiguous = all(tensor.is_contiguous() and tensor.is_cpu for tensor in (*tensors, bits))
-    if not (contiguous and library.available()):
-        mask = unpack_mask(bits, weight.shape[1])
-        kept_gradient = gradient[mask].float().view_as(mean)
-        new_mean = mean.float().mul_(first).add_(kept_gradient, alpha=1 - first)
-        new_square = square.float().mul_(second).addcmul_(kept_gradient, kept_gradient, value=1 - second)
+    rate /= 1 - beta**step
+    if not _is_native(weight, gradient, bits, mean, by_row, by_channel):
+        mask = unpack_mask(bits, width)
+        new_mean = mean.float().mul_(beta).add_(gradient[mask].float().view_as(mean), alpha=1 - beta)
         mean.copy_(new_mean)
-        square.copy_(new_square)
-        value = weight[mask].float().sub_((new_mean * rate / (new_square.sqrt() * root + EPSILON)).flatten())
+        roots_of_kept = by_channel.expand_as(weight)[mask].view_as(mean).mul_(by_row[:, None]).add_(EPSILON)
+        change = torch.div(new_mean, roots_of_kept, out=roots_of_kept).flatten()
+        value = weight[mask].float().sub_(change, alpha=rate)
         weight[mask] = value if weight.dtype == torch.float32 else rounded(value, seed)
         return
     library.run(
@@ -67,14 +96,13 @@ def adam_step(
         gradient=gradient,
         bits=bits,
         mean=mean,
-        square=square,
-        rows=len(weight),
-        width=weight.shape[1],
+        by_row=by_row,
+        by_channel=by_channel,
+        rows=rows,
+        width=width,
         kept=kept,
         rate=rate,
-        first=first,
-        second=second,
-        root=root,
+        first=beta,
         least=EPSILON,
         seed=seed,
         number=library.NUMBERS[weight.dtype],
