@@ -45,6 +45,9 @@ FILES = 4
 BACKWARD = {"gradients", "training", "training at the end", "refinement"}
 """What stages with gradients are called, beside a calibration with Fisher information."""
 
+UPDATE = ": compensation"
+"""How the names of stages end in which blocks are updated."""
+
 ONE_BLOCK = {"sums of a block", "outputs"}
 """The parts of a calibration by blocks, by name, which are freed before its backward passes."""
 
@@ -80,19 +83,28 @@ class Offload:
 
     def stages(
         self, stages: Sequence[Stage], memory: float, host: float
-    ) -> tuple[tuple[Stage, ...], tuple[float, float]]:
+    ) -> tuple[tuple[Stage, ...], tuple[float, float, float]]:
         """Return the stages of a run that holds everything as they are in one that offloads, and its `Forecast.room`.
 
-        `memory` and `host` are the bytes of the device and of the host that it may take. Raises `PermpruneError` if the
-        host is too small for what always is there.
+        `memory` and `host` are the bytes of the device and of the host that it may take. The room of the device is
+        smaller while blocks are updated, if nothing rests there before. Raises `PermpruneError` if the host is too
+        small for what always is there.
         """
         bare = [replace(stage, parts=tuple(self._held(stage))) for stage in stages]
-        spare = max(0.0, memory - MARGIN * max(stage.bytes("device") for stage in bare))
+        smaller = {stage.name for stage in stages if stage.name.endswith(UPDATE) and not stage.holds("trained weights")}
+
+        def spare(inside: bool) -> float:
+            taken = (stage.bytes("device") for stage in bare if (stage.name in smaller) is inside)
+            return max(0.0, memory - MARGIN * max(taken, default=0))
+
+        device = spare(False)
+        updating = min(device, spare(True))
         left = host - (needed := max(stage.bytes("host") for stage in bare))
         if left < 0:
             raise PermpruneError(f"the host needs {gib(needed)} beside the program: give --offload host more, or disk")
-        found = (self._at_rest(stage, other, spare, left) for stage, other in zip(bare, stages, strict=True))
-        return tuple(found), (spare, left)
+        room = [updating if stage.name in smaller else device for stage in stages]
+        found = (self._at_rest(*each, left) for each in zip(bare, stages, room, strict=True))
+        return tuple(found), (device, left, device - updating)
 
     def _held(self, stage: Stage) -> Iterator[Memory]:
         """Yield the parts of a stage that do not rest elsewhere, and what it has in hand."""

@@ -79,6 +79,10 @@ class Stage:
         """The bytes of its parts at one place, or in memory."""
         return sum(part.bytes for part in self.parts if part.place == place or (not place and part.place != "disk"))
 
+    def holds(self, name: str) -> bool:
+        """Whether it has a part of this name."""
+        return any(part.name == name for part in self.parts)
+
     def beside(self, others: Iterable[Memory]) -> Stage:
         """The stage with other parts that are held all the time."""
         return replace(self, parts=(*others, *self.parts))

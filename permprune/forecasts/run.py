@@ -73,8 +73,8 @@ class Forecast:
     `stages` are in the order of the run. `disk` are the bytes on disk, by what is written. `program` are the bytes
     of the Python process without tensors. Bytes of memory are those of one process, of `processes`, and bytes on
     disk those of all; `shards` of them divide the rows of the weights. `room` are the bytes for tensors at rest on
-    the device and the host (`Room`). `assumed` are the assumptions, one sentence each. `advice` says how the
-    settings differ from those given, or which would fit.
+    the device and the host, and those of the device that are reserved for updates (`Room`). `assumed` are the
+    assumptions, one sentence each. `advice` says how the settings differ from those given, or which would fit.
     """
 
     config: PruneConfig
@@ -86,7 +86,7 @@ class Forecast:
     shards: int = 1
     assumed: tuple[str, ...] = ()
     advice: str = ""
-    room: tuple[float, float] = (0.0, math.inf)
+    room: tuple[float, float, float] = (0.0, math.inf, 0.0)
 
     def peak(self, place: Place | None = None) -> Stage:
         """The stage that holds the most bytes, at one place or in all."""
@@ -262,7 +262,7 @@ def forecast_held(
     load = Stage("load", (weights if shards == 1 else Memory("weights", whole), read), Work(stored=checkpoint))
     offloads = config.offload != "none"
     experts = sum(layer.weight.numel() for layer in outline.layers if layer.expert is not None)
-    files, room = FILES if offloads else shards, (0.0, math.inf)
+    files, room = FILES if offloads else shards, (0.0, math.inf, 0.0)
     check = counted("none", dtype=torch.float32, batch=2, ends=torch.float32)  # on two examples of `short_inputs`
     short = min(1.0, SHORT / config.length)
     copied = 2 * stored.itemsize * max(ends, default=0) if offloads else 0  # a file has one tensor at least

@@ -199,7 +199,7 @@ def compensate(landscape: Landscape, state: S, *, examples: int) -> S:
     """
     network = landscape.network
     before = network.bits
-    with torch.no_grad():
+    with torch.no_grad(), network.shelf.room.without_reserved():
         ADMM().run(network, landscape.run.batch(0, examples))
         updated, kept = network.updated, network.shelf.another()
         network.set_bits(_bits_of(network, updated))  # `updated` is not shown any more

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -61,10 +62,13 @@ class Computed(Mapping[str, Tensor]):
 
 
 class Room:
-    """The bytes that are left for tensors on a device and in the memory of its host, of which shelves take leases."""
+    """The bytes that are left for tensors on a device and in the memory of its host, of which shelves take leases.
 
-    def __init__(self, device: float = 0, host: float = math.inf) -> None:
-        self.limited = host < math.inf
+    Of those on the device `reserved` ones are not for tensors at rest while blocks are updated (`without_reserved`).
+    """
+
+    def __init__(self, device: float = 0, host: float = math.inf, reserved: float = 0) -> None:
+        self.limited, self._reserved = host < math.inf, reserved
         self.aside: list[weakref.ref[Shelf]] = []
         self._left: dict[Place, float] = {"device": device, "host": host}
         self._lock = threading.RLock()  # a lease may end while another one is taken
@@ -85,7 +89,16 @@ class Room:
         weakref.finalize(lease, self._add, lease.place, size)
         return lease
 
-    def _add(self, place: Place, size: int) -> None:
+    @contextmanager
+    def without_reserved(self) -> Iterator[None]:
+        """A context in which the reserved bytes of the device are left to others, such as the update of a block."""
+        self._add("device", -self._reserved)
+        try:
+            yield
+        finally:
+            self._add("device", self._reserved)
+
+    def _add(self, place: Place, size: float) -> None:
         with self._lock:
             if place != "disk":
                 self._left[place] += size

@@ -335,6 +335,10 @@ def test_what_rests_takes_what_is_left_of_the_device_and_the_host(config_folder:
     assert (shared.seconds[training] or 0.0) < (host.seconds[training] or 0.0)
     resting = {stage.name: stage.bytes("disk") for stage in host.stages}
     assert resting[training] > shared.peak("disk").bytes("disk")
+    settings |= {"permute": method.replace("ria", "none"), "length": 16}
+    short = forecast(config_folder, memory=memory, offload="host", **settings)
+    device, _, reserved = short.room  # the update of a block takes more than any other stage
+    assert 0 < reserved < device
     for offload in ("disk:1GiB", "host:", "host:many"):
         with pytest.raises(PermpruneError, match="GiB"):
             PruneConfig(offload=offload)

@@ -82,6 +82,13 @@ def test_room_is_taken_on_the_device_then_on_the_host_then_on_the_disk(tmp_path:
             assert shelf[name].device == SIMULATED and torch.equal(shelf[name].cpu(), tensors[name])
 
 
+def test_reserved_room_is_not_taken_while_blocks_are_updated() -> None:
+    room = Room(device=400, reserved=300)
+    with room.without_reserved():
+        assert [room.lease(size).place for size in (100, 101)] == ["device", "host"]
+    assert [room.lease(size).place for size in (400, 401)] == ["device", "host"]
+
+
 def test_pinned_memory_is_as_large_as_its_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     registered: dict[int, int] = {}
 
