@@ -128,8 +128,9 @@ def protocol_fold() -> str:
 
 
 def protocol_others() -> str:
-    cells = [(pattern, mode, row) for pattern, mode in (("2:4", "gather"), ("4:8", "fold"), ("6:8", "fold"))
-             for row in protocol(pattern, mode)]  # fmt: skip
+    shown = (("2:4", "gather"), ("4:8", "fold"), ("4:8p", "fold"), ("6:8", "fold"), ("6:8", "gather"))
+    cells = [(pattern, mode, row) for pattern, mode in shown for row in protocol(pattern, mode)
+             if mode == "fold" or row["method"] != "none"]  # fmt: skip
     lines = ([f"{pattern}, {mode}", *searched(row)] for pattern, mode, row in cells)
     return markdown(f"pattern, mode | {PROTOCOL_HEADS}", lines)
 
