@@ -7,7 +7,6 @@ from torch import Tensor
 
 from permprune.kernels.adam.step import squared_sums
 from permprune.kernels.search.masks import unpack_mask
-from permprune.system import sharding
 
 TINY = 1e-30
 """The least mean of squares by which others are divided."""
@@ -18,7 +17,7 @@ class SecondMoments:
 
     The second moment of a weight is estimated as the product of those of its row and its channel over that of all
     weights (Adafactor, Shazeer & Stern 2018, arXiv 1804.04235, section 3): rows + channels numbers take the place of
-    rows x kept. Where processes divide the rows, channels have the means of all rows.
+    rows x kept.
 
     `bits` is the mask of the layer (`pack_mask`), which has so many `channels`. The `means`, fp32 (rows + channels,),
     start from 0, or from `saved` ones.
@@ -27,7 +26,6 @@ class SecondMoments:
     def __init__(self, bits: Tensor, channels: int, saved: Tensor | None = None) -> None:
         mask = unpack_mask(bits, channels)
         self._bits, self._kept, self._rows = bits, int(mask[0].sum()), mask.sum(0, dtype=torch.float32)
-        sharding.add_(self._rows)
         self.means = self._rows.new_zeros(len(mask) + channels)
         if saved is not None:
             self.means.copy_(saved)
@@ -39,7 +37,6 @@ class SecondMoments:
         are the roots of the second moments without their bias.
         """
         of_rows, of_channels = squared_sums(gradient, self._bits)
-        sharding.add_(of_channels)
         found = torch.cat([of_rows / self._kept, of_channels / self._rows.clamp_min(1)])
         by_row, by_channel = self.means.lerp_(found, 1 - beta).split([len(gradient), gradient.shape[1]])
         mean = by_channel @ self._rows / self._rows.sum()
