@@ -28,7 +28,7 @@ def squared_sums(gradient: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, width = gradient.shape
     if gradient.dtype not in (torch.float32, torch.bfloat16) or not _is_native(gradient, bits):
-        kept = (gradient * unpack_mask(bits, width)).float().square_()
+        kept = torch.where(unpack_mask(bits, width), gradient, 0).float().square_()
         return kept.sum(1), kept.sum(0)
     require_layout("a mask", bits, torch.uint8, rows, -(-width // 8))
     by_row, by_channel = torch.empty(-(-width // SQUARED), rows), torch.empty(width)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels import library
-from permprune.kernels.adam.step import EPSILON, adam_step
+from permprune.kernels.adam.step import EPSILON, adam_step, squared_sums
 from permprune.kernels.search.masks import pack_mask
 
 BETA = 0.9
@@ -58,6 +58,23 @@ def test_pytorch_takes_the_same_steps(dtype: torch.dtype, monkeypatch: pytest.Mo
         else:  # a few are rounded to the other neighbour
             assert (one != other).float().mean() < 0.05
             torch.testing.assert_close(one, other, atol=2**-7, rtol=2**-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (5, 24), (9, 256), (4, 700), (0, 8)])
+def test_sums_of_squares_are_those_of_what_the_mask_keeps(
+    rows: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask, generator = masked(rows, width, -(-width // 2), 0)
+    gradient, found = torch.randn(rows, width, generator=generator).to(dtype), []
+    squares = (gradient.double() * mask).square()
+    for name in [*library.names(), "torch"]:
+        monkeypatch.setenv(library.FORCED, name)
+        library.chosen.cache_clear()
+        found.append(squared_sums(torch.where(mask, gradient, torch.nan), pack_mask(mask)))
+        torch.testing.assert_close(found[-1], (squares.sum(1).float(), squares.sum(0).float()))
+    library.chosen.cache_clear()
+    assert all(torch.equal(*sums) for other in found[1:-1] for sums in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
