@@ -39,6 +39,10 @@ STEP = 7
 """Bytes for each weight of a layer that a step of Adam computes on a device: a mask, and three numbers in fp32 for each
 of the half that is kept. It is more than what it takes to find the weights that are kept, as on a CPU."""
 
+SCORED = 9
+"""Bytes for each weight of a layer whose mask changes, beside the weight: its score, in fp32, also in the order of the
+mask's groups, and the mask."""
+
 FILES = 4
 """Half the number of files of weights that a run writes, at least."""
 
@@ -50,6 +54,9 @@ UPDATE = ": compensation"
 
 ONE_BLOCK = {"sums of a block", "outputs"}
 """The parts of a calibration by blocks, by name, which are freed before its backward passes."""
+
+PASSING = {"activations", "logits", "largest problem's model"}
+"""The parts of stages, by name, that are not there while layers are scored, or compared."""
 
 
 def module_sizes(model: PreTrainedModel) -> Counter[int]:
@@ -144,8 +151,10 @@ class Offload:
         accepts = stage.name.endswith(": accept") and self.run.dtype != torch.float32
         layer = self.module * (held + (1 if accepts else 4))  # as held, and masked, or the mask beside activations
         sums = 4 * stored_elements(max(outline.widths.values())) if "sums of moments" in named else 0
-        beside = sum(part.bytes for part in stage.parts if part.name in ("activations", "logits"))
-        compared = max(self._compared(stage.name, *layer.shape) for layer in outline.layers) - beside
+        freed = sum(part.bytes for part in stage.parts if part.name in ONE_BLOCK)
+        beside = sum(part.bytes for part in stage.parts if part.name in PASSING) + freed
+        moves = "gradients" in named or stage.name.endswith(": proposals")
+        compared = max(self._compared(stage.name, moves, *layer.shape) for layer in outline.layers) - beside
         if stage.name.rpartition(": ")[2] not in BACKWARD and "Fisher information" not in named:
             return max(layer + sums, compared)
         changed = 1 + (outline.pattern.density if "Adam's moments" in named else 0)  # the weight and moments, or a sum
@@ -153,12 +162,16 @@ class Offload:
         masked = 4 * (self.block - largest) if self.run.dtype == torch.float32 else 0  # others count as activations
         found = 1 + 2 * outline.pattern.density * held  # a mask, and what it keeps, twice
         step = round(largest * (STEP if self.run.on_device else found)) if "Adam's moments" in named else 0
-        freed = sum(part.bytes for part in stage.parts if part.name in ONE_BLOCK)
         return max(layer, masked + gradient + step + sums - freed, compared)
 
-    def _compared(self, stage: str, rows: int, channels: int) -> int:
-        """The bytes of a layer's second moments and weights, where it is scored, or compared with the dense one."""
+    def _compared(self, stage: str, moves: bool, rows: int, channels: int) -> int:
+        """The bytes of a layer's weights, and of its moments, where it is scored or compared with the dense one.
+
+        `moves` is whether orders change in the stage.
+        """
+        held = self.run.outline.dtype.itemsize
         if stage == "calibrate":
-            stored = self.run.outline.dtype.itemsize * stored_elements(channels)
-            return 4 * channels * (rows + channels) + stored
+            return 4 * channels * (rows + channels) + held * stored_elements(channels)
+        if moves:
+            return (held + SCORED) * rows * channels
         return 4 * channels * (MEASURED * rows + channels) if stage == "evaluate" else 0
