@@ -19,9 +19,9 @@ from permprune.losses.targets import Outputs, Task
 from permprune.models.activation_checkpointing import recomputed
 from permprune.models.autocast import autocast
 from permprune.models.experts import Routed
-from permprune.models.forward import frozen, padding_of
-from permprune.models.hooks import hooked, layers_by_block, resumed
-from permprune.models.layers import Layer, blocks
+from permprune.models.forward import frozen, main_outputs, padding_of, run_model
+from permprune.models.hooks import hooked, layers_by_block, resumed, up_to_each
+from permprune.models.layers import Layer
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.progress import log, track
@@ -162,14 +162,19 @@ class _Pass:
     @torch.no_grad()
     def continues(self, examples: Examples) -> bool:
         """Whether passes that go on from one block to the next (`resumed`) compute the same as a whole one."""
-        every, outputs = blocks(self.model), dict[nn.Module, Any]()
+
+        def computed() -> list[Tensor]:
+            with autocast(examples.device, self.dtype, blocks=False):
+                return [output for output in main_outputs(run_model(self.model, examples)) if torch.is_tensor(output)]
+
+        every, outputs = up_to_each(self.model), dict[nn.Module, Any]()
         try:
-            whole = self._outputs(examples).loss()
-            for number in range(len(every)):
-                with resumed(every[: number + 1], outputs):
-                    self._outputs(examples)
+            whole = computed()
+            for reached in every:
+                with resumed(reached, outputs):
+                    computed()
             with resumed((), outputs):
-                return bool(every) and torch.equal(self._outputs(examples).loss(), whole)
+                return bool(every) and all(map(torch.equal, computed(), whole))
         except Exception:  # a model's own code can raise any type
             return False
 
@@ -245,13 +250,12 @@ def _graph_from(layers: list[Layer]) -> Iterator[None]:
 
 
 def _by_block(model: nn.Module, readers: dict[str, Layer]) -> list[tuple[list[nn.Module], dict[str, Layer]]]:
-    """Return (the blocks up to one, the readers in it) of each block that has any."""
-    every, own = blocks(model), layers_by_block(model, readers.values())
-    sites = {layer.name: site for site, layer in readers.items()}
+    """Return (the blocks up to one in its list, the readers in it) of each block that has any."""
+    own, sites = layers_by_block(model, readers.values()), {layer.name: site for site, layer in readers.items()}
     return [
-        (every[:number], {sites[layer.name]: layer for layer in own[block]})
-        for number, block in enumerate(every, 1)
-        if block in own
+        (reached, {sites[layer.name]: layer for layer in own[reached[-1]]})
+        for reached in up_to_each(model)
+        if reached[-1] in own
     ]
 
 

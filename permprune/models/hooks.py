@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from permprune.errors import PermpruneError
 from permprune.models.experts import ExpertMatrix, Routed, Whole, run_in_turn
-from permprune.models.layers import Layer, blocks
+from permprune.models.layers import Layer, block_chains, blocks
 from permprune.system.progress import track
 
 Before = Callable[[Layer, Tensor, Routed | None], Tensor | None]
@@ -165,7 +165,8 @@ def resumed(reached: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> Iter
     """Context manager: a forward pass goes on from the blocks that have `outputs`, and ends after those `reached`.
 
     `outputs` are of earlier passes on the same inputs. All blocks in `reached` get that of the last one, so that one
-    output is in memory: each block must read the one before it, and no other. If none are given, the pass does not end.
+    output of a list is in memory: each block must read the one before it, and no other of its list. If none are given,
+    the pass does not end.
     """
 
     def leave(_block: nn.Module, _args: Any, output: Any) -> None:
@@ -175,6 +176,11 @@ def resumed(reached: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> Iter
     known = {block: partial(_known, output) for block, output in outputs.items()}
     with computing(known), attached(one.register_forward_hook(leave) for one in reached[-1:]), suppress(Done):
         yield
+
+
+def up_to_each(model: nn.Module) -> list[list[nn.Module]]:
+    """For each block of a model, in order, those of its list up to it: what `resumed` takes as `reached`."""
+    return [chain[:number] for chain in block_chains(model) for number in range(1, len(chain) + 1)]
 
 
 def _known(output: Any, *_: Any, **__: Any) -> Any:

@@ -121,17 +121,22 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     These are the elements of the outermost `ModuleList`s and `Sequential`s that have at least two elements, each of
     which contains a linear.
     """
-    repeated: list[nn.Module] = []
+    return [block for chain in block_chains(model) for block in chain]
+
+
+def block_chains(model: nn.Module) -> list[list[nn.Module]]:
+    """The same by list, such as those of an encoder and of a decoder."""
+    chains: list[list[nn.Module]] = []
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
             if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1 and all(map(_has_linear, child)):
-                repeated.extend(child)
+                chains.append([*child])
             else:
                 visit(child)
 
     visit(model)
-    return repeated
+    return chains
 
 
 def prunable_layers(model: nn.Module, pattern: Pattern, exclude: Iterable[str] = ()) -> list[Layer]:

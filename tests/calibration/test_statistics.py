@@ -4,17 +4,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from permprune.calibration import statistics as statistics_module
 from permprune.calibration.fisher import output_fisher, row_covariance, row_fisher
 from permprune.calibration.moments import InputMoments
 from permprune.calibration.statistics import Statistics, calibrate
+from permprune.config import PruneConfig
+from permprune.engine.held import prepare
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
 from permprune.losses.targets import next_token
 from permprune.models.forward import Padding, frozen
+from permprune.models.hooks import resumed, up_to_each
 from permprune.models.layers import Layer, prunable_layers
 from permprune.pattern import Pattern
 from permprune.system import shelf
 from permprune.system.shelf import Shelf
+
+from ..modalities import EXAMPLES, make
 
 WINDOWS = torch.randint(128, (5, 12), generator=torch.Generator().manual_seed(0))
 SHARED = {
@@ -193,6 +199,21 @@ def test_on_the_disk_each_matrix_is_written_once_and_never_read(tiny_llama, tmp_
     found = statistics(tiny_llama, batch=1, fisher=fisher, shelf=Shelf("disk", tmp_path))
     assert len(touched) == len(whole.moments)
     assert_same(found, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("data", EXAMPLES)
+def test_models_of_all_kinds_run_through_one_block_before_the_next(data, tmp_path, monkeypatch):
+    """Those of an encoder before those of a decoder, which reads what the last of them computes."""
+    model, examples, passes = make(data), EXAMPLES[data](), []
+    network = prepare(model, None, PruneConfig(precision="fp32", measured=4, held_out=2), examples=examples).network
+    given = (model, [*network.layers.values()], network.sites, examples, network.task)
+    monkeypatch.setattr(statistics_module, "resumed", lambda *args: passes.append(args) or resumed(*args))
+    with network.dense_weights():
+        whole = calibrate(*given, dtype=torch.float32, fisher=False)
+        found = calibrate(*given, dtype=torch.float32, fisher=False, shelf=Shelf("disk", tmp_path))
+    assert len(passes) > 1 + len(up_to_each(model))  # with which it is tried whether the model does so
+    assert found.moments.keys() == whole.moments.keys()
+    torch.testing.assert_close(dict(found.moments), dict(whole.moments), rtol=0, atol=0)
 
 
 def test_blocks_that_share_more_than_their_outputs_run_in_whole_passes(tiny_llama, tmp_path):
