@@ -304,11 +304,12 @@ def _training(method: Iterative[Any], run: Workload, examples: int, steps: float
     """
     outline, batches = run.outline, math.ceil(examples / run.batch)
     reads = (2 if run.recompute else 1) * batches + 2
+    masked = _masked(run) if outline.dtype != run.dtype else ()  # else the weights in training are those that run
     weights = outline.dtype.itemsize * outline.weights
     moments = weights * outline.pattern.n // outline.pattern.m
     parts = [
         Memory("weights in training", weights, travels=float(weights * reads * steps)),
-        Memory("Adam's moments", moments, travels=2.0 * moments * steps), *run.gradient.parts, *_masked(run),
+        Memory("Adam's moments", moments, travels=2.0 * moments * steps), *run.gradient.parts, *masked,
     ]  # fmt: skip
     if batches > 1:
         parts.append(run.summed("sums of gradients", examples - run.batch, steps))

@@ -229,6 +229,7 @@ WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
         (torch.float32, {"permute": TRAINED, "recompute": True}, {"num_hidden_layers": 2, "intermediate_size": 256}),
         (torch.float32, {"permute": "reconstruction:swaps=1:candidates=1", "mode": "gather"}, {"num_hidden_layers": 2}),
         (torch.bfloat16, {"permute": TRAINED, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
+        (torch.float32, {"permute": "newton:rounds=0:train_steps=1"}, {"num_hidden_layers": 3}),
         (torch.bfloat16, {"permute": COMPENSATED, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
     ],
 )
