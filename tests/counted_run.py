@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -137,6 +138,7 @@ def counted(computed: float = math.inf) -> Iterator[Stages]:
 
     `computed` is as in `Allocated`.
     """
+    gc.collect()  # what an earlier run left, which would be freed during this one
     with pytest.MonkeyPatch.context() as patch, allocated(computed=computed) as device, Held() as host:
         for module in ("tuning", "refinement"):
             patch.setattr(f"permprune.permuters.{module}.TOLERANCE", -math.inf)
