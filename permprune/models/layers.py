@@ -125,7 +125,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def block_chains(model: nn.Module) -> list[list[nn.Module]]:
-    """The same by list, such as those of an encoder and of a decoder."""
+    """The model's repeated blocks by list, such as those of an encoder and those of a decoder."""
     chains: list[list[nn.Module]] = []
 
     def visit(module: nn.Module) -> None:
