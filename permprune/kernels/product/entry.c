@@ -203,7 +203,7 @@ static void multiply_many_floats(struct many *job, const struct kernels *kernels
 }
 
 /* The same for many rows of activations, in `memory` of `bytes` bytes: there has to be room for the lines of TILES tiles, in
- * whole blocks of floats, and for a row. PLAIN weights have no such kernel. */
+ * whole blocks of floats, and for a row; a tile of pairs takes as much as 16 rows. PLAIN weights have no such kernel. */
 EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void *activations, int32_t number,
                                        int64_t batch, void *output, void *memory, int64_t bytes, int32_t index,
                                        int32_t threads)
@@ -216,7 +216,7 @@ EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void
     if (weights->order && places_are_bad(weights->order, weights->width, weights->width))
         return BAD_ORDER;
     const int64_t tokens = kernels->lanes * kernels->vectors, channels = weights->count * BLOCK;
-    const int64_t lines = smaller(batch + kernels->lanes, TILES * tokens) * channels;
+    const int64_t lines = smaller((batch < 16 ? 16 : batch) + kernels->lanes, TILES * tokens) * channels;
     if (bytes < (lines + channels) * (int64_t)sizeof(float) || LACKS(bytes, memory) || (uintptr_t)memory % 64)
         return BAD_SIZE;
     struct staged staged = {memory, NULL, batch};

@@ -171,7 +171,7 @@ def multiply(weights: Weights, x: Tensor, kernels: str | None = None, *, many: b
     threads = library.threads(batch * weights.rows * weights.count * weights.slots)
     given = ctypes.byref(weights), x.data_ptr(), NUMBERS[x.dtype], batch, output.data_ptr()
     if many:
-        memory = workspace(4 * (min(batch + 16, MOST_TOKENS) + 1) * weights.count * BLOCK)
+        memory = workspace(4 * (min(max(batch, 16) + 16, MOST_TOKENS) + 1) * weights.count * BLOCK)
         status = functions.permprune_multiply_many(*given, memory.data_ptr(), memory.nbytes, index, threads)
     else:
         status = functions.permprune_multiply(*given, index, threads)

@@ -1,5 +1,6 @@
 """Products with packed weights against float64, for every kernel that runs on this processor."""
 
+import ctypes
 from itertools import product
 
 import pytest
@@ -12,7 +13,7 @@ from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
 from permprune.kernels.product.int8 import dequantize, int8_linear
-from permprune.kernels.product.layout import DTYPES, FLOATS, LARGEST_BATCH
+from permprune.kernels.product.layout import BLOCK, DTYPES, FLOATS, LARGEST_BATCH
 from permprune.kernels.product.linear import (
     multiply_reference,
     packed_linear,
@@ -127,6 +128,18 @@ def test_bf16_in_another_order_and_padded_in_parts(kernels: str, rows: int, batc
     x, bias = torch.randn(batch, 132).bfloat16(), torch.randn(rows)
     found = native.multiply(describe(weight, bias, order), x, kernels, many=True)
     assert_near(found, exact(weight, x, bias, order))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("batch", [1, 3, 14, 16, 65, 200, 800])
+def test_no_more_than_the_least_memory_that_is_accepted_is_written(kernels: str, batch: int) -> None:
+    weights, x = describe(packed(40, 132, dtype=torch.bfloat16)), torch.randn(batch, 132).bfloat16()
+    output, memory = torch.empty(batch, 40), native.aligned(1 << 20).fill_(7)
+    functions, index = library.require(kernels)
+    given = ctypes.byref(weights), x.data_ptr(), native.NUMBERS[x.dtype], batch, output.data_ptr(), memory.data_ptr()
+    sizes = range(0, len(memory), 4 * weights.count * BLOCK)
+    least = next(size for size in sizes if functions.permprune_multiply_many(*given, size, index, 1) == 0)
+    assert 0 < least < len(memory) and bool((memory[least:] == 7).all())
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
