@@ -51,7 +51,7 @@ asan: $(DEV)
 	cd build/asan && CC=gcc CFLAGS="-g -O1 -fsanitize=address" ../../$(BIN)/python hatch_build.py
 	cd build/asan && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(ONE_THREAD) \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-		../../$(BIN)/pytest tests/kernels tests/inference tests/kv
+		../../$(BIN)/pytest -s tests/kernels tests/inference tests/kv
 
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

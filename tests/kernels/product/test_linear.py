@@ -133,8 +133,8 @@ def test_bf16_in_another_order_and_padded_in_parts(kernels: str, rows: int, batc
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("batch", [1, 3, 14, 16, 65, 200, 800])
 def test_no_more_than_the_least_memory_that_is_accepted_is_written(kernels: str, batch: int) -> None:
-    weights, x = describe(packed(40, 132, dtype=torch.bfloat16)), torch.randn(batch, 132).bfloat16()
-    output, memory = torch.empty(batch, 40), native.aligned(1 << 20).fill_(7)
+    weight, x = packed(40, 132, dtype=torch.bfloat16), torch.randn(batch, 132).bfloat16()
+    weights, output, memory = describe(weight), torch.empty(batch, 40), native.aligned(1 << 20).fill_(7)
     functions, index = library.require(kernels)
     given = ctypes.byref(weights), x.data_ptr(), native.NUMBERS[x.dtype], batch, output.data_ptr(), memory.data_ptr()
     sizes = range(0, len(memory), 4 * weights.count * BLOCK)
