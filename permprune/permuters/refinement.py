@@ -22,7 +22,8 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels.search.masks import pack_mask, write_mask
-from permprune.permuters.iterate import TOLERANCE, Landscape, S
+from permprune.permuters.iterate import Landscape, S
+from permprune.permuters.tuning import keep_if_better
 from permprune.pruning.gradients import Gradients
 from permprune.pruning.network import PrunedNetwork
 from permprune.system import distributed
@@ -206,15 +207,9 @@ def compensate(landscape: Landscape, state: S, *, examples: int) -> S:
         for name in [*updated]:  # pruned weights keep the values that they had, as in training
             dtype = network.layers[name].stored.dtype
             kept[name] = torch.where(network.masks[name], updated.pop(name), network.weights[name]).to(dtype)
-        network.set_weights(kept)
-    loss = landscape.held_out_loss()
-    better = loss < state.best - TOLERANCE
-    log.info("compensation: held-out loss %.4f, %s", loss, "kept" if better else "rejected")
-    state = state.record(loss, better, "compensation")
-    if better:
-        return replace(state, best=loss, weights=network.trained)
-    network.set_weights(state.weights)
-    network.set_bits(before)
+    state, better = keep_if_better(landscape, state, kept, "compensation")
+    if not better:
+        network.set_bits(before)
     return state
 
 

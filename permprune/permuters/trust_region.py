@@ -323,8 +323,6 @@ class TrustRegion(Iterative[TrustRegionState]):
             int4=int4,
             saved=saved,
         )
-        result = "kept" if kept else "rejected"
-        log.info("%s: held-out loss %.4f after training, %s", self.name, state.curve[-1].loss, result)
         return (replace(state, visits=(Visit(state.orders),), slopes={}) if kept else state), kept
 
 

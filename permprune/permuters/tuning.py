@@ -239,13 +239,22 @@ def train_further(
     weights = train_weights(
         network, landscape.run, loss, schedule, first=first, examples=examples, rate=rate, int4=int4, saved=saved
     )
-    network.set_weights(weights)
-    held_out = landscape.held_out_loss()
-    kept = held_out < state.best - TOLERANCE
-    state = state.record(held_out, kept, "training")
+    return keep_if_better(landscape, state, weights, "training")
+
+
+def keep_if_better(landscape: Landscape, state: S, weights: Shelf, stage: str) -> tuple[S, bool]:
+    """Keep these weights if the held-out loss falls; returns the state, with the loss on its curve, and if they are.
+
+    The network then shows the state.
+    """
+    landscape.network.set_weights(weights)
+    loss = landscape.held_out_loss()
+    kept = loss < state.best - TOLERANCE
+    log.info("%s: held-out loss %.4f, %s", stage, loss, "kept" if kept else "rejected")
+    state = state.record(loss, kept, stage)
     if kept:
-        return replace(state, best=held_out, weights=weights), True
-    network.set_weights(state.weights)
+        return replace(state, best=loss, weights=weights), True
+    landscape.network.set_weights(state.weights)
     return state, False
 
 
