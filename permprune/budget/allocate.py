@@ -97,14 +97,14 @@ class Sensitivity:
         self.landscape, self.candidates = Landscape.of(network, run, Objective()), candidates
         self.uniform = [(number,) * len(network.layers) for number in range(len(candidates))]
         self.measured = dict[tuple[int, ...], float]()
-        examples, found = run.batch(0, EXAMPLES), dict[int, np.ndarray]()
+        examples, slopes_of = run.batch(0, EXAMPLES), dict[int, np.ndarray]()
         telling = differentiated(len(candidates))
         for number, choice in track([*enumerate(self.uniform)], "measuring uniform patterns"):
             self.loss(choice)
             if number in telling:
-                found[number] = slopes(network, candidates, examples, self.landscape.loss)
+                slopes_of[number] = slopes(network, candidates, examples, self.landscape.loss)
         self.losses = [self.measured[choice] for choice in self.uniform]
-        self.changes = layer_costs(found, self.losses)
+        self.changes = layer_costs(slopes_of, self.losses)
 
     def loss(self, choice: Sequence[int]) -> float:
         """Return the held-out loss of a choice; the network runs with it where it was not measured before."""

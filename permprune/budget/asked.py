@@ -22,10 +22,10 @@ def parse_candidates(names: Iterable[str]) -> tuple[Candidate, ...]:
 
     Raises `PermpruneError` for anything but `DENSE` and N:M, and if there is no choice among them.
     """
-    found = {None if name == DENSE else Pattern.parse(name) for name in names}
-    if len(found) < 2:
+    candidates = {None if name == DENSE else Pattern.parse(name) for name in names}
+    if len(candidates) < 2:
         raise PermpruneError(f'a mix needs two candidates or more, as "{DENSE},6:8,2:4"')
-    return tuple(sorted(found, key=lambda one: (density_of(one), 0 if one is None else one.m)))
+    return tuple(sorted(candidates, key=lambda one: (density_of(one), 0 if one is None else one.m)))
 
 
 def density_of(candidate: Candidate) -> float:

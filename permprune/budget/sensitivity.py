@@ -40,18 +40,18 @@ def slopes(network: PrunedNetwork, candidates: Sequence[Candidate], examples: Ex
     The gradient is that of the mean loss over the examples, with the masks that the network shows; the result is fp64
     (layers, candidates).
     """
-    columns, found = network.stored_columns(), dict[str, list[float]]()
+    columns, products = network.stored_columns(), dict[str, list[float]]()
 
     def take(name: str, gradient: Tensor) -> None:
         with torch.no_grad():
             weight, slope, score = network.weights[name].float(), gradient.float(), network.scores[name]
             whole = float((weight * slope).sum(dtype=torch.float64))
-            found[name] = [
+            products[name] = [
                 whole if one is None else kept_sum(score, weight, slope, columns[name], one) for one in candidates
             ]
 
     network.take_gradients(examples, loss, take)
-    return np.array([found[name] for name in network.layers])
+    return np.array([products[name] for name in network.layers])
 
 
 def layer_costs(slopes: Mapping[int, np.ndarray], losses: Sequence[float]) -> np.ndarray:

@@ -128,17 +128,17 @@ def _information(sums: dict[str, Tensor], terms: float, layers: list[Layer]) -> 
 
     Raises `PermpruneError` if it is not finite.
     """
-    found = {name: (total / terms).float() for name, total in sums.items()}
-    for name, diagonal in found.items():
+    information = {name: (total / terms).float() for name, total in sums.items()}
+    for name, diagonal in information.items():
         if not torch.isfinite(diagonal).all():
             raise PermpruneError(
                 f"gradients at {name} overflow on the calibration data: check the checkpoint's weights"
             )
-    unread = [layer for layer in layers if layer.expert is not None and not found[layer.name].any()]
-    mean = sum(float(diagonal.mean()) for diagonal in found.values()) / len(found)
+    unread = [layer for layer in layers if layer.expert is not None and not information[layer.name].any()]
+    mean = sum(float(diagonal.mean()) for diagonal in information.values()) / len(information)
     for layer in unread:
-        found[layer.name].fill_(UNREAD * mean)
-    return found
+        information[layer.name].fill_(UNREAD * mean)
+    return information
 
 
 @dataclass(frozen=True)
@@ -253,11 +253,11 @@ def _graph_from(layers: list[Layer]) -> Iterator[None]:
 
 def _by_block(model: nn.Module, readers: dict[str, Layer]) -> list[tuple[list[nn.Module], dict[str, Layer]]]:
     """Return (the blocks up to one in its list, the readers in it) of each block that has any."""
-    own, sites = layers_by_block(model, readers.values()), {layer.name: site for site, layer in readers.items()}
+    by_block, sites = layers_by_block(model, readers.values()), {layer.name: site for site, layer in readers.items()}
     return [
-        (reached, {sites[layer.name]: layer for layer in own[reached[-1]]})
+        (reached, {sites[layer.name]: layer for layer in by_block[reached[-1]]})
         for reached in up_to_each(model)
-        if reached[-1] in own
+        if reached[-1] in by_block
     ]
 
 

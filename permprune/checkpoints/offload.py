@@ -90,10 +90,10 @@ class StoredTensors(Computed):
 def _signature(file: str) -> tuple[int, int] | None:
     """The size of a file and the time of its last change; None if it is gone."""
     try:
-        found = os.stat(file)
+        status = os.stat(file)
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 class StoredWeights(Mapping[str, Tensor]):

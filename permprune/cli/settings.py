@@ -80,10 +80,10 @@ def parse_size(text: str) -> float:
 
 def parse_loss(text: str) -> float:
     """Parse a share such as "1%" or "0.01". Raises `PermpruneError` for anything else."""
-    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
-    if found is None:
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
+    if match is None:
         raise PermpruneError(f'--max-loss is "{text}": give a share of the dense model\'s value, such as 1%')
-    return float(found[1]) / (100 if found[2] else 1)
+    return float(match[1]) / (100 if match[2] else 1)
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {

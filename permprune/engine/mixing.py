@@ -33,8 +33,8 @@ STATE = "patterns"
 def sensitivity(plan: Plan, network: PrunedNetwork) -> Sensitivity:
     """Measure what the candidates of the config cost the layers of a network, which is that of the whole `plan`."""
     checkpoint = plan.run.checkpoint
-    own = Checkpoint(checkpoint.folder and checkpoint.folder / STATE, checkpoint.settings)
-    run = replace(plan.run, checkpoint=own, callbacks=())
+    checkpoint_of_mix = Checkpoint(checkpoint.folder and checkpoint.folder / STATE, checkpoint.settings)
+    run = replace(plan.run, checkpoint=checkpoint_of_mix, callbacks=())
     return Sensitivity(network, run, parse_candidates(plan.config.candidates), plan.pattern)
 
 
@@ -57,18 +57,18 @@ def mix(
     if folder is not None and keep is not None:
         folder = folder / f"keep {keep:.4f}"
     checkpoint = Checkpoint(folder and folder / STATE, plan.run.checkpoint.settings | {"share": keep})
-    found = checkpoint.load_object(STATE, Mix)
-    if found is None:
-        found = measured().choose(costs_of(plan, model, keep))
-        checkpoint.save_object(STATE, found)
-    patterns = found.patterns
+    chosen_mix = checkpoint.load_object(STATE, Mix)
+    if chosen_mix is None:
+        chosen_mix = measured().choose(costs_of(plan, model, keep))
+        checkpoint.save_object(STATE, chosen_mix)
+    patterns = chosen_mix.patterns
     if not patterns:
         raise PermpruneError("the budget leaves every layer dense: there is nothing to prune")
     outline = plan.outline.of([layer for layer in plan.layers if layer.name in patterns])
-    own = {**plan.run.checkpoint.settings, STATE: json.dumps(found.layers, sort_keys=True)}
-    run = replace(plan.run, checkpoint=Checkpoint(folder, own), solved={})
+    settings = {**plan.run.checkpoint.settings, STATE: json.dumps(chosen_mix.layers, sort_keys=True)}
+    run = replace(plan.run, checkpoint=Checkpoint(folder, settings), solved={})
     chosen = replace(plan, layers=[*outline.layers], problems=[*outline.problems], sites=dict(outline.sites), run=run)
-    return chosen, network.restricted(outline, patterns), found
+    return chosen, network.restricted(outline, patterns), chosen_mix
 
 
 def costs_of(plan: Plan, model: PreTrainedModel, keep: float | None = None) -> Costs:
@@ -89,11 +89,11 @@ def costs_of(plan: Plan, model: PreTrainedModel, keep: float | None = None) -> C
     kept = table([[count if one is None else count * one.n // one.m for one in candidates] for count in weights])
     sizes = table([[size(layer, one) for one in candidates] for layer in range(len(weights))])
     others = other_bytes(model, plan.layers, dtype=config.packed, head=config.packed_head) + _gather_bytes(plan)
-    found = Costs(candidates, kept, sizes, weights=sum(weights), others=others, limit=0)
+    costs = Costs(candidates, kept, sizes, weights=sum(weights), others=others, limit=0)
     if config.bytes is None or keep is not None:
-        return found.keeping(next(share for share in (keep, config.keep, KEPT) if share is not None))
+        return costs.keeping(next(share for share in (keep, config.keep, KEPT) if share is not None))
     limit = config.bytes * weight_bytes(model, torch.bfloat16) if config.bytes <= 1 else config.bytes
-    return replace(found, limit=int(limit), by_bytes=True)
+    return replace(costs, limit=int(limit), by_bytes=True)
 
 
 def _gather_bytes(plan: Plan) -> int:

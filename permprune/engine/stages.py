@@ -45,14 +45,16 @@ def expected(forecast: Forecast) -> tuple[dict[str, float | None], tuple[str, ..
     """Return the seconds of the stages of `Session.prune`, as far as known, and those that a time limit may end."""
     method, seconds = permuter(forecast.config.permute), dict(forecast.seconds)
     each = None if (evaluating := seconds.pop("evaluate")) is None else evaluating / EVALUATED
-    found: dict[str, float | None] = dict.fromkeys((DENSE, NATURAL, MEASURE), each)
+    by_stage: dict[str, float | None] = dict.fromkeys((DENSE, NATURAL, MEASURE), each)
     seconds.pop(OTHERS, None)  # stages that are made several times count as often
-    found |= dict.fromkeys((*OF_FORECASTS.values(), PACK, SPEED), 0.0)  # to pack and to measure the speed take seconds
-    for name, own in seconds.items():
+    by_stage |= dict.fromkeys(
+        (*OF_FORECASTS.values(), PACK, SPEED), 0.0
+    )  # to pack and to measure the speed take seconds
+    for name, added in seconds.items():
         stage = OF_FORECASTS.get(name) or _stage_of(method, name)
-        before = found.get(stage, 0.0)
-        found[stage] = None if own is None or before is None else before + own
-    return found, method.stages if forecast.config.minutes else ()
+        before = by_stage.get(stage, 0.0)
+        by_stage[stage] = None if added is None or before is None else before + added
+    return by_stage, method.stages if forecast.config.minutes else ()
 
 
 def _stage_of(method: Permuter, name: str) -> str:

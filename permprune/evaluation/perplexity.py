@@ -68,8 +68,8 @@ def _predicted(
             each = list(enumerate(labels))
             nll[places] = torch.tensor([_loss(logits[window], tokens) for window, tokens in each], dtype=nll.dtype)
             if exact:
-                found = [_all_likeliest(logits[window], tokens) for window, tokens in each]
-                right[places] = torch.tensor(found, dtype=right.dtype)
+                are_likeliest = [_all_likeliest(logits[window], tokens) for window, tokens in each]
+                right[places] = torch.tensor(are_likeliest, dtype=right.dtype)
             counts[places] = labels.ne(IGNORED).sum(1).double().cpu()
     distributed.add_([nll, counts, right])
     if not counts.any():

@@ -185,10 +185,10 @@ class Fitting(Subject):
             first = min([first, *others], key=lambda one: sum(time or 0.0 for time in one.seconds.values()))
         return first, least
 
-    def _fits_host(self, found: Forecast) -> bool:
+    def _fits_host(self, offloaded: Forecast) -> bool:
         """Whether what a run offloads to the host fits in the memory of this machine, if that runs it."""
-        elsewhere = self.machine.sheet is not None or found.config.place != "host"
-        return elsewhere or found.host <= psutil.virtual_memory().total
+        elsewhere = self.machine.sheet is not None or offloaded.config.place != "host"
+        return elsewhere or offloaded.host <= psutil.virtual_memory().total
 
     def _memory(self, given: Forecast) -> int:
         """The bytes for the tensors of one process: those of its device, or its share of those of the host."""

@@ -85,7 +85,7 @@ class Offload:
         """Return what a run holds."""
         inside = [{id(module) for module in block.modules()} for block in blocks(model)]
         sizes = module_sizes(model)
-        block = max(sum(sizes[owner] for owner in own & sizes.keys()) for own in inside)
+        block = max(sum(sizes[owner] for owner in modules & sizes.keys()) for modules in inside)
         return cls(run, block, max(sizes.values()), max((end.numel() for end, _ in end_weights(model)), default=0))
 
     def stages(
@@ -110,8 +110,8 @@ class Offload:
         if left < 0:
             raise PermpruneError(f"the host needs {gib(needed)} beside the program: give --offload host more, or disk")
         room = [updating if stage.name in smaller else device for stage in stages]
-        found = (self._at_rest(*each, left) for each in zip(bare, stages, room, strict=True))
-        return tuple(found), (device, left, device - updating)
+        offloaded = (self._at_rest(*each, left) for each in zip(bare, stages, room, strict=True))
+        return tuple(offloaded), (device, left, device - updating)
 
     def _held(self, stage: Stage) -> Iterator[Memory]:
         """Yield the parts of a stage that do not rest elsewhere, and what it has in hand."""
@@ -133,10 +133,10 @@ class Offload:
             near = 0 if aside else round(min(size, device))
             there = self.run.rests == "host" and (limited or not aside)
             beside = round(min(size - near, host)) if there else 0
-            found: dict[Place, int] = {"device": near, "host": beside, "disk": size - near - beside}
+            by_place: dict[Place, int] = {"device": near, "host": beside, "disk": size - near - beside}
             device, host = device - near, host - beside
-            parts += [Memory(part.name, held, place) for place, held in found.items() if held]
-            stored = found["disk"] / size if size else not there
+            parts += [Memory(part.name, held, place) for place, held in by_place.items() if held]
+            stored = by_place["disk"] / size if size else not there
             moved += Work(carried=1 - near / max(size, 1), stored=stored) * (part.travels * share)
         work = stage.work and (stage.work + moved if self.run.on_device else stage.work)
         return replace(stage, parts=tuple(parts), work=work)
@@ -160,8 +160,8 @@ class Offload:
         changed = 1 + (outline.pattern.density if "Adam's moments" in named else 0)  # the weight and moments, or a sum
         gradient = round(largest * (4 + changed * held))
         masked = 4 * (self.block - largest) if self.run.dtype == torch.float32 else 0  # others count as activations
-        found = 1 + 2 * outline.pattern.density * held  # a mask, and what it keeps, twice
-        step = round(largest * (STEP if self.run.on_device else found)) if "Adam's moments" in named else 0
+        on_host = 1 + 2 * outline.pattern.density * held  # a mask, and what it keeps, twice
+        step = round(largest * (STEP if self.run.on_device else on_host)) if "Adam's moments" in named else 0
         return max(layer, masked + gradient + step + sums - freed, compared)
 
     def _compared(self, stage: str, moves: bool, rows: int, channels: int) -> int:

@@ -231,7 +231,7 @@ def forecast_held(
     whole, checkpoint = weight_bytes(model, torch.float32) // shards, weight_bytes(model, stored)
     weights = Memory("weights", held_bytes(model, stored) // shards)
     network = (weights, Memory("masks", outline.weights // 8), Memory("second moments", _moments_bytes(outline)))
-    found = (*network, *([trained_weights(run)] if method.trains else []))
+    held = (*network, *([trained_weights(run)] if method.trains else []))
     passes: float = EVALUATED + (kind == "embeddings")  # which are compared with the dense model's
     if kind == "speech" and model.can_generate():
         passes = UNENDED + TRANSCRIBED * (EVALUATED - 1)
@@ -253,7 +253,7 @@ def forecast_held(
         ),
         *searching,
         *stages_of_limit(config, searching),
-        Stage("evaluate", evaluation.parts, evaluating).beside(found),
+        Stage("evaluate", evaluation.parts, evaluating).beside(held),
     ]
     ends = [weight.numel() for weight, _ in end_weights(model)]
     largest = max(module_sizes(model).values())
@@ -277,7 +277,7 @@ def forecast_held(
         writing = max(as_stored, checked, key=lambda parts: sum(part.bytes for part in parts))
     else:
         writing = (*as_stored, *checked) if run.on_device else ()
-    written = (*found, *writing)
+    written = (*held, *writing)
     stages = (
         load,
         *(replace(stage, work=stage.work and stage.work * (shards / processes)) for stage in stages),

@@ -65,10 +65,10 @@ class Engine:
 
 def installed() -> list[str]:
     """Return the names of the engines that are installed. Raises `PermpruneError` if none is."""
-    found = [name for name, needed in ENGINES.items() if all(map(find_spec, (*needed, *EXPORT)))]
-    if not found:
+    names = [name for name, needed in ENGINES.items() if all(map(find_spec, (*needed, *EXPORT)))]
+    if not names:
         raise PermpruneError("no other engine is installed: pip install 'permprune[engines]'")
-    return found
+    return names
 
 
 def build(model: PreTrainedModel, name: str, inputs: Examples, *, threads: int, folder: Path) -> Engine:

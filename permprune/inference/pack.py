@@ -70,8 +70,8 @@ def pack(
     named = head_names(model, head)
     scales = {}
     if examples is not None:
-        found = linear_layers(model)
-        scales = solve(model, {name: found[name] for name in layers}, examples)
+        linears = linear_layers(model)
+        scales = solve(model, {name: linears[name] for name in layers}, examples)
     detach_gathers(model)
     for name, pattern in layers.items():
         order = orders.get(("input", name))
@@ -152,12 +152,12 @@ def packed_bytes(
     Returns None if no layer can be packed.
     """
     linears = linear_layers(model)
-    found = [(linears[name], Pattern.parse(text)) for name, text in patterns.items()]
-    packable = [pattern for layer, pattern in found if _has_packed_form(layer)]
+    layers = [(linears[name], Pattern.parse(text)) for name, text in patterns.items()]
+    packable = [pattern for layer, pattern in layers if _has_packed_form(layer)]
     if not packable or any(pattern.m > LARGEST_GROUP for pattern in packable):
         return None
-    own = sum(layer_bytes(model, layer, pattern, dtype=dtype) for layer, pattern in found)
-    return own + other_bytes(model, [layer for layer, _ in found], gathers, dtype=dtype)
+    of_layers = sum(layer_bytes(model, layer, pattern, dtype=dtype) for layer, pattern in layers)
+    return of_layers + other_bytes(model, [layer for layer, _ in layers], gathers, dtype=dtype)
 
 
 def layer_bytes(model: nn.Module, layer: Layer, pattern: Pattern | None, *, dtype: str = "bf16") -> int:

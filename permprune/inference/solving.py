@@ -89,7 +89,7 @@ def solve_each(
     shown = examples.to(compute_device(model))
     padding = padding_of(model, shown)
 
-    def visit(own: list[Layer], run_block: Callable[[], Any]) -> None:
+    def visit(of_block: list[Layer], run_block: Callable[[], Any]) -> None:
         read: list[tuple[Tensor, list[Layer]]] = []  # layers that read the same tensor share its moments
 
         def see(layer: Layer, x: Tensor, _routed: Routed | None) -> None:
@@ -99,7 +99,7 @@ def solve_each(
                     return
             read.append((x, [layer]))
 
-        with hooked(own, before=see):
+        with hooked(of_block, before=see):
             run_block()
         with torch.autocast(shown.device.type, enabled=False):
             for x, readers in read:

@@ -110,7 +110,9 @@ def bench(
     require("threads", threads, Count)
     reference = dense or _dense_of(folders)
     entries = [_Entry(reference, dtype, threads, trust_remote_code, reference=True) for dtype in DENSE]
-    entries += [_Entry(str(at), dtype, threads, trust_remote_code) for at in folders for dtype in _types(Path(at))]
+    entries += [
+        _Entry(str(folder), dtype, threads, trust_remote_code) for folder in folders for dtype in _types(Path(folder))
+    ]
     if kv is not None:
         read_kv(Path(kv))
         cached = [entry for entry in entries if entry.dtype == ("bf16" if entry.dense else None)]
@@ -122,14 +124,14 @@ def bench(
     speeds: dict[tuple[int, int, int], Any] = {}
     with _served(entries) as (entries, servers):
         measured_at: list[tuple[int, int]] = _ask(servers[0], (batches, contexts))
-        order = [(cell, at) for cell in measured_at for _ in range(turns) for at in range(len(servers))]
-        for cell, at in track(order, "measuring", len(order)):
-            speed = _ask(servers[at], (*cell, steps))
-            speeds[*cell, at] = speed.fastest(speeds.get((*cell, at)))
+        order = [(cell, place) for cell in measured_at for _ in range(turns) for place in range(len(servers))]
+        for cell, place in track(order, "measuring", len(order)):
+            speed = _ask(servers[place], (*cell, steps))
+            speeds[*cell, place] = speed.fastest(speeds.get((*cell, place)))
         rows = []
-        for at, (entry, server) in enumerate(zip(entries, servers, strict=True)):
+        for place, (entry, server) in enumerate(zip(entries, servers, strict=True)):
             size, resident = _ask(server, None)
-            measured = [speeds[*cell, at] for cell in measured_at]
+            measured = [speeds[*cell, place] for cell in measured_at]
             rows.append(BenchedModel(entry.name, entry.dense, size, resident, measured))
     return Benchmark(threads, "GPU" if torch.cuda.is_available() else "CPU", rows)
 

@@ -179,11 +179,11 @@ def _with_budget(config: KVConfig, budget: float | None, max_loss: float | None)
 def _least_bytes(measured: Measured, meter: CacheMeter, max_loss: float) -> tuple[float, Measurement]:
     """Return the fewest bytes, in steps of 1 % of 16 bits, with which perplexity grows by at most a share, and both
     perplexities. Raises `PermpruneError` if it grows by more with the most bytes."""
-    found: dict[int, Measurement] = {}
+    by_percent: dict[int, Measurement] = {}
 
     def fits(percent: int) -> bool:
-        found[percent] = meter.compare(measured.channels(percent / 100))
-        return found[percent].lost <= max_loss
+        by_percent[percent] = meter.compare(measured.channels(percent / 100))
+        return by_percent[percent].lost <= max_loss
 
     least, most = math.ceil(100 * measured.range[0]), math.floor(100 * measured.range[1])
     if not fits(most):
@@ -192,7 +192,7 @@ def _least_bytes(measured: Measured, meter: CacheMeter, max_loss: float) -> tupl
             "allow more, or keep a pattern with int8 or bf16 values"
         )
     percent = least + bisect.bisect_left(range(least, most), True, key=fits)
-    return percent / 100, found[percent]
+    return percent / 100, by_percent[percent]
 
 
 def _with_patterns(config: KVConfig, observed: Mapping[int, ObservedLayer]) -> KVConfig:

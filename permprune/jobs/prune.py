@@ -145,19 +145,19 @@ def _prune(
         alone = not divided and not offloads and not isinstance(model, PreTrainedModel)
         shown.plan(stages_of_pruning(config, packed=pack is not None, timed=alone))
 
-        def forecast(found: Forecast) -> None:
-            shown.expect(*expected(found))
-            begin(found)
+        def forecast(time_forecast: Forecast) -> None:
+            shown.expect(*expected(time_forecast))
+            begin(time_forecast)
 
         def planned(opened: PreTrainedModel, plan: Plan) -> None:
             try:
-                found = forecast_plan(opened, plan, evaluation.windows)
+                time_forecast = forecast_plan(opened, plan, evaluation.windows)
             except PermpruneError:
                 raise
             except Exception as error:  # a model's own code can raise any type where it runs without numbers
                 log.warning("the time is not known, as the model does not run without numbers: %s", first_line(error))
                 return
-            forecast(found)
+            forecast(time_forecast)
 
         open_weights: Callable[[], Held] = partial(_held, model, config, processor, work, planned)
         if fitted is not None and divided:

@@ -63,8 +63,8 @@ def code(states: Tensor, bits: int) -> dict[str, Tensor]:
     relative = states / unit.clamp_min(torch.finfo(torch.float32).tiny)
     steps = (2 * relative).ceil().clamp(-HALVES, HALVES).nan_to_num(HALVES)
     places = _nearest(bits, states.device)[steps.int() + HALVES]
-    found = values[places.int()]
-    scale = (states * found).sum(-1, keepdim=True) / found.square().sum(-1, keepdim=True)
+    nearest = values[places.int()]
+    scale = (states * nearest).sum(-1, keepdim=True) / nearest.square().sum(-1, keepdim=True)
     return {"values": pack_planes(places, bits), "scale": scale.bfloat16()}
 
 

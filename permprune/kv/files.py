@@ -218,7 +218,7 @@ def _side(path: Path, tensors: dict[str, Tensor], name: str) -> Channels:
     order, weight, level = (tensors.get(f"{name}.{part}") for part in ("order", "weight", "level"))
     if order is None or weight is None or level is None or order.dim() != 2:
         raise PermpruneError(f"{path} lacks tensors of {reprlib.repr(name)}: {AGAIN}")
-    bits, means = tensors.get(f"{name}.bits"), [tensors[own] for part in MOVING if (own := f"{name}.{part}") in tensors]
+    bits, means = tensors.get(f"{name}.bits"), [tensors[key] for part in MOVING if (key := f"{name}.{part}") in tensors]
     if means and len(means) < len(MOVING):
         raise PermpruneError(f"{path} lacks tensors of the mean of {reprlib.repr(name)}: {AGAIN}")
     moving = Moving(*means) if means else None

@@ -92,19 +92,19 @@ def rotaries_of(model: nn.Module, width: int) -> list[Rotary]:
 
     Nothing depends on whether it does: what is taken from a key is added to its scores. So it is enough to try.
     """
-    found: list[Rotary] = []
+    rotaries: list[Rotary] = []
     for name, buffer in model.named_buffers():
         if not name.endswith("inv_freq") or buffer.dim() != 1 or buffer.is_meta or 2 * len(buffer) > width:
             continue
-        half, own = len(buffer), buffer.detach().float().cpu()
-        if any(torch.equal(own.repeat(2), other.frequency[: 2 * half]) for other in found):
+        half, frequencies = len(buffer), buffer.detach().float().cpu()
+        if any(torch.equal(frequencies.repeat(2), other.frequency[: 2 * half]) for other in rotaries):
             continue
         rest, places = torch.arange(2 * half, width), torch.arange(2 * half)
         for frequency, partner, first in (
-            (own.repeat(2), places.roll(half), places < half),
-            (own.repeat_interleave(2), places ^ 1, places % 2 == 0),
+            (frequencies.repeat(2), places.roll(half), places < half),
+            (frequencies.repeat_interleave(2), places ^ 1, places % 2 == 0),
         ):
             sign = torch.where(first, -1.0, 1.0)
             zeros = torch.zeros(len(rest))
-            found.append(Rotary(torch.cat((frequency, zeros)), torch.cat((partner, rest)), torch.cat((sign, zeros))))
-    return found
+            rotaries.append(Rotary(torch.cat((frequency, zeros)), torch.cat((partner, rest)), torch.cat((sign, zeros))))
+    return rotaries

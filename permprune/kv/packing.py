@@ -65,8 +65,8 @@ class Channels:
     def natural(cls, heads: int, width: int, bits: int | None = None) -> Channels:
         """Return channels in the model's order, all of the same importance and magnitude."""
         ones = torch.ones(heads, width)
-        own = None if bits is None else torch.full((heads,), bits)
-        return cls(torch.arange(width).repeat(heads, 1), ones, ones, own)
+        of_heads = None if bits is None else torch.full((heads,), bits)
+        return cls(torch.arange(width).repeat(heads, 1), ones, ones, of_heads)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -43,13 +43,13 @@ class Measured:
     @property
     def range(self) -> tuple[float, float]:
         """The least and the most bytes of a token, relative to 16 bits."""
-        least, most = (sum(own[end] for own in self.sizes) / self.whole for end in (0, -1))
+        least, most = (sum(head[end] for head in self.sizes) / self.whole for end in (0, -1))
         return least, most
 
     @property
     def usual(self) -> float:
         """The default budget: `BYTES`, or in narrow heads, whose scales weigh more, that of 4 bits in every head."""
-        four = sum(own[coding.BITS.index(MEASURED)] for own in self.sizes) / self.whole
+        four = sum(head[coding.BITS.index(MEASURED)] for head in self.sizes) / self.whole
         return max(BYTES, four)
 
     def channels(self, budget: float) -> dict[int, tuple[Channels, Channels]]:
@@ -65,11 +65,11 @@ class Measured:
                 f"a token takes {least:.3f} to {most:.3f} of 16 bits, and --bytes is {budget:g}: give a number between"
             )
         chosen = iter(cheapest(np.array(self.errors), np.array(self.sizes), int(budget * self.whole + 1e-6)))
-        found = {}
+        by_layer = {}
         for number, layer in sorted(self.observed.items()):
             keys, values = (torch.tensor([coding.BITS[next(chosen)] for _ in range(layer.heads)]) for _ in SIDES)
-            found[number] = layer.coded("keys", keys, self.means[number]), layer.coded("values", values)
-        return found
+            by_layer[number] = layer.coded("keys", keys, self.means[number]), layer.coded("values", values)
+        return by_layer
 
 
 def measure_bits(observed: Mapping[int, ObservedLayer]) -> Measured:
@@ -87,8 +87,8 @@ def measure_bits(observed: Mapping[int, ObservedLayer]) -> Measured:
         means[number] = choose_means(layer, outputs)
         for side in SIDES:
             width, moving = layer.width_of(side), means[number] if side == "keys" else None
-            own = [_errors(layer, side, bits, moving, outputs) / energy for bits in coding.BITS]
-            errors += torch.stack(own, 1).tolist()
+            by_bits = [_errors(layer, side, bits, moving, outputs) / energy for bits in coding.BITS]
+            errors += torch.stack(by_bits, 1).tolist()
             sizes += [[coding.token_bytes(bits, width) for bits in coding.BITS]] * layer.heads
             whole += 2 * width * layer.heads
     return Measured(observed, means, errors, sizes, whole)
@@ -104,12 +104,12 @@ def choose_means(layer: ObservedLayer, outputs: list[Tensor]) -> Moving | None:
     keys, _ = layer.states()
     tried = [still_mean(keys), *(rotary.mean_of(keys, torch.cat(layer.positions)) for rotary in layer.rotaries)]
     best, none = _errors(layer, "keys", MEASURED, None, outputs), torch.zeros_like(tried[0].mean)
-    found, moves = Moving(none, none, none), False
+    best_means, moves = Moving(none, none, none), False
     for moving in tried:
         error = _errors(layer, "keys", MEASURED, moving, outputs)
-        found, moves = moving.where(error < best, found), moves or bool((error < best).any())
+        best_means, moves = moving.where(error < best, best_means), moves or bool((error < best).any())
         best = torch.minimum(error, best)
-    return found if moves else None
+    return best_means if moves else None
 
 
 def outputs_of(layer: ObservedLayer) -> list[Tensor]:
@@ -138,10 +138,10 @@ def _coded(probe: Probe, side: str, channels: Channels, skipped: int) -> Plain:
         return Plain(probe.keys, probe.values)
     assert channels.bits is not None
     layout = Layout(None, coding.TYPES[int(channels.bits[0])], signs=False)
-    own, mean = states[:, :, skipped:last], torch.zeros(())
+    shown, mean = states[:, :, skipped:last], torch.zeros(())
     if channels.moving is not None:
         mean = channels.moving.at(torch.arange(skipped, last)[None])
-    stored = encode(channels.arrange(own - mean), channels, layout)
+    stored = encode(channels.arrange(shown - mean), channels, layout)
     read = channels.restore(decode(stored, channels, layout, states.dtype)) + mean
     coded = torch.cat((states[:, :, :skipped], read, states[:, :, last:]), 2)
     return Plain(coded, probe.values) if side == "keys" else Plain(probe.keys, coded)

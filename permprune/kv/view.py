@@ -150,8 +150,8 @@ class View(Source, States):
             scores = masked(torch.zeros(shape, device=call.query.device), plain, segment, self.length - count)
             added = scores.flatten(2, 3) if means is None else scores.flatten(2, 3) + means
         keys, values = (
-            gpu.Packed(own.parts, own.channels.level, own.layout.pattern, CODED.get(own.layout.dtype, 0))
-            for own in self.packed
+            gpu.Packed(packed.parts, packed.channels.level, packed.layout.pattern, CODED.get(packed.layout.dtype, 0))
+            for packed in self.packed
         )
         query = call.query.reshape(batch, self.heads, -1, width).float() * call.scaling
         return gpu.attend(query, keys, values, self.before, added=added, softcap=softcap)
@@ -200,8 +200,8 @@ class View(Source, States):
             visible = torch.arange(start, stop, device=keys.device) < limits if stop > least else None
             yield Segment(sinks + start, states[0], states[1], visible)
         for start in range(least, self.length - sinks, size):
-            at, stop = sinks + start - self.before, min(start + size, self.length - sinks)
-            states = [side[:, :, at : at + stop - start] for side in self.whole]
+            first_row, stop = sinks + start - self.before, min(start + size, self.length - sinks)
+            states = [side[:, :, first_row : first_row + stop - start] for side in self.whole]
             visible = torch.arange(start, stop, device=keys.device) >= limits if start < most else None
             yield Segment(sinks + start, states[0], states[1], visible)
 
@@ -219,7 +219,7 @@ class _Whole(Source):
     def segments(self, first: int, count: int, size: int) -> Iterator[Segment]:
         sinks, packed = self.view._sinks, self.view.before
         for start, stop, skipped in ((0, sinks, 0), (sinks, self.length - packed, packed)):
-            for at in range(start, stop, size):
-                part = slice(at, min(at + size, stop))
+            for begin in range(start, stop, size):
+                part = slice(begin, min(begin + size, stop))
                 keys, values = (states[:, :, part] for states in self.view.whole)
-                yield Segment(at + skipped, keys, values)
+                yield Segment(begin + skipped, keys, values)

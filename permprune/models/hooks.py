@@ -73,8 +73,8 @@ def replaced_while_running(
     parameter: nn.Parameter = getattr(module, attribute)
 
     def enter(running: nn.Module, *_: object) -> None:
-        own = running is module and module._parameters[attribute] is parameter
-        tensor = replacement(parameter) if own else None
+        is_original = running is module and module._parameters[attribute] is parameter
+        tensor = replacement(parameter) if is_original else None
         if tensor is not None:
             if torch.is_grad_enabled():
                 tensor = _InPlaceOf.apply(parameter, tensor)  # type: ignore[no-untyped-call]
@@ -128,11 +128,11 @@ def block_by_block(model: nn.Module, layers: Iterable[Layer], visit: Visit, name
     bar = track(list(waiting), name)
 
     def reach(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        own = waiting.pop(block, None)
-        if own is None:  # a block that runs again
+        layers_of_block = waiting.pop(block, None)
+        if layers_of_block is None:  # a block that runs again
             return
         next(bar)
-        visit(own, partial(block.forward, *args, **kwargs))  # calling `block` would run this hook again
+        visit(layers_of_block, partial(block.forward, *args, **kwargs))  # calling `block` would run this hook again
         if not waiting:
             raise Done
 
@@ -190,8 +190,8 @@ def _known(output: Any, *_: Any, **__: Any) -> Any:
 def layers_by_block(model: nn.Module, layers: Iterable[Layer]) -> dict[nn.Module, list[Layer]]:
     """Return the layers of each block; those of a module that blocks share belong to the first."""
     block_of = {module: block for block in reversed(blocks(model)) for module in block.modules()}
-    found: dict[nn.Module, list[Layer]] = {}
+    by_block: dict[nn.Module, list[Layer]] = {}
     for layer in layers:
         if layer.owner in block_of:
-            found.setdefault(block_of[layer.owner], []).append(layer)
-    return found
+            by_block.setdefault(block_of[layer.owner], []).append(layer)
+    return by_block

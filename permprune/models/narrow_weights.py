@@ -62,8 +62,8 @@ class NarrowWeights:
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer], stored: torch.dtype) -> None:
-        found = _holdable(model, layers) if is_narrow(stored) else []
-        held = [one for one in found if _narrow(one.parameter)]
+        holdable = _holdable(model, layers) if is_narrow(stored) else []
+        held = [one for one in holdable if _narrow(one.parameter)]
         self._hold(held, [(one.parameter, torch.float32) for one in held if not rests(one.parameter)])
 
     @classmethod
@@ -158,15 +158,15 @@ def _holdable(model: nn.Module, layers: Iterable[Layer]) -> list[_Holdable]:
     """The parameters of layers and of the model's ends that no other module has, nor code that reads their type."""
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
-    found = [
+    holdable = [
         _Holdable(layer.stored, [(layer.owner, name.rpartition(".")[2])], name)
         for name, layer in {layer.parameter: layer for layer in layers}.items()
         if owners[id(layer.stored)] == 1 and not any(part in wide for part in name.split("."))
     ]
     for parameter, modules in end_weights(model):
         if owners[id(parameter)] == len(modules):
-            found.append(_Holdable(parameter, [(module, "weight") for module in modules]))
-    return found
+            holdable.append(_Holdable(parameter, [(module, "weight") for module in modules]))
+    return holdable
 
 
 def _wide_rows(_module: nn.Module, _inputs: object, rows: Tensor) -> Tensor:

@@ -140,10 +140,12 @@ def _answer_labels(ids: Tensor, tokenizer: PreTrainedTokenizerBase, asked: str, 
     common = 0
     while common < min(len(before), len(whole)) and before[common] == whole[common]:
         common += 1
-    answer = torch.tensor(whole[common:])
+    answer_ids = torch.tensor(whole[common:])
     ends = [len(whole) - common + extra for extra in (0, 1)]  # the tokenizer may add an end of text
-    lengths = [size for size in ends if size and torch.equal(ids[0, len(ids[0]) - size :][: len(answer)], answer)]
-    if not len(answer) or not lengths:
+    lengths = [
+        size for size in ends if size and torch.equal(ids[0, len(ids[0]) - size :][: len(answer_ids)], answer_ids)
+    ]
+    if not len(answer_ids) or not lengths:
         raise PermpruneError("the model's processor gives an answer no tokens of its own: check its chat template")
     labels = ids.clone()
     labels[:, : -lengths[0]] = IGNORED

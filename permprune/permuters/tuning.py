@@ -146,21 +146,21 @@ class KeptWeights:
         The rounding of int4 raises the loss as well, and is no reason, nor are losses that differ as much from step to
         step, as those of a few short answers.
         """
-        at = self.progress
-        loss, spread = distributed.mean(fmean(at.losses)), distributed.mean(stdev(at.losses))
-        log.info("training step %d, %.0f %% of the schedule: loss %.4f", at.steps, 100 * place, loss)
-        first = distributed.mean(fmean(at.losses[:FIRST])) if at.first is None else at.first
-        self.progress = at = replace(at, first=first, losses=())
+        progress = self.progress
+        loss, spread = distributed.mean(fmean(progress.losses)), distributed.mean(stdev(progress.losses))
+        log.info("training step %d, %.0f %% of the schedule: loss %.4f", progress.steps, 100 * place, loss)
+        first = distributed.mean(fmean(progress.losses[:FIRST])) if progress.first is None else progress.first
+        self.progress = progress = replace(progress, first=first, losses=())
         if self._int4.scales or not has_risen(first, loss, spread):
             return
-        share = at.share * SLOWER
+        share = progress.share * SLOWER
         message = (
             "training: the loss rose from %.4f to %.4f: going back to the first weights, with %g of the learning rate"
         )
         log.warning(message, first, loss, share)
         self._network.set_weights(self._network.trained)
         self._begin({})
-        self.progress = replace(at, begun=at.steps, place=place, share=share)
+        self.progress = replace(progress, begun=progress.steps, place=place, share=share)
 
     def begin_int4(self, examples: Examples) -> None:
         """Let the next steps run with the weights as int4 stores them, solved on `examples`, if they do not yet."""
@@ -172,12 +172,12 @@ class KeptWeights:
 
         A weight is updated as soon as its gradient is known.
         """
-        self.progress = at = replace(self.progress, steps=self.progress.steps + 1)
+        self.progress = progress = replace(self.progress, steps=self.progress.steps + 1)
         seed, number = int(torch.randint(2**32, (), generator=self._generator)), itertools.count()
 
         def take(name: str, gradient: Tensor) -> None:
             weight, mean, gradient = self.weights[name], self._means[name], gradient.contiguous()
-            taken = at.steps - at.begun
+            taken = progress.steps - progress.begun
             adam_step(
                 weight,
                 gradient,
@@ -196,9 +196,9 @@ class KeptWeights:
             shown = self._network.shelf.another()
             shown.update((name, self._int4.stored(name, weight)) for name, weight in self.weights.items())
         self._network.show(shown)
-        found = self._network.take_gradients(examples, loss, take, kept=True)
-        self.progress = replace(at, losses=(*at.losses, found))
-        return found
+        mean_loss = self._network.take_gradients(examples, loss, take, kept=True)
+        self.progress = replace(progress, losses=(*progress.losses, mean_loss))
+        return mean_loss
 
     def state(self) -> State:
         """Return the state after the last step, from which training can be resumed; its tensors are read one by one."""
@@ -300,8 +300,8 @@ def train_weights(
                 )
             if place > 1 - int4:
                 kept.begin_int4(run.batch(0, SOLVED))
-            found = kept.step(batch_of(first + steps, examples), loss, rate * kept.progress.rate(place))
-            advance(round(100 * place), f"training: loss {found:.4f}, % of the schedule")
+            mean_loss = kept.step(batch_of(first + steps, examples), loss, rate * kept.progress.rate(place))
+            advance(round(100 * place), f"training: loss {mean_loss:.4f}, % of the schedule")
             if len(kept.progress.losses) == LOGGED:
                 kept.follow(place)
             saved.offer(kept.state)

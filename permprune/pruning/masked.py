@@ -264,8 +264,8 @@ class MaskedLayers(RunningLayers):
         if torch.equal(before, after):
             return 0.0
         scale, pattern, total = self.scales[part.layer], self.patterns[part.layer], 0.0
-        own = self.layers[part.layer].weight
-        matrices = own, self.trained.get(part.layer, own), gradient
+        dense_weight = self.layers[part.layer].weight
+        matrices = dense_weight, self.trained.get(part.layer, dense_weight), gradient
         size = max(1, SPAN // len(before))
         for rows in (slice(first, first + size) for first in range(0, len(gradient), size)):
             dense, weight, slope = (matrix[rows, part.span].float() for matrix in matrices)

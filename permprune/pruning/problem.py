@@ -168,10 +168,10 @@ class Outline:
     @cached_property
     def blocks(self) -> list[list[Layer]]:
         """The layers of each block, whose names begin alike, up to the first number."""
-        found = defaultdict[tuple[str, ...], list[Layer]](list)
+        by_name = defaultdict[tuple[str, ...], list[Layer]](list)
         for layer in self.layers:
-            found[tuple(re.split(r"\.(\d+)\.", layer.name, maxsplit=1)[:2])].append(layer)
-        return [*found.values()]
+            by_name[tuple(re.split(r"\.(\d+)\.", layer.name, maxsplit=1)[:2])].append(layer)
+        return [*by_name.values()]
 
     @cached_property
     def block_sums(self) -> int:

@@ -66,17 +66,17 @@ class Texts(Showing):
     def _written(self, inputs: dict[str, Tensor]) -> Tensor:
         """The tokens that the model adds to a batch of inputs, int64 (batch, tokens)."""
         model: Any = self.model
-        own = model.generation_config
-        pad, ends = own.pad_token_id, own.eos_token_id
+        defaults = model.generation_config
+        pad, ends = defaults.pad_token_id, defaults.eos_token_id
         settings = GenerationConfig(
             max_new_tokens=WRITTEN,
             do_sample=False,
             num_beams=1,
             repetition_penalty=PENALTY,
-            eos_token_id=own.eos_token_id,
+            eos_token_id=defaults.eos_token_id,
             pad_token_id=pad if pad is not None else ends[0] if isinstance(ends, list) else ends or 0,
-            bos_token_id=own.bos_token_id,
-            decoder_start_token_id=own.decoder_start_token_id,
+            bos_token_id=defaults.bos_token_id,
+            decoder_start_token_id=defaults.decoder_start_token_id,
         )
         ids: Tensor = model.generate(**typed_inputs(model, inputs), generation_config=settings)
         return ids if is_encoder_decoder(model) else ids[:, inputs["input_ids"].shape[1] :]
@@ -109,12 +109,12 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples
         ids, labels = example["input_ids"], example["labels"]
         answered = labels[0].ne(IGNORED)
         asked = int(answered.int().argmax())
-        answer = labels[0, asked:][answered[asked:].int().cumprod(0).bool()]
+        first_answer = labels[0, asked:][answered[asked:].int().cumprod(0).bool()]
         cut = {name: tensor[:, :asked] for name in example if (tensor := example[name]).shape[:2] == ids.shape}
         device, whole = compute_device(model), {name: example[name] for name in example}
         inputs.append({name: tensor.to(device) for name, tensor in {**whole, **cut}.items() if name != "labels"})
         given.append(shortened(str(tokenizer.decode(ids[0, :asked], skip_special_tokens=True)), end=True))
-        expected.append(shortened(str(tokenizer.decode(answer, skip_special_tokens=True))))
+        expected.append(shortened(str(tokenizer.decode(first_answer, skip_special_tokens=True))))
     return Texts(model, tokenizer, inputs, given, expected)
 
 

@@ -91,10 +91,10 @@ def stage(name: str) -> None:
     """Begin the next stage of this name, if the run has one: it is shown on a terminal, and logged."""
     if _display is None or _display.stages is None or not _display.stages.enter(name):
         return
-    found = _display.stages
-    left = found.left()
+    stages = _display.stages
+    left = stages.left()
     time_left = f", about {duration(left)} left" if left and left >= 1 else ""
-    log.info("stage %d of %d: %s%s", found.at + 1, len(found.names), name, time_left)
+    log.info("stage %d of %d: %s%s", stages.current + 1, len(stages.names), name, time_left)
     _display.show()
 
 
@@ -157,12 +157,12 @@ class _Display:
         return Group(*line, *([self.bars] if self.bars.tasks else []))
 
     def _text(self) -> str:
-        if self.stages is None or self.stages.at < 0:
+        if self.stages is None or self.stages.current < 0:
             return self.text and f"{self.text}; {duration(time.monotonic() - self._began)} so far"
-        task = next(iter(self.bars.tasks), None)
-        left = self.stages.left(task.completed / task.total if task and task.total else None)
-        name = self.stages.names[self.stages.at]
-        text = f"stage {self.stages.at + 1} of {len(self.stages.names)}: {name}; {duration(self.stages.elapsed)} so far"
+        task, stages = next(iter(self.bars.tasks), None), self.stages
+        left = stages.left(task.completed / task.total if task and task.total else None)
+        number, names = stages.current, stages.names
+        text = f"stage {number + 1} of {len(names)}: {names[number]}; {duration(stages.elapsed)} so far"
         return f"{text}, about {duration(left)} left" if left and left >= 1 else text
 
 

@@ -22,7 +22,7 @@ class Stages:
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
-        self.at = -1
+        self.current = -1
         self._limited: Collection[str] = ()
         self._spent: dict[int, float] = {}
         self._began = 0.0
@@ -39,11 +39,11 @@ class Stages:
 
     def enter(self, name: str) -> bool:
         """Begin the next stage of this name; returns False, and goes on with the current one, if none follows."""
-        if name not in self.names[self.at + 1 :]:
+        if name not in self.names[self.current + 1 :]:
             return False
-        if self.at >= 0:
-            self._spent[self.at] = self.elapsed
-        self.at, self._began = self.names.index(name, self.at + 1), time.monotonic()
+        if self.current >= 0:
+            self._spent[self.current] = self.elapsed
+        self.current, self._began = self.names.index(name, self.current + 1), time.monotonic()
         return True
 
     @property
@@ -56,17 +56,18 @@ class Stages:
 
         None if a stage that is not over has no expected time. Times are scaled by the pace of the run so far.
         """
-        ahead = [seconds for seconds in self._expected[self.at :] if seconds is not None]
-        if len(ahead) < len(self.names) - self.at:
+        ahead = [seconds for seconds in self._expected[self.current :] if seconds is not None]
+        if len(ahead) < len(self.names) - self.current:
             return None
-        known = {at: seconds for at, seconds in enumerate(self._expected) if seconds is not None}
+        known = {number: seconds for number, seconds in enumerate(self._expected) if seconds is not None}
         prior = PRIOR * sum(known.values())
-        over = {at: seconds for at, seconds in self._spent.items() if at in known}
-        pace = (sum(over.values()) + prior) / max(sum(known[at] for at in over) + prior, 1e-9)
+        over = {number: seconds for number, seconds in self._spent.items() if number in known}
+        pace = (sum(over.values()) + prior) / max(sum(known[number] for number in over) + prior, 1e-9)
         scaled = [
-            known[at] * (1 if self.names[at] in self._limited else pace) for at in range(self.at, len(self.names))
+            known[number] * (1 if self.names[number] in self._limited else pace)
+            for number in range(self.current, len(self.names))
         ]
-        return _left(scaled[0], self.elapsed, done, limited=self.names[self.at] in self._limited) + sum(scaled[1:])
+        return _left(scaled[0], self.elapsed, done, limited=self.names[self.current] in self._limited) + sum(scaled[1:])
 
 
 def _left(expected: float, elapsed: float, done: float | None, *, limited: bool) -> float:

@@ -37,7 +37,7 @@ class SecondMoments:
         are the roots of the second moments without their bias.
         """
         of_rows, of_channels = squared_sums(gradient, self._bits)
-        found = torch.cat([of_rows / self._kept, of_channels / self._rows.clamp_min(1)])
-        by_row, by_channel = self.means.lerp_(found, 1 - beta).split([len(gradient), gradient.shape[1]])
+        means = torch.cat([of_rows / self._kept, of_channels / self._rows.clamp_min(1)])
+        by_row, by_channel = self.means.lerp_(means, 1 - beta).split([len(gradient), gradient.shape[1]])
         mean = by_channel @ self._rows / self._rows.sum()
         return (by_row / (mean.clamp_min(TINY) * (1 - beta**step))).sqrt(), by_channel.sqrt()

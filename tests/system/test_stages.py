@@ -15,7 +15,7 @@ def clock(monkeypatch):
 def test_the_next_stage_of_a_name_begins():
     run = Stages(["search", "measure", "search", "measure", "write"])
     assert [run.enter(name) for name in ("search", "measure", "measure", "write", "search")] == [True] * 4 + [False]
-    assert run.at == 4
+    assert run.current == 4
 
 
 def test_the_time_left_needs_the_times_of_what_is_left(clock):

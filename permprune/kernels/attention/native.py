@@ -83,7 +83,7 @@ def attend(queries: Queries, keys: Side, values: Side, packed: int, before: int)
     library.run(
         "attend",
         batch * all_heads * count * length * (width + value_width),
-        packed=tuple(own.packed.struct if own.packed else _no_states(own.whole.shape[3]) for own in (keys, values)),
+        packed=tuple(side.packed.struct if side.packed else _no_states(side.whole.shape[3]) for side in (keys, values)),
         whole=tuple(_whole_states(side) for side in (keys, values)),
         order=(keys.order, values.order),
         query=query,

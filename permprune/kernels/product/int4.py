@@ -43,12 +43,12 @@ def exact_scale(weights: Tensor) -> tuple[Tensor, Tensor]:
     The latter is bool (...).
     """
     largest = weights.gather(-1, weights.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    found, is_exact = torch.zeros_like(largest, dtype=torch.bfloat16), torch.zeros_like(largest, dtype=torch.bool)
+    scales, is_exact = torch.zeros_like(largest, dtype=torch.bfloat16), torch.zeros_like(largest, dtype=torch.bool)
     for steps in range(1, 9):
         scale = (largest / -steps).bfloat16()
         exact = (round_to_int4(weights, scale) * scale.float().unsqueeze(-1) == weights).all(-1)
-        found, is_exact = torch.where(exact, scale, found), is_exact | exact
-    return found, is_exact
+        scales, is_exact = torch.where(exact, scale, scales), is_exact | exact
+    return scales, is_exact
 
 
 def stored_values(weight: Tensor, scale: Tensor, columns: Tensor | None = None) -> Tensor:

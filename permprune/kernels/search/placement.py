@@ -62,9 +62,9 @@ def _placement_cost(
 
     every, unit = torch.arange(len(groups)), pattern.unit
     free, units = groups[every, slots], groups.view(len(groups), -1, unit)
-    own = torch.arange(units.shape[1]) == slots[:, None] // unit
-    mates = units[own][units[own].ne(free[:, None])].view(len(groups), -1)
-    rest = units[~own].view(len(groups), -1, unit)
+    holds_slot = torch.arange(units.shape[1]) == slots[:, None] // unit
+    mates = units[holds_slot][units[holds_slot].ne(free[:, None])].view(len(groups), -1)
+    rest = units[~holds_slot].view(len(groups), -1, unit)
     size = score if unit == 1 else score.square()
     sizes = size[rest].sum(2)
     last = ranks(sizes, 1) == pattern.n // unit - 1  # the last unit to be kept if that with the free slot were empty
