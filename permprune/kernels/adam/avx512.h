@@ -9,11 +9,11 @@ static ALWAYS_INLINE __m256i upper_halves(__m512i numbers)
 }
 
 /* The numbers whose lanes are in `there`, which are LINE numbers if `whole`. */
-static ALWAYS_INLINE lanes read_lanes(const void *numbers, int64_t at, __mmask16 there, const int whole,
+static ALWAYS_INLINE lanes read_lanes(const void *numbers, int64_t offset, __mmask16 there, const int whole,
                                       const int32_t number)
 {
-    const float *floats = (const float *)numbers + at;
-    const __m256i *halves = (const __m256i *)((const uint16_t *)numbers + at);
+    const float *floats = (const float *)numbers + offset;
+    const __m256i *halves = (const __m256i *)((const uint16_t *)numbers + offset);
     if (number == F32)
         return (lanes)(whole ? _mm512_loadu_ps(floats) : _mm512_maskz_loadu_ps(there, floats));
     return (lanes)widened(whole ? _mm256_loadu_si256(halves) : _mm256_maskz_loadu_epi16(there, halves));
@@ -21,12 +21,12 @@ static ALWAYS_INLINE lanes read_lanes(const void *numbers, int64_t at, __mmask16
 
 /* Write the lanes in `keep`: of bf16 the upper halves. The others keep what they have; if LINE numbers are there, that is
  * written again, because masked stores of 16 bits are slow. */
-static ALWAYS_INLINE void write_lanes(void *numbers, int64_t at, __mmask16 keep, const int whole, const int32_t number,
+static ALWAYS_INLINE void write_lanes(void *numbers, int64_t offset, __mmask16 keep, const int whole, const int32_t number,
                                       __m512i bits)
 {
-    __m256i *halves = (__m256i *)((uint16_t *)numbers + at);
+    __m256i *halves = (__m256i *)((uint16_t *)numbers + offset);
     if (number == F32)
-        _mm512_mask_storeu_ps((float *)numbers + at, keep, (__m512)bits);
+        _mm512_mask_storeu_ps((float *)numbers + offset, keep, (__m512)bits);
     else if (whole)
         _mm256_storeu_si256(halves, _mm256_mask_blend_epi16(keep, _mm256_loadu_si256(halves), upper_halves(bits)));
     else
@@ -77,18 +77,18 @@ static ALWAYS_INLINE __m512i randomly_raised(__m512i bits, __m512i noise)
 static ALWAYS_INLINE void step_lanes(const struct step *job, int64_t row, int64_t channel, int64_t slot, __mmask16 keep,
                                      const int whole, const int32_t number)
 {
-    const int64_t at = row * job->width + channel;
+    const int64_t offset = row * job->width + channel;
     const float one = job->first;
     const __mmask16 first = (__mmask16)((1u << __builtin_popcount(keep)) - 1);
-    const lanes gradient = read_lanes(job->gradient, at, keep, whole, number);
-    lanes weight = read_lanes(job->weight, at, keep, whole, number);
+    const lanes gradient = read_lanes(job->gradient, offset, keep, whole, number);
+    lanes weight = read_lanes(job->weight, offset, keep, whole, number);
     lanes mean = read_moments(job->mean, slot, first, keep, whole, number);
     mean = one * mean + (1 - one) * gradient;
     weight -= job->rate * mean / (job->by_row[row] * read_lanes(job->by_channel, channel, keep, whole, F32) + job->least);
     write_moments(job->mean, slot, first, keep, whole, number, mean);
     const __m512i bits = (__m512i)weight;
     const __m512i raised = number == F32 ? bits : randomly_raised(bits, noise_of(job->seed, (uint32_t)slot, keep));
-    write_lanes(job->weight, at, keep, whole, number, raised);
+    write_lanes(job->weight, offset, keep, whole, number, raised);
 }
 
 /* The kept channels among `LINE` from `channel` on, the first one in the lowest bit; `bits` are those of the row. */

@@ -30,28 +30,28 @@ static ALWAYS_INLINE int kept_of_span(const uint8_t *bits, int64_t channel, int 
 }
 
 /* `count` numbers as fp32; the other lanes keep what they have. */
-static ALWAYS_INLINE void read_span(const void *numbers, int64_t at, int count, const int32_t number, float *span)
+static ALWAYS_INLINE void read_span(const void *numbers, int64_t offset, int count, const int32_t number, float *span)
 {
     if (number == F32) {
-        memcpy(span, (const float *)numbers + at, (size_t)count * sizeof(float));
+        memcpy(span, (const float *)numbers + offset, (size_t)count * sizeof(float));
         return;
     }
     uint16_t halves[SPAN] = {0};
-    memcpy(halves, (const uint16_t *)numbers + at, (size_t)count * sizeof(uint16_t));
+    memcpy(halves, (const uint16_t *)numbers + offset, (size_t)count * sizeof(uint16_t));
     for (int i = 0; i < SPAN; i++)
         span[i] = bf16_to_f32(halves[i]);
 }
 
-static ALWAYS_INLINE void write_span(void *numbers, int64_t at, int count, const int32_t number, const float *span)
+static ALWAYS_INLINE void write_span(void *numbers, int64_t offset, int count, const int32_t number, const float *span)
 {
     if (number == F32) {
-        memcpy((float *)numbers + at, span, (size_t)count * sizeof(float));
+        memcpy((float *)numbers + offset, span, (size_t)count * sizeof(float));
         return;
     }
     uint16_t halves[SPAN];
     for (int i = 0; i < SPAN; i++)
         halves[i] = (uint16_t)((to_bits(span[i]) + 0x7fff + (to_bits(span[i]) >> 16 & 1)) >> 16);
-    memcpy((uint16_t *)numbers + at, halves, (size_t)count * sizeof(uint16_t));
+    memcpy((uint16_t *)numbers + offset, halves, (size_t)count * sizeof(uint16_t));
 }
 
 static ALWAYS_INLINE void step_span(const struct step *job, float by_row, const float *by_channel, float *weight,
@@ -80,15 +80,15 @@ static ALWAYS_INLINE void step_row(const struct step *job, int64_t row, const in
     int64_t slot = row * job->kept;
     const int64_t end = slot + job->kept;
     for (int64_t channel = 0; channel < job->width; channel += SPAN) {
-        const int64_t at = row * job->width + channel;
+        const int64_t offset = row * job->width + channel;
         uint8_t lane[SPAN];
         uint16_t rounded[SPAN];
         int count = kept_of_span(bits, channel, job->width - channel < SPAN ? (int)(job->width - channel) : SPAN, lane);
         if (count > end - slot) /* more bits than moments: the rest stays as it is */
             count = (int)(end - slot);
         for (int i = 0; i < count; i++) {
-            weight[i] = read_number(job->weight, at + lane[i], number);
-            gradient[i] = read_number(job->gradient, at + lane[i], number);
+            weight[i] = read_number(job->weight, offset + lane[i], number);
+            gradient[i] = read_number(job->gradient, offset + lane[i], number);
             by_channel[i] = job->by_channel[channel + lane[i]];
         }
         read_span(job->mean, slot, count, number, mean);
@@ -98,17 +98,17 @@ static ALWAYS_INLINE void step_row(const struct step *job, int64_t row, const in
             round_span(weight, job->seed, (uint32_t)slot, rounded);
         for (int i = 0; i < count; i++)
             if (number == F32)
-                ((float *)job->weight)[at + lane[i]] = weight[i];
+                ((float *)job->weight)[offset + lane[i]] = weight[i];
             else
-                ((uint16_t *)job->weight)[at + lane[i]] = rounded[i];
+                ((uint16_t *)job->weight)[offset + lane[i]] = rounded[i];
         slot += count;
     }
 }
 #endif
 
-static void step_rows(const void *own, int64_t first, int64_t last)
+static void step_rows(const void *argument, int64_t first, int64_t last)
 {
-    const struct step *job = own;
+    const struct step *job = argument;
     for (int64_t row = first; row < last; row++)
         if (job->number == F32)
             step_row(job, row, F32);
@@ -117,25 +117,25 @@ static void step_rows(const void *own, int64_t first, int64_t last)
 }
 
 /* `count` numbers, at most LINE; the other lanes are 0. */
-static ALWAYS_INLINE lanes read_numbers(const void *numbers, int64_t at, int64_t count, const int32_t number)
+static ALWAYS_INLINE lanes read_numbers(const void *numbers, int64_t offset, int64_t count, const int32_t number)
 {
     typedef uint16_t short_lanes __attribute__((vector_size(LINE * sizeof(uint16_t))));
     if (number == F32) {
         lanes line = {0};
-        memcpy(&line, (const float *)numbers + at, (size_t)(count == LINE ? LINE : count) * sizeof(float));
+        memcpy(&line, (const float *)numbers + offset, (size_t)(count == LINE ? LINE : count) * sizeof(float));
         return line;
     }
     short_lanes halves = {0};
-    memcpy(&halves, (const uint16_t *)numbers + at, (size_t)(count == LINE ? LINE : count) * sizeof(uint16_t));
+    memcpy(&halves, (const uint16_t *)numbers + offset, (size_t)(count == LINE ? LINE : count) * sizeof(uint16_t));
     return (lanes)(__builtin_convertvector(halves, int_lanes) << 16);
 }
 
-static ALWAYS_INLINE void square_line(const struct square *job, int64_t at, const uint8_t *bits, int64_t count,
+static ALWAYS_INLINE void square_line(const struct square *job, int64_t offset, const uint8_t *bits, int64_t count,
                                       lanes *by_channel, lanes *by_lane, const int32_t number)
 {
     const int_lanes place = {15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0};
     const int_lanes keep = -((bits[0] << 8 | (count > 8 ? bits[1] : 0)) >> place & 1);
-    const lanes kept = (lanes)((int_lanes)read_numbers(job->gradient, at, count, number) & keep), squares = kept * kept;
+    const lanes kept = (lanes)((int_lanes)read_numbers(job->gradient, offset, count, number) & keep), squares = kept * kept;
     *by_channel += squares;
     *by_lane += squares;
 }
@@ -146,12 +146,12 @@ static ALWAYS_INLINE void square_block(const struct square *job, int64_t block, 
     lanes by_channel[SQUARED / LINE] = {{0}};
     for (int64_t row = 0; row < job->rows; row++) {
         const uint8_t *bits = job->bits + row * bytes + first / 8;
-        const int64_t at = row * job->width + first, whole = width / LINE;
+        const int64_t offset = row * job->width + first, whole = width / LINE;
         lanes by_lane = {0};
         for (int64_t line = 0; line < whole; line++)
-            square_line(job, at + line * LINE, bits + 2 * line, LINE, &by_channel[line], &by_lane, number);
+            square_line(job, offset + line * LINE, bits + 2 * line, LINE, &by_channel[line], &by_lane, number);
         if (whole * LINE < width)
-            square_line(job, at + whole * LINE, bits + 2 * whole, width % LINE, &by_channel[whole], &by_lane, number);
+            square_line(job, offset + whole * LINE, bits + 2 * whole, width % LINE, &by_channel[whole], &by_lane, number);
         float sum = 0;
         for (int i = 0; i < LINE; i++)
             sum += by_lane[i];
@@ -160,9 +160,9 @@ static ALWAYS_INLINE void square_block(const struct square *job, int64_t block, 
     memcpy(job->by_channel + first, by_channel, (size_t)width * sizeof(float));
 }
 
-static void square_blocks(const void *own, int64_t first, int64_t last)
+static void square_blocks(const void *argument, int64_t first, int64_t last)
 {
-    const struct square *job = own;
+    const struct square *job = argument;
     for (int64_t block = first; block < last; block++)
         if (job->number == F32)
             square_block(job, block, F32);

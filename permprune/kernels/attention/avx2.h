@@ -41,9 +41,9 @@ static ALWAYS_INLINE void unpack_coded(float *to, const uint64_t *planes, const 
         const __m128i line[2] = {_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)};
         UNROLLED for (int half = 0; half < 2; half++)
             if (i + half < lines) {
-                float *own = to + half * LINE;
-                _mm256_storeu_ps(own, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(line[half])));
-                _mm256_storeu_ps(own + 8, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(line[half], 8))));
+                float *first = to + half * LINE;
+                _mm256_storeu_ps(first, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(line[half])));
+                _mm256_storeu_ps(first + 8, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(line[half], 8))));
             }
     }
 }

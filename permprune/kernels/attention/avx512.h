@@ -54,8 +54,8 @@ static ALWAYS_INLINE void unpack_block(float *to, const char *from, const int nu
 
 static ALWAYS_INLINE lanes flip(lanes values, uint32_t bits)
 {
-    __m512i own = (__m512i)values;
-    return (lanes)_mm512_mask_xor_epi32(own, (__mmask16)bits, own, _mm512_set1_epi32(INT32_MIN));
+    __m512i bits_of_values = (__m512i)values;
+    return (lanes)_mm512_mask_xor_epi32(bits_of_values, (__mmask16)bits, bits_of_values, _mm512_set1_epi32(INT32_MIN));
 }
 
 /* Numbers become bytes in one register, and what they stand for by a table of 16, or by equal steps. */

@@ -20,41 +20,41 @@ static int states_are_bad(const struct states *states, int64_t tokens)
 /* The output of attention, (batch, count, heads * group, width). */
 ENTRY(attend)
 {
-    struct attend own = *job;
-    const int64_t heads = own.batch * own.heads, whole = own.length - own.packed_tokens;
+    struct attend copy = *job;
+    const int64_t heads = copy.batch * copy.heads, whole = copy.length - copy.packed_tokens;
     int32_t bad = 0;
-    own.bad = &bad;
-    if (bad_size(own.batch) || bad_size(own.heads) || bad_size(heads) || bad_size(own.group) || bad_size(own.count) ||
-        bad_size(own.length) || bad_size(own.packed_tokens) || own.before < 0 || own.before > whole ||
-        own.parts != (own.length + PART_TOKENS - 1) / PART_TOKENS || !is_float(own.number) ||
-        LACKS(heads * own.group * own.count, own.query, own.output) ||
-        LACKS(heads * own.group * own.count * own.parts, own.partial))
+    copy.bad = &bad;
+    if (bad_size(copy.batch) || bad_size(copy.heads) || bad_size(heads) || bad_size(copy.group) || bad_size(copy.count) ||
+        bad_size(copy.length) || bad_size(copy.packed_tokens) || copy.before < 0 || copy.before > whole ||
+        copy.parts != (copy.length + PART_TOKENS - 1) / PART_TOKENS || !is_float(copy.number) ||
+        LACKS(heads * copy.group * copy.count, copy.query, copy.output) ||
+        LACKS(heads * copy.group * copy.count * copy.parts, copy.partial))
         return BAD_SIZE;
     for (int side = 0; side < 2; side++) {
-        const int64_t width = own.packed[side].width;
-        if (own.whole[side].width != width || states_are_bad(&own.packed[side], heads * own.packed_tokens) ||
-            states_are_bad(&own.whole[side], heads * whole))
+        const int64_t width = copy.packed[side].width;
+        if (copy.whole[side].width != width || states_are_bad(&copy.packed[side], heads * copy.packed_tokens) ||
+            states_are_bad(&copy.whole[side], heads * whole))
             return BAD_SIZE;
-        for (int64_t head = 0; head < own.heads; head++)
-            if (places_are_bad(own.order[side] + head * width, width, width))
+        for (int64_t head = 0; head < copy.heads; head++)
+            if (places_are_bad(copy.order[side] + head * width, width, width))
                 return BAD_ORDER;
     }
-    run_in_pieces(&own, kernels->attend, heads * own.parts, 1, threads);
-    run_in_pieces(&own, kernels->combine, heads, 1, 1);
+    run_in_pieces(&copy, kernels->attend, heads * copy.parts, 1, threads);
+    run_in_pieces(&copy, kernels->combine, heads, 1, 1);
     return bad ? BAD_CODE : DONE;
 }
 
 /* Some packed tokens as numbers, (batch * heads, count, width). */
 ENTRY(unpack_states)
 {
-    struct unpack_states own = *job;
-    const int64_t heads = own.batch * own.heads;
+    struct unpack_states copy = *job;
+    const int64_t heads = copy.batch * copy.heads;
     int32_t bad = 0;
-    own.bad = &bad;
-    if (bad_size(own.batch) || bad_size(own.heads) || bad_size(heads) || bad_size(own.first) || bad_size(own.count) ||
-        !is_float(own.number) || states_are_bad(&own.states, heads * (own.first + own.count)) ||
-        LACKS(heads * own.count, own.output))
+    copy.bad = &bad;
+    if (bad_size(copy.batch) || bad_size(copy.heads) || bad_size(heads) || bad_size(copy.first) || bad_size(copy.count) ||
+        !is_float(copy.number) || states_are_bad(&copy.states, heads * (copy.first + copy.count)) ||
+        LACKS(heads * copy.count, copy.output))
         return BAD_SIZE;
-    run_in_pieces(&own, kernels->unpack_states, heads, 1, threads);
+    run_in_pieces(&copy, kernels->unpack_states, heads, 1, threads);
     return bad ? BAD_CODE : DONE;
 }

@@ -37,8 +37,8 @@ static ALWAYS_INLINE void multiply_lines(const float *query, const float *line, 
     for (int token = 0; token < TOKENS; token += 4, line += 4 * stride) {
         lanes sums[4] = {{0}, {0}, {0}, {0}};
         for (int64_t c = 0; c < stride; c += LINE) {
-            lanes own = load_line(query + c);
-            UNROLLED for (int i = 0; i < 4; i++) sums[i] += load_line(line + i * stride + c) * own;
+            lanes queries = load_line(query + c);
+            UNROLLED for (int i = 0; i < 4; i++) sums[i] += load_line(line + i * stride + c) * queries;
         }
         store_totals(score + token, sums);
     }
@@ -49,13 +49,13 @@ static ALWAYS_INLINE void add_lines(const float *share, const float *line, int64
                                     const int rows)
 {
     for (int64_t c = 0; c < stride; c += LINE) {
-        lanes own[4];
-        UNROLLED for (int r = 0; r < rows; r++) own[r] = load_line(sum + r * stride + c);
+        lanes total[4];
+        UNROLLED for (int r = 0; r < rows; r++) total[r] = load_line(sum + r * stride + c);
         for (int64_t token = 0; token < count; token++) {
             lanes values = load_line(line + token * stride + c);
-            UNROLLED for (int r = 0; r < rows; r++) own[r] += values * share[r * TOKENS + token];
+            UNROLLED for (int r = 0; r < rows; r++) total[r] += values * share[r * TOKENS + token];
         }
-        UNROLLED for (int r = 0; r < rows; r++) store_line(sum + r * stride + c, own[r]);
+        UNROLLED for (int r = 0; r < rows; r++) store_line(sum + r * stride + c, total[r]);
     }
 }
 
@@ -145,8 +145,8 @@ static ALWAYS_INLINE void exponentiate(struct rows *rows, int64_t r, int64_t str
     float *score = rows->score + r * TOKENS;
     lanes most = spread(rows->largest[r]), total = {0};
     for (int t = 0; t < TOKENS; t += LINE) {
-        lanes own = load_line(score + t);
-        most = select_lanes(own > most, own, most);
+        lanes scores = load_line(score + t);
+        most = select_lanes(scores > most, scores, most);
     }
     float largest = rows->largest[r];
     for (int i = 0; i < LINE; i++)
@@ -215,9 +215,9 @@ static int64_t read_tokens(struct rows *rows, int64_t position, int64_t stop, in
     return count;
 }
 
-static void attend(const void *own, int64_t first, int64_t last)
+static void attend(const void *argument, int64_t first, int64_t last)
 {
-    const struct attend *job = own;
+    const struct attend *job = argument;
     const int64_t height = job->group * job->count, width = job->packed[1].width, stride = lines_of(width);
     struct rows rows;
     int good = 1;
@@ -246,14 +246,14 @@ static void attend(const void *own, int64_t first, int64_t last)
         report_bad(job->bad);
 }
 
-static void combine(const void *own, int64_t first, int64_t last)
+static void combine(const void *argument, int64_t first, int64_t last)
 {
-    const struct attend *job = own;
+    const struct attend *job = argument;
     const int64_t height = job->group * job->count, width = job->packed[1].width, size = width + 2;
     float sum[WIDEST];
     for (int64_t task = first; task < last; task++)
         for (int64_t row = 0; row < height; row++) {
-            const int64_t own = task % job->heads, head = own * job->group + row / job->count;
+            const int64_t kv_head = task % job->heads, head = kv_head * job->group + row / job->count;
             const float *part = job->partial + (task * job->parts * height + row) * size;
             float largest = job->sinks ? job->sinks[head] : -FLT_MAX;
             for (int64_t p = 0; p < job->parts; p++)
@@ -267,16 +267,16 @@ static void combine(const void *own, int64_t first, int64_t last)
                     sum[c] += from[c] * factor;
             }
             const int64_t query = task / job->heads * job->count + row % job->count;
-            const int64_t to = (query * job->heads * job->group + head) * width, *order = job->order[1] + own * width;
+            const int64_t to = (query * job->heads * job->group + head) * width, *order = job->order[1] + kv_head * width;
             const float inverse = 1.0f / (total < FLT_MIN ? FLT_MIN : total);
             for (int64_t c = 0; c < width; c++)
                 write_number(job->output, to + order[c], job->number, sum[c] * inverse);
         }
 }
 
-static void unpack_states(const void *own, int64_t first, int64_t last)
+static void unpack_states(const void *argument, int64_t first, int64_t last)
 {
-    const struct unpack_states *job = own;
+    const struct unpack_states *job = argument;
     const int64_t width = job->states.width, stride = lines_of(width);
     float level[WIDEST], line[TOKENS * WIDEST], unit[TOKENS];
     int good = 1;

@@ -169,8 +169,8 @@ static ALWAYS_INLINE int unpack_token(const struct states *states, int64_t token
         }
         const char *from = values + kept * value_bytes(1, number);
         for (int64_t line = 0; channel + line < stride; line += LINE, mask >>= LINE) {
-            lanes own = recover(level + channel + line, amplitude, signs >> line, kind);
-            store_line(to + channel + line, unpack_line(from, number, mask & 0xffff, own));
+            lanes recovered = recover(level + channel + line, amplitude, signs >> line, kind);
+            store_line(to + channel + line, unpack_line(from, number, mask & 0xffff, recovered));
             from += __builtin_popcount(mask & 0xffff) * value_bytes(1, number);
         }
     }

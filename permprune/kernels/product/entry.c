@@ -63,9 +63,9 @@ static float weight_at(const struct weights *weights, int64_t row, int64_t chann
     const char *block = weights->blocks + n * block_bytes(weights), *values = block + header_bytes(weights);
     int64_t slot = channel % BLOCK;
     if (weights->kind != PLAIN) {
-        const uint64_t kept = kept_channels(read_code(block), weights->kind), own = kept >> slot & 1;
+        const uint64_t kept = kept_channels(read_code(block), weights->kind), is_kept = kept >> slot & 1;
         slot = __builtin_popcountll(before(kept, (int)slot));
-        if (!own || slot >= weights->slots)
+        if (!is_kept || slot >= weights->slots)
             return 0.0f;
     }
     if (!are_integers(weights))
@@ -231,9 +231,9 @@ EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void
 
 static uint64_t reversed(uint8_t byte) { return (byte * 0x0202020202ull & 0x010884422010ull) % 1023; }
 
-static void compress_rows(const void *own, int64_t first, int64_t last)
+static void compress_rows(const void *argument, int64_t first, int64_t last)
 {
-    const struct compress *job = own;
+    const struct compress *job = argument;
     const int64_t count = (job->width + BLOCK - 1) / BLOCK, size = CODE + BLOCK * (int64_t)sizeof(float);
     for (int64_t row = first; row < last; row++)
         for (int64_t n = 0; n < count; n++) {
@@ -302,9 +302,9 @@ static void compress_pairs_of(const struct compress *job, int64_t first, int64_t
     }
 }
 
-static void compress_pairs(const void *own, int64_t first, int64_t last)
+static void compress_pairs(const void *argument, int64_t first, int64_t last)
 {
-    const struct compress *job = own;
+    const struct compress *job = argument;
     const int64_t padded = (job->width + BLOCK - 1) / BLOCK * BLOCK;
     int32_t *scratch = malloc((size_t)padded * 7);
     if (scratch)

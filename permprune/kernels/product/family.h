@@ -119,9 +119,9 @@ static ALWAYS_INLINE void PASTE(add_two_, KIND)(SUM sums[][WIDE_BATCH], const CO
 #include "product/two_rows.h"
 #endif
 
-static void PASTE(product_, KIND)(const void *own, int64_t first, int64_t last)
+static void PASTE(product_, KIND)(const void *argument, int64_t first, int64_t last)
 {
-    const struct product *job = own;
+    const struct product *job = argument;
     const int32_t kind = job->weights->kind;
 #ifdef PICK_IN_GROUPS
     if (job->weights->half && kind == POSITIONS && job->staged->batch >= TWO_ROWS_FROM)
@@ -138,9 +138,9 @@ static void PASTE(product_, KIND)(const void *own, int64_t first, int64_t last)
 }
 
 #ifdef STORE
-static void PASTE(unpack_, KIND)(const void *own, int64_t first, int64_t last)
+static void PASTE(unpack_, KIND)(const void *argument, int64_t first, int64_t last)
 {
-    const struct product *job = own;
+    const struct product *job = argument;
     const struct weights *weights = job->weights;
 #ifdef UNPACK_16
     if (sizeof(WEIGHT) == sizeof(uint16_t) && job->output_number == weights->number) {

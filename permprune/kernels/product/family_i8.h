@@ -89,34 +89,34 @@ static ALWAYS_INLINE int takes_two_rows(const struct product *job, int64_t least
     return job->weights->kind == POSITIONS && job->staged->batch >= least;
 }
 
-static void product_i8(const void *own, int64_t first, int64_t last)
+static void product_i8(const void *argument, int64_t first, int64_t last)
 {
 #ifdef TWO_ROWS_I8
-    if (takes_two_rows(own, TWO_ROWS_I8))
-        first = two_rows_i8(own, first, last);
+    if (takes_two_rows(argument, TWO_ROWS_I8))
+        first = two_rows_i8(argument, first, last);
 #endif
 #ifdef HALF_I8
-    if (((const struct product *)own)->weights->kind == POSITIONS) {
-        half_i8(own, first, last);
+    if (((const struct product *)argument)->weights->kind == POSITIONS) {
+        half_i8(argument, first, last);
         return;
     }
 #endif
-    expand_i8_blocks(own, first, last);
+    expand_i8_blocks(argument, first, last);
 }
 
-static void product_i4(const void *own, int64_t first, int64_t last)
+static void product_i4(const void *argument, int64_t first, int64_t last)
 {
 #ifdef TWO_ROWS_I4
-    if (takes_two_rows(own, TWO_ROWS_I4))
-        first = two_rows_i4(own, first, last);
+    if (takes_two_rows(argument, TWO_ROWS_I4))
+        first = two_rows_i4(argument, first, last);
 #endif
 #ifdef HALF_I8
-    if (((const struct product *)own)->weights->kind == POSITIONS) {
-        half_i4(own, first, last);
+    if (((const struct product *)argument)->weights->kind == POSITIONS) {
+        half_i4(argument, first, last);
         return;
     }
 #endif
-    expand_i4_blocks(own, first, last);
+    expand_i4_blocks(argument, first, last);
 }
 
 static ALWAYS_INLINE void unpack_integers(const struct product *job, int32_t number, int64_t first, int64_t last)
@@ -139,6 +139,6 @@ static ALWAYS_INLINE void unpack_integers(const struct product *job, int32_t num
         }
 }
 
-static void unpack_i8(const void *own, int64_t first, int64_t last) { unpack_integers(own, I8, first, last); }
+static void unpack_i8(const void *argument, int64_t first, int64_t last) { unpack_integers(argument, I8, first, last); }
 
-static void unpack_i4(const void *own, int64_t first, int64_t last) { unpack_integers(own, I4, first, last); }
+static void unpack_i4(const void *argument, int64_t first, int64_t last) { unpack_integers(argument, I4, first, last); }

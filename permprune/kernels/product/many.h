@@ -55,9 +55,9 @@ static ALWAYS_INLINE int is_in_place(const struct many *job, int64_t end, int64_
 }
 
 /* Writes the lines of some tiles, with zeros after the last token. */
-static void spread_tokens(const void *own, int64_t first, int64_t last)
+static void spread_tokens(const void *argument, int64_t first, int64_t last)
 {
-    const struct many *job = own;
+    const struct many *job = argument;
     const struct product *product = &job->product;
     const int64_t width = product->weights->width;
     float room[8][BLOCK];
@@ -208,9 +208,9 @@ static void write_tokens(const struct product *job, int64_t row, int rows, int64
 }
 
 /* The products of some chunks of rows with the tiles that are spread. */
-static void multiply_tokens(const void *own, int64_t first, int64_t last)
+static void multiply_tokens(const void *argument, int64_t first, int64_t last)
 {
-    const struct many *job = own;
+    const struct many *job = argument;
     const struct weights *weights = job->product.weights;
     float sums[TILES][CHUNK][MOST_VECTORS * LANES] __attribute__((aligned(64))), bias[CHUNK];
     for (int64_t chunk = first; chunk < last; chunk++) {

@@ -72,9 +72,9 @@ static ALWAYS_INLINE void turn_channels(const struct many_pairs *job, int64_t to
 
 /* Writes the tokens of some tiles as a row of PAIR_TOKENS for each channel. Of each 32 tokens the first and the second 16 take
  * turns, four at a time: so does unpacking two rows to pairs, which then are in order. */
-static void turn_tiles(const void *own, int64_t first, int64_t last)
+static void turn_tiles(const void *argument, int64_t first, int64_t last)
 {
-    const struct many_pairs *job = own;
+    const struct many_pairs *job = argument;
     const __m512i turns = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
     for (int64_t tile = first; tile < last; tile++)
         for (int64_t channel = 0; channel < job->weights->width; channel += 32)
@@ -218,9 +218,9 @@ static ALWAYS_INLINE void multiply_tile(const struct many_pairs *job, int64_t ro
 }
 
 /* The products of some tiles with chunks of rows: the chunks of a tile follow each other. */
-static void multiply_pairs(const void *own, int64_t first, int64_t last)
+static void multiply_pairs(const void *argument, int64_t first, int64_t last)
 {
-    const struct many_pairs *job = own;
+    const struct many_pairs *job = argument;
     float sums[PAIR_CHUNK][PAIR_TOKENS] __attribute__((aligned(64)));
     for (int64_t item = first; item < last; item++) {
         const int64_t tile = item / job->chunks, row = item % job->chunks * job->chunk;

@@ -284,9 +284,9 @@ static ALWAYS_INLINE int64_t rows_apart(int64_t left, int height) { return (left
             default: TILE(job, row, apart, group, height, 4);                                                          \
             }                                                                                                          \
     }                                                                                                                  \
-    static void NAME(const void *own, int64_t first, int64_t last)                                                     \
+    static void NAME(const void *argument, int64_t first, int64_t last)                                                     \
     {                                                                                                                  \
-        const struct product *job = own;                                                                               \
+        const struct product *job = argument;                                                                               \
         int64_t row = first;                                                                                           \
         if (job->staged->batch > 1)                                                                                    \
             FOR_TILES(TILE_ROWS, NAME##_groups(job, row, apart, TILE_ROWS))                                            \

@@ -48,9 +48,9 @@ static ALWAYS_INLINE void mask_row(const struct mask *job, int64_t row, const in
     }
 }
 
-static void mask_rows(const void *own, int64_t first, int64_t last)
+static void mask_rows(const void *argument, int64_t first, int64_t last)
 {
-    const struct mask *job = own;
+    const struct mask *job = argument;
     for (int64_t row = first; row < last; row++)
         FOR_MEMBERS(job->m, mask_row(job, row, m))
 }
@@ -78,9 +78,9 @@ static ALWAYS_INLINE double keep_row(const struct keep *job, int64_t row, const 
     return total;
 }
 
-static void keep_rows(const void *own, int64_t first, int64_t last)
+static void keep_rows(const void *argument, int64_t first, int64_t last)
 {
-    const struct keep *job = own;
+    const struct keep *job = argument;
     for (int64_t row = first; row < last; row++)
         FOR_MEMBERS(job->masking.m, job->sums[row] = keep_row(job, row, m))
 }
@@ -113,9 +113,9 @@ static ALWAYS_INLINE void prune_group(const struct prune *job, int64_t group, co
     }
 }
 
-static void prune_groups(const void *own, int64_t first, int64_t last)
+static void prune_groups(const void *argument, int64_t first, int64_t last)
 {
-    const struct prune *job = own;
+    const struct prune *job = argument;
     for (int64_t group = first; group < last; group++)
         FOR_MEMBERS(job->m, prune_group(job, group, m))
 }
@@ -165,8 +165,8 @@ static ALWAYS_INLINE double total_in_double(lanes sums)
     return four[0] + four[2] + (four[1] + four[3]);
 }
 
-/* Adds, for some rows, rival[g] - own[c] wherever score[c] > threshold[g]: cost (count, count). */
-static ALWAYS_INLINE void place_tile(const float *score, const float *own, const float *threshold, const float *rival,
+/* Adds, for some rows, rival[g] - loss[c] wherever score[c] > threshold[g]: cost (count, count). */
+static ALWAYS_INLINE void place_tile(const float *score, const float *loss, const float *threshold, const float *rival,
                                      int64_t rows, const int height, double *cost)
 {
     lanes sums[4];
@@ -175,7 +175,7 @@ static ALWAYS_INLINE void place_tile(const float *score, const float *own, const
     for (int64_t row = 0; row < rows; row += LINE) {
         lanes limit = load_line(threshold + row), pruned = load_line(rival + row);
         for (int c = 0; c < height; c++) {
-            int_lanes gain = (int_lanes)(pruned - load_line(own + c * rows + row));
+            int_lanes gain = (int_lanes)(pruned - load_line(loss + c * rows + row));
             sums[c] += (lanes)(gain & (load_line(score + c * rows + row) > limit));
         }
     }
@@ -195,7 +195,7 @@ static int place_channels(const struct place *job)
         return 0;
     }
     memset(found, 0, (size_t)(count * count) * sizeof *found);
-    float *score = memory, *own = score + count * block, *threshold = own + count * block,
+    float *score = memory, *loss = score + count * block, *threshold = loss + count * block,
           *rival = threshold + count * block;
     for (int64_t first = 0; first < job->rows; first += block) {
         const int64_t left = job->rows - first, rows = left < block ? (left + LINE - 1) / LINE * LINE : block;
@@ -213,13 +213,13 @@ static int place_channels(const struct place *job)
         for (int64_t channel = 0; channel < count; channel += 4)
             for (int64_t group = 0; group < count; group++) {
                 const float *limits = threshold + group * rows, *rivals = rival + group * rows;
-                const float *scores = score + channel * rows, *owns = own + channel * rows;
+                const float *scores = score + channel * rows, *losses = loss + channel * rows;
                 double *to = found + group * count + channel;
                 switch (count - channel) {
-                case 1: place_tile(scores, owns, limits, rivals, rows, 1, to); break;
-                case 2: place_tile(scores, owns, limits, rivals, rows, 2, to); break;
-                case 3: place_tile(scores, owns, limits, rivals, rows, 3, to); break;
-                default: place_tile(scores, owns, limits, rivals, rows, 4, to);
+                case 1: place_tile(scores, losses, limits, rivals, rows, 1, to); break;
+                case 2: place_tile(scores, losses, limits, rivals, rows, 2, to); break;
+                case 3: place_tile(scores, losses, limits, rivals, rows, 3, to); break;
+                default: place_tile(scores, losses, limits, rivals, rows, 4, to);
                 }
             }
     }
@@ -267,9 +267,9 @@ static ALWAYS_INLINE void apply_row(const struct apply *job, int64_t row, const 
     }
 }
 
-static void apply_rows(const void *own, int64_t first, int64_t last)
+static void apply_rows(const void *argument, int64_t first, int64_t last)
 {
-    const struct apply *job = own;
+    const struct apply *job = argument;
     for (int64_t row = first; row < last; row++)
         if (job->number == F32)
             apply_row(job, row, F32);
