@@ -40,7 +40,7 @@ from permprune.kernels.product.packed import PackedWeight
 from permprune.kernels.search.placement import place_reference
 from permprune.kv.attention import attention
 from permprune.kv.config import KVConfig
-from permprune.kv.layer import PrunedLayer
+from permprune.kv.layer import PackedCacheLayer
 from permprune.pattern import Pattern
 from permprune.system.device import INT4
 
@@ -224,13 +224,13 @@ def cache(options: argparse.Namespace) -> Iterator[Row]:
             "dense bf16": partial(F.scaled_dot_product_attention, query, keys, values, enable_gqa=True)
         }
         for pattern in ("4bit", "3bit", "auto"):
-            layer = PrunedLayer(KVConfig(pattern, pattern))
+            layer = PackedCacheLayer(KVConfig(pattern, pattern))
             layer.update(keys, values)
             calls[f"packed {pattern}"] = partial(decode, layer, query, keys[:, :, :1])
         yield from timed({"sequences": batch, "tokens": tokens}, calls, device, "dense bf16")
 
 
-def decode(layer: PrunedLayer, query: Tensor, state: Tensor) -> Tensor:
+def decode(layer: PackedCacheLayer, query: Tensor, state: Tensor) -> Tensor:
     """Add a token to a layer, and return what its query reads."""
     view, _ = layer.update(state, state)
     return attention(nn.Identity(), query, view, view, None)[0]

@@ -39,7 +39,7 @@ from permprune.kv.calibration import ObservedLayer, observe_states
 from permprune.kv.config import KVConfig, default_pattern
 from permprune.kv.evaluation import cached_logits
 from permprune.kv.files import LayerChannels
-from permprune.kv.layer import PrunedLayer
+from permprune.kv.layer import PackedCacheLayer
 from permprune.kv.packing import Channels
 from permprune.kv.tiers import measure_bits
 from permprune.permuters.identity import Identity
@@ -60,7 +60,7 @@ class Row:
     config: KVConfig
     channels: LayerChannels
     spared: float = 0.0
-    layer: MakeLayer | type[MixedLayer] = PrunedLayer
+    layer: MakeLayer | type[MixedLayer] = PackedCacheLayer
     stored: str = ""
 
     def cells(self) -> dict[str, str]:
@@ -353,7 +353,7 @@ def share_of_bytes(model: PreTrainedModel, row: Row, tokens: int) -> float:
         states = [torch.randn(1, *own.shape, tokens).transpose(2, 3).bfloat16() for own in (keys, values)]
         layer.update(*states)
         if row.spared:
-            assert isinstance(layer, PrunedLayer)
+            assert isinstance(layer, PackedCacheLayer)
             spared += row.spared / 8 * sum(own.order.numel() for own in (keys, values)) * layer.packed_count(tokens)
     return (cache.nbytes - spared) / cache.dense_nbytes
 

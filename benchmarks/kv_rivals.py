@@ -24,14 +24,14 @@ from permprune.kernels.attention.codes import pack_padded_bits
 from permprune.kernels.product.packed import unpack_bits
 from permprune.kv.coding import hadamard as hadamard_on
 from permprune.kv.config import KVConfig
-from permprune.kv.layer import PrunedLayer
-from permprune.kv.packing import TINY, Channels, Layout, Parts, encode
+from permprune.kv.layer import PackedCacheLayer
+from permprune.kv.packing import TINY, Channels, Parts, StatesLayout, encode
 from permprune.kv.tokens import PackedTokens
 
 GROUP = 32
 """Number of states with a scale of their own."""
 
-Tokens = Callable[[Channels, Layout], PackedTokens]
+Tokens = Callable[[Channels, StatesLayout], PackedTokens]
 
 
 class Form(ABC):
@@ -185,7 +185,7 @@ def unpack_integers(packed: Tensor, bits: int, count: int) -> Tensor:
 class FormTokens(PackedTokens):
     """Packed tokens in a form."""
 
-    def __init__(self, channels: Channels, layout: Layout, form: Form) -> None:
+    def __init__(self, channels: Channels, layout: StatesLayout, form: Form) -> None:
         super().__init__(channels, layout)
         self.form = form
 
@@ -209,7 +209,7 @@ class SparKTokens(PackedTokens):
         self._write(encode(states, self.channels, self.layout, turns=0), states.shape[2])
 
 
-class OtherLayer(PrunedLayer):
+class OtherLayer(PackedCacheLayer):
     """A layer with other packed keys and values, which are packed `step` tokens at a time."""
 
     def __init__(
@@ -235,7 +235,7 @@ class OtherLayer(PrunedLayer):
         self.packed = keys, values
 
 
-MakeLayer = Callable[..., PrunedLayer]
+MakeLayer = Callable[..., PackedCacheLayer]
 
 
 def layer_of(keys: Form, values: Form | None = None) -> MakeLayer:

@@ -22,7 +22,7 @@ from permprune.checkpoints.origin import Origin, origin_of, recorded_patterns, s
 from permprune.checkpoints.probe import PROBE, read_probe
 from permprune.checkpoints.record import RECORD, Record, read_record
 from permprune.checkpoints.schema import Malformed
-from permprune.checkpoints.weights import GATHERED, Checkpoint, require_buildable, stop_transformers
+from permprune.checkpoints.weights import GATHERED, ModelFiles, require_buildable, stop_transformers
 from permprune.errors import PermpruneError, first_line
 from permprune.models.forward import stored_as
 from permprune.models.layers import is_packed
@@ -81,7 +81,7 @@ def read_as_stored(
 
 def open_checkpoint(
     name: str, trust_remote_code: bool = False, task: str | None = None
-) -> tuple[Checkpoint, Processor | None]:
+) -> tuple[ModelFiles, Processor | None]:
     """Read a model's config and its processor, and have the files beside its weights in the cache.
 
     `name` and `task` are those of `read_model`. Raises `PermpruneError` if a part does not load.
@@ -96,7 +96,7 @@ def open_checkpoint(
     return checkpoint, processor
 
 
-def read_config(name: str, source: str | Path, trust_remote_code: bool = False, task: str | None = None) -> Checkpoint:
+def read_config(name: str, source: str | Path, trust_remote_code: bool = False, task: str | None = None) -> ModelFiles:
     """Read the model class and the config of the checkpoint at `source`, a folder or hub id.
 
     The class is the one named in the config's `architectures`, or the one without a head if none is named. With
@@ -114,7 +114,7 @@ def read_config(name: str, source: str | Path, trust_remote_code: bool = False, 
             if kind is not None and not isinstance(config, kind):  # config of a composite model that contains this one
                 config = kind.from_pretrained(source)
         architecture = encoder_class(architecture, config, name=name, source=source, task=task)
-        return Checkpoint(name, source, architecture, config, trust_remote_code)
+        return ModelFiles(name, source, architecture, config, trust_remote_code)
 
 
 def _named_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -173,13 +173,13 @@ def load_written(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return _load_pruned(written_checkpoint(model, folder), read_record(folder))
 
 
-def written_checkpoint(model: PreTrainedModel, folder: Path) -> Checkpoint:
+def written_checkpoint(model: PreTrainedModel, folder: Path) -> ModelFiles:
     """The checkpoint that a model was just written to, with the class of that model, whose code runs already."""
     with loading(WRITTEN, folder, CONFIG):
-        return Checkpoint(WRITTEN, folder, type(model), type(model.config).from_pretrained(folder))
+        return ModelFiles(WRITTEN, folder, type(model), type(model.config).from_pretrained(folder))
 
 
-def _load_pruned(checkpoint: Checkpoint, record: Record) -> PreTrainedModel:
+def _load_pruned(checkpoint: ModelFiles, record: Record) -> PreTrainedModel:
     folder = Path(checkpoint.source)
     gathered = _is_gathered(folder, record)
     with loading(checkpoint.name, folder, WEIGHTS):

@@ -34,7 +34,7 @@ from permprune.checkpoints.io import (
 )
 from permprune.checkpoints.origin import Origin, set_origin
 from permprune.checkpoints.record import RECORD, read_record
-from permprune.checkpoints.weights import GATHERED, Checkpoint, require_buildable, stop_transformers
+from permprune.checkpoints.weights import GATHERED, ModelFiles, require_buildable, stop_transformers
 from permprune.errors import PermpruneError
 from permprune.models.dummy_inputs import processed_size
 from permprune.models.hooks import replaced_while_running
@@ -222,8 +222,8 @@ def read_offloaded(
     return model.eval(), processor, dtype, StoredWeights(stored, canonical_names(model))
 
 
-def _offloaded(checkpoint: Checkpoint, folder: Path) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
-    """Load a model without its weights, as `Checkpoint.load` does, and its weights; `folder` gets the fused ones."""
+def _offloaded(checkpoint: ModelFiles, folder: Path) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+    """Load a model without its weights, as `ModelFiles.load` does, and its weights; `folder` gets the fused ones."""
     model = checkpoint.load(device_map={"": "disk"}, offload_folder=str(folder), use_safetensors=True)
     hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     stored = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
@@ -239,7 +239,7 @@ def _offloaded(checkpoint: Checkpoint, folder: Path) -> tuple[PreTrainedModel, M
     return model, stored
 
 
-def _gathered(checkpoint: Checkpoint, path: Path) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+def _gathered(checkpoint: ModelFiles, path: Path) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
     """The same for a file of weights that need gathers."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = checkpoint.architecture._from_config(checkpoint.config)

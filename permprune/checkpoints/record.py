@@ -70,7 +70,7 @@ class PrunedLayer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Round:
+class RecordedRound:
     """One round of the search, or of training between its rounds (see `CurvePoint`)."""
 
     round: Count
@@ -199,7 +199,7 @@ class Record:
     settings: dict[str, Plain | list[Plain]]
     versions: dict[str, str]
     layers: list[PrunedLayer]
-    curve: list[Round]
+    curve: list[RecordedRound]
     permutations: dict[str, list[Order]]
     gathers: list[Gather]
     dense: DenseWeights | None = None
@@ -295,7 +295,7 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
+class SizeAndSpeed:
     """The size and the speed of one model.
 
     `bytes` are those of its tensors in the checkpoint. `packed` are those in 16 bits, where the weights of pruned
@@ -320,7 +320,7 @@ class Showcase:
     kind: str
     note: str
     examples: list[Example]
-    sides: dict[str, Side]
+    sides: dict[str, SizeAndSpeed]
     unit: str = ""
     threads: Annotated[int, Range(1, MOST)] = 1
     device: str = ""

@@ -49,7 +49,7 @@ CURES = {
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ModelFiles:
     """The files of a model, and how they are read.
 
     `name` is the model's name in messages, `source` a folder or a hub id, and `architecture` and `config` what its

@@ -12,7 +12,7 @@ from permprune.coupling.axes import Axis, Label, align, factor, freeze, product,
 from permprune.coupling.stack import stacked
 from permprune.coupling.walk import (
     IDENTITIES,
-    Origin,
+    ParameterView,
     Walk,
     arguments,
     broadcast,
@@ -61,7 +61,9 @@ def _move(walk: Walk, node: Node) -> Any:
     source: Any = node.args[0]
     label, order = walk.label(source) or (), moved_dims(node) or []
     if origin := walk.origins.get(source):
-        walk.origins[node] = Origin(origin.parameter, tuple(None if d is None else origin.dims[d] for d in order))
+        walk.origins[node] = ParameterView(
+            origin.parameter, tuple(None if d is None else origin.dims[d] for d in order)
+        )
     return tuple(None if dim is None else label[dim] for dim in order)
 
 
@@ -148,7 +150,7 @@ def _select(walk: Walk, node: Node) -> Any:
     if isinstance(node.meta["val"], (list, tuple)):
         return [rest] * len(node.meta["val"])
     if origin := walk.origins.get(bound["self"]):
-        walk.origins[node] = Origin(origin.parameter, origin.dims[:dim] + origin.dims[dim + 1 :])
+        walk.origins[node] = ParameterView(origin.parameter, origin.dims[:dim] + origin.dims[dim + 1 :])
     return rest
 
 
@@ -313,7 +315,7 @@ def _look_up(walk: Walk, node: Node, dim: int, rows: Axis | None) -> None:
     if rows:
         rows.lookups = lookups(label[dim], bound["indices"][dim])
     if origin := walk.origins.get(bound["self"]):
-        walk.origins[node] = Origin(origin.parameter, (*origin.dims[:dim], None, *origin.dims[dim + 1 :]))
+        walk.origins[node] = ParameterView(origin.parameter, (*origin.dims[:dim], None, *origin.dims[dim + 1 :]))
 
 
 def _replicas(axis: Axis | None, times: int, inside: bool) -> Axis | None:

@@ -19,7 +19,7 @@ from torch.utils import _pytree
 
 from permprune.coupling import arithmetic, constants, layout  # noqa: F401 - some for the rules that they register
 from permprune.coupling.axes import Label, freeze
-from permprune.coupling.walk import Origin, Walk, fresh, place, writes
+from permprune.coupling.walk import ParameterView, Walk, fresh, place, writes
 from permprune.errors import PermpruneError, first_line
 from permprune.models.experts import BATCHED, implementation
 from permprune.models.forward import forward_arguments, inference, main_outputs, side_outputs
@@ -112,7 +112,7 @@ def _label_input(
         name = canonical[str(spec.target)]
         reason = f"checkpoints do not store {name}" if name in rebuilt else ""
         label = walk.parameters.setdefault(name, fresh(value.shape, reason))
-        walk.origins[node] = Origin(name, tuple(range(value.dim())))
+        walk.origins[node] = ParameterView(name, tuple(range(value.dim())))
         walk.keep(node, label)
     elif spec.kind is InputKind.BUFFER:
         walk.keep(node, fresh(value.shape, f"index of buffer {spec.target}"))

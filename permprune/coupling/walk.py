@@ -52,7 +52,7 @@ def coupling_rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 @dataclass(frozen=True)
-class Origin:
+class ParameterView:
     """The parameter that a tensor is a view of, possibly transposed or indexed.
 
     `dims[d]` is the dimension of the parameter that dimension d of the tensor comes from; None if there is none, as for
@@ -78,7 +78,7 @@ class Walk:
     """The state of the walk: everything known about the graph so far.
 
     `labels` maps nodes to labels, `constants` maps constant nodes to their values, and `parameters` maps parameter
-    names to labels. `origins` maps the nodes that are views of a parameter to their `Origin`. `records` lists every
+    names to labels. `origins` maps nodes that are views of a parameter to their `ParameterView`. `records` lists every
     label seen, including those of partial results inside an op (a contraction sums over the contracted axis, so its
     partial result lacks it). `reads` maps (weight, input dimension) of each linear to its (activation, linear) nodes,
     and `writes` holds the (weight, output dimension) of linears, convolutions and embeddings. `outputs` are the names
@@ -88,7 +88,7 @@ class Walk:
     labels: dict[Node, Any] = field(default_factory=dict)
     constants: dict[Node, Tensor] = field(default_factory=dict)
     parameters: dict[str, Label] = field(default_factory=dict)
-    origins: dict[Node, Origin] = field(default_factory=dict)
+    origins: dict[Node, ParameterView] = field(default_factory=dict)
     records: list[Label] = field(default_factory=list)
     reads: dict[tuple[str, int], list[tuple[Node, Node]]] = field(default_factory=dict)
     writes: set[tuple[str, int]] = field(default_factory=set)

@@ -28,7 +28,7 @@ _OPEN = re.compile(r"(.*[.!?][\"')]? )(.+)")
 
 
 @dataclass(frozen=True)
-class Source:
+class TaskFiles:
     """The files of a task and how to read them.
 
     `files` are paths within the data folder, with "{}" for the name of the part; `part` is the part to evaluate on.
@@ -139,13 +139,13 @@ _CB = _labelled("premise", "hypothesis", label=("entailment", "contradiction", "
 _WIC = _labelled("sentence1", "sentence2", "start1", "end1")
 
 SOURCES = {
-    "arc_easy": Source(("zeroshot/ARC-Easy.{}.json",), "test", read_table, _arc),
-    "arc_challenge": Source(("zeroshot/ARC-Challenge.{}.json",), "test", read_table, _arc),
-    "boolq": Source(("superglue/BoolQ/{}.jsonl",), "val", read_table, _BOOLQ),
-    "hellaswag": Source(("zeroshot/hellaswag_{}_full.txt",), "val", _read_sixes, _hellaswag),
-    "piqa": Source(("zeroshot/piqa.{}.jsonl", "zeroshot/piqa.{}-labels.lst"), "valid", _read_beside, _PIQA),
-    "rte": Source(("glue/RTE/{}.tsv",), "dev", read_table, _RTE),
-    "cb": Source(("superglue/CB/{}.jsonl",), "val", read_table, _CB),
-    "wic": Source(("superglue/WiC/{}.jsonl",), "val", read_table, _WIC),
+    "arc_easy": TaskFiles(("zeroshot/ARC-Easy.{}.json",), "test", read_table, _arc),
+    "arc_challenge": TaskFiles(("zeroshot/ARC-Challenge.{}.json",), "test", read_table, _arc),
+    "boolq": TaskFiles(("superglue/BoolQ/{}.jsonl",), "val", read_table, _BOOLQ),
+    "hellaswag": TaskFiles(("zeroshot/hellaswag_{}_full.txt",), "val", _read_sixes, _hellaswag),
+    "piqa": TaskFiles(("zeroshot/piqa.{}.jsonl", "zeroshot/piqa.{}-labels.lst"), "valid", _read_beside, _PIQA),
+    "rte": TaskFiles(("glue/RTE/{}.tsv",), "dev", read_table, _RTE),
+    "cb": TaskFiles(("superglue/CB/{}.jsonl",), "val", read_table, _CB),
+    "wic": TaskFiles(("superglue/WiC/{}.jsonl",), "val", read_table, _WIC),
 }
 """The tasks by their names in lm-eval."""

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from permprune.checkpoints.record import SIDES, Measured, Other, Record, Showcase, Side
+from permprune.checkpoints.record import SIDES, Measured, Other, Record, Showcase, SizeAndSpeed
 from permprune.data.overlap import warn_of_overlap
 from permprune.engine.held import Held
 from permprune.engine.measuring import DENSE, Evaluation, Measurement, Meter
@@ -144,7 +144,7 @@ class Session:
             packed = [packed_bytes(model, patterns, gathers) for gathers in ((), pruned.gathers)]
             sizes = [weight_bytes(model, torch.bfloat16), *packed]
         answers = [self.dense.answers, none.answers, measured.answers]
-        sides = [Side(stored, size) for size in sizes]
+        sides = [SizeAndSpeed(stored, size) for size in sizes]
         return self.shown.beside(dict(zip(SIDES, answers, strict=True)), dict(zip(SIDES, sides, strict=True)))
 
     def _measurement(self, label: str, seconds: float) -> Measurement:

@@ -25,9 +25,9 @@ from permprune.kv.cache import PrunedCache, attention_layers
 from permprune.kv.calibration import SIDES, ObservedLayer, fit_channels, observe_states
 from permprune.kv.config import AUTO, KVConfig, bits_of, default_pattern, pattern_of
 from permprune.kv.evaluation import CachedPerplexity, CacheMeter
-from permprune.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, weights_of, write_cache
+from permprune.kv.files import CacheMeasurement, Kept, KVRecord, LayerChannels, shape_of, weights_of, write_cache
 from permprune.kv.folding import fold_values
-from permprune.kv.tiers import Measured, choose_means, measure_bits, outputs_of
+from permprune.kv.tiers import BitErrors, choose_means, measure_bits, outputs_of
 from permprune.models.forward import short_inputs
 from permprune.models.modality import EVALUATION_BATCH, clipped_length
 from permprune.models.processors import Processor
@@ -74,7 +74,7 @@ def calibrate_kv(
     place. Its outputs stay the same.
 
     By default each head gets bits of its own, in keys and in values (`permprune.kv.tiers`): with `budget`, the bytes of
-    a packed token relative to 16-bit states (`Measured.usual` if left out), or with `max_loss`, the fewest bytes with
+    a packed token relative to 16-bit states (`BitErrors.usual` if left out), or with `max_loss`, the fewest bytes with
     which the perplexity of windows of the calibration text grows by no more than this share. These are as many as
     `evaluation` has, and not observed. The patterns of `config` are then left "auto". Any other settings of the kept
     channels choose patterns.
@@ -176,10 +176,10 @@ def _with_budget(config: KVConfig, budget: float | None, max_loss: float | None)
     return config.replace(keys=MIXED, values=MIXED) if mixes else config
 
 
-def _least_bytes(measured: Measured, meter: CacheMeter, max_loss: float) -> tuple[float, Measurement]:
+def _least_bytes(measured: BitErrors, meter: CacheMeter, max_loss: float) -> tuple[float, CacheMeasurement]:
     """Return the fewest bytes, in steps of 1 % of 16 bits, with which perplexity grows by at most a share, and both
     perplexities. Raises `PermpruneError` if it grows by more with the most bytes."""
-    by_percent: dict[int, Measurement] = {}
+    by_percent: dict[int, CacheMeasurement] = {}
 
     def fits(percent: int) -> bool:
         by_percent[percent] = meter.compare(measured.channels(percent / 100))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from permprune.checkpoints.benchmark import Speed
 from permprune.checkpoints.io import load, read_model
 from permprune.checkpoints.offload import read_size
-from permprune.checkpoints.record import PACKED, Record, Side, read_record
+from permprune.checkpoints.record import PACKED, Record, SizeAndSpeed, read_record
 from permprune.config import PruneConfig
 from permprune.errors import first_line
 from permprune.evaluation.speed import ImageSize, cells, measure
@@ -83,7 +83,7 @@ def _fastest_type(model: PreTrainedModel) -> str:
     return max(rates, key=rates.__getitem__)
 
 
-def _measured(model: PreTrainedModel, side: Side, dtype: str, size: ImageSize) -> Side:
+def _measured(model: PreTrainedModel, side: SizeAndSpeed, dtype: str, size: ImageSize) -> SizeAndSpeed:
     """Return a side with the speed of its model, which is in this data type, for images of this size."""
     return dataclasses.replace(side, speed=max(_rate(model, STEPS, size) for _ in range(TURNS)), dtype=dtype)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.kv.attention import Call, States, StatesLayer
 from permprune.kv.config import KVConfig
-from permprune.kv.layer import PrunedLayer, require_shape
+from permprune.kv.layer import PackedCacheLayer, require_shape
 from permprune.kv.packing import Channels
 from permprune.pattern import MIXED
 
@@ -19,8 +19,8 @@ from permprune.pattern import MIXED
 class MixedLayer(StatesLayer):
     """Keys and values of one attention layer, of which each head has bits of its own.
 
-    Heads with the same bits of keys and of values are a band, which is a `PrunedLayer`; `heads` are those of each band,
-    int64. Raises `PermpruneError` if the channels do not say how many there are (`Channels.bits`).
+    Heads with the same bits of keys and of values are a band, which is a `PackedCacheLayer`; `heads` are those of each
+    band, int64. Raises `PermpruneError` if the channels do not say how many there are (`Channels.bits`).
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class MixedLayer(StatesLayer):
             bands[pair].append(head)
         self.heads = [torch.tensor(heads) for heads in bands.values()]
         self.layers = [
-            PrunedLayer(config.replace(keys=pair[0], values=pair[1]), keys.of(own), values.of(own), exact_window)
+            PackedCacheLayer(config.replace(keys=pair[0], values=pair[1]), keys.of(own), values.of(own), exact_window)
             for pair, own in zip(bands, self.heads, strict=True)
         ]
 
@@ -74,7 +74,7 @@ class MixedLayer(StatesLayer):
             layer.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last -`tokens_to_remove` tokens, as `PrunedLayer.crop`."""
+        """Remove the last -`tokens_to_remove` tokens, as `PackedCacheLayer.crop`."""
         for layer in self.layers:
             layer.crop(tokens_to_remove)
 

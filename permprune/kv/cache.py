@@ -14,13 +14,13 @@ from permprune.kv.attention import use_attention
 from permprune.kv.bands import MixedLayer
 from permprune.kv.config import KVConfig
 from permprune.kv.files import read_channels, read_record, require_model
-from permprune.kv.layer import PrunedLayer
+from permprune.kv.layer import PackedCacheLayer
 from permprune.kv.packing import Channels
 from permprune.models.forward import is_causal_lm
 from permprune.pattern import MIXED
 from permprune.system.progress import log
 
-PRUNED = (PrunedLayer, MixedLayer)
+PRUNED = (PackedCacheLayer, MixedLayer)
 
 
 class PrunedCache(Cache):  # type: ignore[misc]
@@ -61,7 +61,7 @@ class PrunedCache(Cache):  # type: ignore[misc]
         use_attention(model)
         for i in full:
             keys, values = (None, None) if channels is None else channels[i]
-            kind = MixedLayer if MIXED in (self.config.keys, self.config.values) else PrunedLayer
+            kind = MixedLayer if MIXED in (self.config.keys, self.config.values) else PackedCacheLayer
             layers[i] = kind(self.config, keys, values, exact_window)
         super().__init__(layers=layers)
 

@@ -41,7 +41,7 @@ SIDES = ("keys", "values")
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class AttentionProbe:
     """The newest queries of an example, and the keys and values that they read: (1, heads, tokens, width), in fp32."""
 
     call: Call
@@ -49,7 +49,7 @@ class Probe:
     values: Tensor
 
     @classmethod
-    def of(cls, call: Call, keys: Tensor, values: Tensor) -> Probe:
+    def of(cls, call: Call, keys: Tensor, values: Tensor) -> AttentionProbe:
         """Return the probe of the first row of a batch."""
         count = call.query.shape[2]
         part = call.rows(max(0, count - QUERIES), count)
@@ -77,7 +77,7 @@ class ObservedLayer:
     rotaries: list[Rotary] = field(default_factory=list)
     """How the model may turn the keys (`rotaries_of`)."""
 
-    probes: list[Probe] = field(default_factory=list)
+    probes: list[AttentionProbe] = field(default_factory=list)
     """Examples of attention, one of each batch."""
 
     @property
@@ -203,5 +203,5 @@ class _View(States):
         self.observed.add(call.query, self.keys, self.values)
         self.observed.centres_keys &= call.softcap is None
         if len(self.observed.probes) < PROBES:
-            self.observed.probes.append(Probe.of(call, self.keys, self.values))
+            self.observed.probes.append(AttentionProbe.of(call, self.keys, self.values))
         return attend_plain(call, module, self.keys, self.values)

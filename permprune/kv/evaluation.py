@@ -17,7 +17,7 @@ from permprune.evaluation.result import Result
 from permprune.examples import Examples
 from permprune.kv.cache import PrunedCache
 from permprune.kv.config import KVConfig
-from permprune.kv.files import LayerChannels, Measurement
+from permprune.kv.files import CacheMeasurement, LayerChannels
 from permprune.models.forward import cache_argument
 from permprune.models.modality import EVALUATION_BATCH, positions_of
 
@@ -77,10 +77,10 @@ class CacheMeter:
         result = perplexity(self.model, self.windows, EVALUATION_BATCH, logits_of)
         return CachedPerplexity(result, *max(sizes))
 
-    def compare(self, channels: LayerChannels) -> Measurement:
+    def compare(self, channels: LayerChannels) -> CacheMeasurement:
         """Measure the perplexity with whole states, and with a cache that has these channels."""
         cached = self.cached(channels)
-        return Measurement(
+        return CacheMeasurement(
             data=self.source or "default data",
             length=self.windows["input_ids"].shape[1],
             count=self.dense.count,

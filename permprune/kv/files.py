@@ -72,7 +72,7 @@ class Kept:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
+class CacheMeasurement:
     """Perplexity with the dense and with the pruned cache, over `count` tokens, and the bytes of both caches.
 
     Older tokens were packed in every call (`PrunedCache.exact_window`). The bytes are those of one window.
@@ -111,11 +111,11 @@ class KVRecord:
     calibration: dict[str, str | int | None]
     kept: dict[str, Kept]
     seconds: float
-    measured: Measurement | None = None
+    measured: CacheMeasurement | None = None
     weights: dict[str, str] = dataclasses.field(default_factory=dict)
     contents: str = ""
     budget: float | None = None
-    chosen: Measurement | None = None
+    chosen: CacheMeasurement | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

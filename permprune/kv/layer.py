@@ -11,7 +11,7 @@ from permprune.errors import PermpruneError
 from permprune.kv.attention import States, StatesLayer
 from permprune.kv.coding import TYPES
 from permprune.kv.config import KVConfig, bits_of, pattern_of
-from permprune.kv.packing import Channels, Layout
+from permprune.kv.packing import Channels, StatesLayout
 from permprune.kv.tokens import PackedTokens
 from permprune.kv.view import View
 from permprune.system.device import dtype_named
@@ -20,7 +20,7 @@ STEP = 8
 """Number of tokens that are packed at a time when they leave the window."""
 
 
-class PrunedLayer(StatesLayer):
+class PackedCacheLayer(StatesLayer):
     """Keys and values of one attention layer, of which all but the first and the newest tokens are packed.
 
     `keys` and `values`, (batch, heads, tokens, width) in the stored order of their channels, are the whole tokens: the
@@ -68,7 +68,7 @@ class PrunedLayer(StatesLayer):
             if (bits is None) != (channels.bits is None):
                 raise PermpruneError(f"the channels of the {name} were not found for {text}: make a cache for it")
             stored = dtype_named(self.config.dtype) or states.dtype
-            layout = Layout(pattern, stored if bits is None else TYPES[bits], self.config.recovery == "sign")
+            layout = StatesLayout(pattern, stored if bits is None else TYPES[bits], self.config.recovery == "sign")
             packed.append(PackedTokens(channels.to(self.device), layout))
         self.packed = packed[0], packed[1]
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]

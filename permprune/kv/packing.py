@@ -139,7 +139,7 @@ class Channels:
 
 
 @dataclass(frozen=True)
-class Layout:
+class StatesLayout:
     """The packed form of states: the pattern, None if all channels are kept; the type of values; recovery by `signs`,
     or zeros."""
 
@@ -148,7 +148,7 @@ class Layout:
     signs: bool
 
 
-def encode(states: Tensor, channels: Channels, layout: Layout, turns: int = TURNS) -> Parts:
+def encode(states: Tensor, channels: Channels, layout: StatesLayout, turns: int = TURNS) -> Parts:
     """Pack states in the stored order, floating (batch, heads, tokens, width).
 
     With recovery, kept channels and amplitudes are fitted to each other in `turns` turns (`choose_channels`).
@@ -172,7 +172,7 @@ def encode(states: Tensor, channels: Channels, layout: Layout, turns: int = TURN
     return parts
 
 
-def decode(parts: Parts, channels: Channels, layout: Layout, dtype: torch.dtype) -> Tensor:
+def decode(parts: Parts, channels: Channels, layout: StatesLayout, dtype: torch.dtype) -> Tensor:
     """Unpack states, with pruned channels zero or recovered: `dtype` (batch, heads, tokens, width) in stored order."""
     values, scale, width = parts["values"], parts.get("scale"), channels.shape[1]
     if layout.dtype in CODED:

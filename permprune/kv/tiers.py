@@ -12,9 +12,9 @@ from torch import Tensor
 from permprune.errors import PermpruneError
 from permprune.kv import coding
 from permprune.kv.attention import Plain, attend
-from permprune.kv.calibration import SIDES, ObservedLayer, Probe
+from permprune.kv.calibration import SIDES, AttentionProbe, ObservedLayer
 from permprune.kv.moving import Moving, still_mean
-from permprune.kv.packing import Channels, Layout, decode, encode
+from permprune.kv.packing import Channels, StatesLayout, decode, encode
 from permprune.matching.knapsack import cheapest
 from permprune.options import Positive, require
 from permprune.system.progress import track
@@ -27,7 +27,7 @@ BYTES = 0.28
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class BitErrors:
     """The errors of the output of attention of each head with each number of bits (`coding.BITS`).
 
     `means` are those of the keys of each layer. `errors` and `sizes`, in bytes of a token, have an entry for each head
@@ -72,7 +72,7 @@ class Measured:
         return by_layer
 
 
-def measure_bits(observed: Mapping[int, ObservedLayer]) -> Measured:
+def measure_bits(observed: Mapping[int, ObservedLayer]) -> BitErrors:
     """Return the error of the output of attention with each number of bits of each head, keys and values apart.
 
     It is that on the probes of each layer, squared and relative to its output, with coded keys and whole values, and
@@ -91,7 +91,7 @@ def measure_bits(observed: Mapping[int, ObservedLayer]) -> Measured:
             errors += torch.stack(by_bits, 1).tolist()
             sizes += [[coding.token_bytes(bits, width) for bits in coding.BITS]] * layer.heads
             whole += 2 * width * layer.heads
-    return Measured(observed, means, errors, sizes, whole)
+    return BitErrors(observed, means, errors, sizes, whole)
 
 
 def choose_means(layer: ObservedLayer, outputs: list[Tensor]) -> Moving | None:
@@ -127,7 +127,7 @@ def _errors(layer: ObservedLayer, side: str, bits: int, moving: Moving | None, o
     return errors
 
 
-def _coded(probe: Probe, side: str, channels: Channels, skipped: int) -> Plain:
+def _coded(probe: AttentionProbe, side: str, channels: Channels, skipped: int) -> Plain:
     """Return the keys and values of a probe, those of one side as they are read when they were packed.
 
     The first `skipped` tokens and those of the probe's queries stay whole.
@@ -137,7 +137,7 @@ def _coded(probe: Probe, side: str, channels: Channels, skipped: int) -> Plain:
     if last <= skipped:
         return Plain(probe.keys, probe.values)
     assert channels.bits is not None
-    layout = Layout(None, coding.TYPES[int(channels.bits[0])], signs=False)
+    layout = StatesLayout(None, coding.TYPES[int(channels.bits[0])], signs=False)
     shown, mean = states[:, :, skipped:last], torch.zeros(())
     if channels.moving is not None:
         mean = channels.moving.at(torch.arange(skipped, last)[None])

@@ -12,7 +12,7 @@ from torch import Tensor
 from permprune.kernels import library
 from permprune.kernels.attention.states import NUMBERS, WIDEST, PackedStates
 from permprune.kernels.product.layout import FLOATS
-from permprune.kv.packing import Channels, Layout, Parts, decode, encode
+from permprune.kv.packing import Channels, Parts, StatesLayout, decode, encode
 
 BLOCK = 512
 """Number of tokens that are packed at a time, which bounds the memory for intermediate results."""
@@ -34,7 +34,7 @@ class PackedTokens:
     `parts` are those of `permprune.kv.packing`, with memory for more than the `length` tokens that are used.
     """
 
-    def __init__(self, channels: Channels, layout: Layout) -> None:
+    def __init__(self, channels: Channels, layout: StatesLayout) -> None:
         self.channels, self.layout = channels, layout
         self.parts: Parts = {}
         self.length = 0

@@ -21,7 +21,7 @@ from permprune.kernels.product.linear import has_triton
 from permprune.kv.attention import Call, Segment, Source, States, Sums, attend, attend_plain, masked
 
 if TYPE_CHECKING:
-    from permprune.kv.layer import PrunedLayer
+    from permprune.kv.layer import PackedCacheLayer
 
 FEW = 16
 """Number of queries up to which the native kernel is used; for more, states are unpacked and multiplied as matrices."""
@@ -38,7 +38,7 @@ class View(Source, States):
     leaving = 0
 
     def __init__(
-        self, layer: PrunedLayer, whole: list[Tensor], before: int, plain: tuple[Tensor, Tensor] | None
+        self, layer: PackedCacheLayer, whole: list[Tensor], before: int, plain: tuple[Tensor, Tensor] | None
     ) -> None:
         assert layer.packed is not None
         self.layer, self.packed, self.whole, self.before, self.plain = layer, layer.packed, whole, before, plain
@@ -150,7 +150,9 @@ class View(Source, States):
             scores = masked(torch.zeros(shape, device=call.query.device), plain, segment, self.length - count)
             added = scores.flatten(2, 3) if means is None else scores.flatten(2, 3) + means
         keys, values = (
-            gpu.Packed(packed.parts, packed.channels.level, packed.layout.pattern, CODED.get(packed.layout.dtype, 0))
+            gpu.PackedTensors(
+                packed.parts, packed.channels.level, packed.layout.pattern, CODED.get(packed.layout.dtype, 0)
+            )
             for packed in self.packed
         )
         query = call.query.reshape(batch, self.heads, -1, width).float() * call.scaling

@@ -57,7 +57,7 @@ class Classes(Showing):
         return self.names.get(int(value), str(int(value)))
 
 
-class Scores(Classes):
+class RegressionScores(Classes):
     """The score that a model with one output gives to each of the examples."""
 
     kind = "scores"  # type: ignore[assignment]

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune.checkpoints.record import Example, Showcase, Side
+from permprune.checkpoints.record import Example, Showcase, SizeAndSpeed
 from permprune.errors import first_line
 from permprune.examples import Examples
 from permprune.models.forward import argument_names, is_causal_lm, is_encoder_decoder, writes_text
 from permprune.models.modality import kind_of
 from permprune.models.processors import Processor, image_processor_of, tokenizer_of
 from permprune.showcase.base import NotShown, Showing, spread, text_of, thumbnail
-from permprune.showcase.classes import Classes, ImageNeighbours, Scores, SentenceNeighbours
+from permprune.showcase.classes import Classes, ImageNeighbours, RegressionScores, SentenceNeighbours
 from permprune.showcase.texts import Transcripts, Words, answers, continuations, outputs
 from permprune.system.progress import log
 
@@ -47,7 +47,7 @@ class Shown:
                 answers = self._showing()
         return answers
 
-    def beside(self, answers: Mapping[str, Sequence[str]], sides: dict[str, Side]) -> Showcase:
+    def beside(self, answers: Mapping[str, Sequence[str]], sides: dict[str, SizeAndSpeed]) -> Showcase:
         """Return the examples with the answers of several models, by name, and what else is known of these."""
         showing = self._showing
         if showing is None:
@@ -95,7 +95,7 @@ def showing_of(model: PreTrainedModel, processor: Processor | None, examples: Ex
             return SentenceNeighbours(model, tokenizer_of(processor), examples, count)
         case "sentences":
             shown, tokenizer = examples[: STRIP * count].trimmed(), tokenizer_of(processor)
-            kind = Scores if model.config.num_labels == 1 else Classes
+            kind = RegressionScores if model.config.num_labels == 1 else Classes
             return kind(model, shown, [text_of(shown, tokenizer, place) for place in range(len(shown))])
     return _texts(model, tokenizer_of(processor), examples, count)
 

@@ -8,7 +8,7 @@ from permprune.kv.attention import Call, States
 from permprune.kv.bands import MixedLayer
 from permprune.kv.coding import hadamard
 from permprune.kv.config import KVConfig, pattern_of
-from permprune.kv.layer import PrunedLayer
+from permprune.kv.layer import PackedCacheLayer
 from permprune.kv.moving import Moving
 from permprune.kv.packing import TURNS, Channels, choose_channels, decode
 
@@ -100,7 +100,7 @@ def attend_stored(layer: MixedLayer, call: Call, keys: Tensor, values: Tensor) -
     return result
 
 
-def _held(layer: PrunedLayer) -> list[Tensor]:
+def _held(layer: PackedCacheLayer) -> list[Tensor]:
     """The keys and values that a layer in few bits holds, in the order of their positions: fp64."""
     count, sinks, found = layer.get_seq_length(), min(layer.config.sinks, layer.keys.shape[2]), []
     places = torch.arange(count, device=layer.device)[None] if layer.places is None else layer.places
@@ -123,7 +123,7 @@ def _held(layer: PrunedLayer) -> list[Tensor]:
 
 
 class ReferenceLayer(DynamicLayer):
-    """A layer of Transformers, whose queries read what those of a `PrunedLayer` would."""
+    """A layer of Transformers, whose queries read what those of a `PackedCacheLayer` would."""
 
     def __init__(self, config: KVConfig, channels: tuple[Channels, Channels], exact_window: bool = False) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ from permprune.errors import PermpruneError
 from permprune.inference.pack import pack
 from permprune.kv.cache import PrunedCache
 from permprune.kv.config import KVConfig
-from permprune.kv.layer import PrunedLayer
+from permprune.kv.layer import PackedCacheLayer
 from permprune.kv.packing import Channels
 from permprune.models.forward import cache_argument
 from permprune.models.layers import prunable_layers
@@ -178,7 +178,7 @@ def test_layers_with_a_sliding_window_keep_their_own_cache(heard: pytest.LogCapt
     model = Gemma2ForCausalLM(config).eval()
     expected = logits(model, TOKENS)
     cache = PrunedCache(model, KVConfig("dense", "dense", dtype="auto", window=3))
-    assert [type(layer) is PrunedLayer for layer in cache.layers] == [False, True, False]
+    assert [type(layer) is PackedCacheLayer for layer in cache.layers] == [False, True, False]
     assert "layers 0, 2 have no full attention" in heard.text
     found = torch.cat([logits(model, part, cache) for part in TOKENS.split(11, 1)], 1)
     torch.testing.assert_close(found, expected, **CLOSE)

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.kv.calibration import fit_channels, observe_states
-from permprune.kv.packing import Channels, Layout, decode, encode
+from permprune.kv.packing import Channels, StatesLayout, decode, encode
 from permprune.models.forward import cache_argument
 from permprune.pattern import Pattern
 
@@ -58,7 +58,7 @@ def test_levels_lower_the_error_of_recovery() -> None:
     pattern, order = Pattern(2, 4), torch.stack([torch.randperm(8) for _ in range(2)])
 
     def error(channels: Channels) -> float:
-        layout = Layout(pattern, torch.float32, signs=True)
+        layout = StatesLayout(pattern, torch.float32, signs=True)
         arranged = channels.arrange(states[None])
         found = decode(encode(arranged, channels, layout), channels, layout, torch.float32)
         return float(((found - arranged) * channels.weight[:, None]).square().sum())

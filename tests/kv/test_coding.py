@@ -5,7 +5,7 @@ import torch
 
 from permprune.kernels import library
 from permprune.kv.coding import BITS, TYPES, balance, code, decode, hadamard, token_bytes
-from permprune.kv.packing import Channels, Layout
+from permprune.kv.packing import Channels, StatesLayout
 from permprune.kv.tokens import PackedTokens
 
 ERRORS = {2: 0.12, 3: 0.036, 4: 0.0105, 5: 0.0042, 6: 0.0013}
@@ -16,7 +16,7 @@ ERRORS = {2: 0.12, 3: 0.036, 4: 0.0105, 5: 0.0042, 6: 0.0013}
 @pytest.mark.parametrize("width", [8, 24, 64, 80, 256])
 def test_numbers_come_back_from_every_kernel(kernel: str, bits: int, width: int) -> None:
     channels, states = Channels.natural(2, width, bits), torch.randn(2, 2, 37, width)
-    tokens = PackedTokens(channels, Layout(None, TYPES[bits], signs=True))
+    tokens = PackedTokens(channels, StatesLayout(None, TYPES[bits], signs=True))
     tokens.append(states)
     assert sum(part[0, 0, 0].nbytes for part in tokens.parts.values()) == token_bytes(bits, width)
     assert (tokens.native_states() is None) == (not library.available())

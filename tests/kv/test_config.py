@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from permprune.kv.config import AUTO, DENSE, SHARE, bits_of, default_pattern, pattern_of
-from permprune.kv.packing import Channels, Layout, encode
+from permprune.kv.packing import Channels, StatesLayout, encode
 from permprune.pattern import Pattern
 
 
@@ -23,7 +23,7 @@ def test_the_default_keeps_what_the_bytes_allow(width: int) -> None:
     pattern, states = default_pattern(width), torch.randn(1, 1, 1, width)
 
     def share(kept: int) -> float:
-        parts = encode(states, Channels.natural(1, width), Layout(Pattern(kept, width), torch.int8, signs=True))
+        parts = encode(states, Channels.natural(1, width), StatesLayout(Pattern(kept, width), torch.int8, signs=True))
         return sum(part.nbytes for part in parts.values()) / (2 * width)
 
     assert share(pattern.n) <= SHARE < share(pattern.n + 1)

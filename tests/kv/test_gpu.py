@@ -10,7 +10,7 @@ from permprune.kernels import library
 from permprune.kernels.attention import gpu
 from permprune.kv.attention import attention
 from permprune.kv.config import KVConfig
-from permprune.kv.layer import PrunedLayer
+from permprune.kv.layer import PackedCacheLayer
 from permprune.kv.tokens import PackedTokens
 from permprune.kv.view import View
 
@@ -30,7 +30,7 @@ def no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
 def output(config: KVConfig, states: list[Tensor], mask: Tensor | None, **options: Any) -> Tensor:
     """What two new tokens read after 70 others."""
     torch.manual_seed(1)
-    layer = PrunedLayer(config, random_channels(2, 24), random_channels(2, 40))
+    layer = PackedCacheLayer(config, random_channels(2, 24), random_channels(2, 40))
     layer.update(*(torch.randn(1, 2, 70, width, device=DEVICE) for width in (24, 40)))
     view, _ = layer.update(*states[1:])
     return attention(nn.Identity(), states[0], view, view, mask, **options)[0]

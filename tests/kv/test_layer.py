@@ -13,7 +13,7 @@ from permprune.errors import PermpruneError
 from permprune.kv.attention import attention
 from permprune.kv.coding import code, decode
 from permprune.kv.config import KVConfig
-from permprune.kv.layer import PrunedLayer
+from permprune.kv.layer import PackedCacheLayer
 from permprune.kv.packing import Channels
 
 from .reference import PLAIN, ReferenceLayer, coded_channels, random_channels
@@ -31,7 +31,7 @@ def coded() -> tuple[Channels, Channels]:
     return coded_channels([4, 4], 8, moving=True), coded_channels([3, 3], 8)
 
 
-def call(layer: PrunedLayer | ReferenceLayer, states: list[Tensor], mask: Tensor | None, **options: Any) -> Tensor:
+def call(layer: PackedCacheLayer | ReferenceLayer, states: list[Tensor], mask: Tensor | None, **options: Any) -> Tensor:
     """The attention of new tokens, given their queries, keys and values."""
     query, keys, values = states
     module = nn.Identity()
@@ -87,7 +87,7 @@ def test_queries_read_what_a_whole_cache_pruned_alike_gives(
     torch.manual_seed(seed)
     batch, heads, group = shape
     channels = random_channels(heads, 8), random_channels(heads, 16)
-    layer, reference = PrunedLayer(config, *channels, exact), ReferenceLayer(config, channels, exact)
+    layer, reference = PackedCacheLayer(config, *channels, exact), ReferenceLayer(config, channels, exact)
     padding = torch.randint(0, 60, (batch,)) if padded else torch.zeros(batch, dtype=torch.int64)
     past = 0
     for new in calls:
@@ -111,7 +111,7 @@ def test_long_contexts_go_block_by_block(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("permprune.kv.tokens.BLOCK", 3)
     for exact in (False, True):
         config, channels = PLAIN.replace(window=5), (random_channels(2, 8), random_channels(2, 8))
-        layer, reference = PrunedLayer(config, *channels, exact), ReferenceLayer(config, channels, exact)
+        layer, reference = PackedCacheLayer(config, *channels, exact), ReferenceLayer(config, channels, exact)
         past = 0
         for new in (30, 1, 25):
             states = random_states(1, 2, 2, new, (8, 8))
@@ -126,9 +126,9 @@ def test_an_exact_window_makes_the_calls_indifferent(config: KVConfig, calls: li
     torch.manual_seed(seed)
     channels, total = (random_channels(2, 8), random_channels(2, 8)), sum(calls)
     states = random_states(1, 2, 1, total, (8, 8))
-    whole = PrunedLayer(config, *channels, exact_window=True)
+    whole = PackedCacheLayer(config, *channels, exact_window=True)
     expected = call(whole, states, None)
-    layer = PrunedLayer(config, *channels, exact_window=True)
+    layer = PackedCacheLayer(config, *channels, exact_window=True)
     past, found = 0, []
     for new in calls:
         part = [t[:, :, past : past + new] for t in states]
@@ -137,13 +137,13 @@ def test_an_exact_window_makes_the_calls_indifferent(config: KVConfig, calls: li
     torch.testing.assert_close(torch.cat(found, 1), expected, **CLOSE)
 
 
-def filled(config: KVConfig, tokens: int, batch: int = 2) -> PrunedLayer:
-    layer = PrunedLayer(config, random_channels(2, 16), random_channels(2, 16))
+def filled(config: KVConfig, tokens: int, batch: int = 2) -> PackedCacheLayer:
+    layer = PackedCacheLayer(config, random_channels(2, 16), random_channels(2, 16))
     call(layer, random_states(batch, 2, 1, tokens, (16, 16)), None)
     return layer
 
 
-def read(layer: PrunedLayer) -> Tensor:
+def read(layer: PackedCacheLayer) -> Tensor:
     """What a query reads, for fixed new states."""
     generator = torch.Generator().manual_seed(1)
     states = [torch.randn(1, 2, 1, 16, generator=generator).expand(len(layer.keys), -1, -1, -1) for _ in range(3)]
@@ -195,7 +195,7 @@ def test_a_copy_reads_the_same_and_grows_alone() -> None:
 
 
 def test_an_empty_layer_takes_every_change() -> None:
-    layer = PrunedLayer(KVConfig())
+    layer = PackedCacheLayer(KVConfig())
     layer.reset()
     layer.crop(-3)
     layer.reorder_cache(torch.tensor([0]))
@@ -216,18 +216,18 @@ def test_memory_grows_in_steps_and_holds_no_token_twice() -> None:
 
 
 def test_channels_of_another_shape_are_refused() -> None:
-    layer = PrunedLayer(KVConfig(), Channels.natural(2, 8), Channels.natural(2, 16))
+    layer = PackedCacheLayer(KVConfig(), Channels.natural(2, 8), Channels.natural(2, 16))
     with pytest.raises(PermpruneError, match="keys of 2 heads of 8 channels, and the model has 2 of 16"):
         call(layer, random_states(1, 2, 1, 3, (16, 16)), None)
     with pytest.raises(
         PermpruneError,
         match="2:4 does not divide the 6 channels of a head: choose an M that divides 6, or 1:6, the default",
     ):
-        call(PrunedLayer(PLAIN), random_states(1, 2, 1, 3, (6, 6)), None)
+        call(PackedCacheLayer(PLAIN), random_states(1, 2, 1, 3, (6, 6)), None)
 
 
 def test_keys_without_means_need_scores_that_may_all_change_alike() -> None:
-    layer = PrunedLayer(CODED, *coded())
+    layer = PackedCacheLayer(CODED, *coded())
     call(layer, random_states(1, 2, 1, 9, (8, 8)), None)
     with pytest.raises(PermpruneError, match="keys without their means"):
         call(layer, random_states(1, 2, 1, 1, (8, 8)), None, softcap=5.0)
@@ -240,13 +240,13 @@ def test_dropout_is_refused() -> None:
 
 
 def test_a_model_that_reads_the_cache_by_itself_is_told_so() -> None:
-    keys, _ = PrunedLayer(KVConfig()).update(*random_states(1, 2, 1, 3, (16, 16))[1:])
+    keys, _ = PackedCacheLayer(KVConfig()).update(*random_states(1, 2, 1, 3, (16, 16))[1:])
     with pytest.raises(PermpruneError, match="attention interface"):
         torch.matmul(torch.rand(3, 3), keys)  # type: ignore[arg-type]
 
 
 def test_tokens_may_come_in_inference_mode_and_after_it() -> None:
-    layer = PrunedLayer(PLAIN.replace(window=8))
+    layer = PackedCacheLayer(PLAIN.replace(window=8))
     states = random_states(2, 2, 1, 30, (16, 16))
     with torch.inference_mode():
         call(layer, states, None)
@@ -258,7 +258,7 @@ def test_tokens_may_come_in_inference_mode_and_after_it() -> None:
 
 
 def test_packed_tokens_hold_no_graph() -> None:
-    layer = PrunedLayer(PLAIN.replace(window=8))
+    layer = PackedCacheLayer(PLAIN.replace(window=8))
     call(layer, [t.requires_grad_() for t in random_states(2, 2, 1, 30, (16, 16))], None)
     assert layer.packed is not None and layer.packed[0].length == 16
     assert not any(part.requires_grad for packed in layer.packed for part in packed.parts.values())
@@ -268,7 +268,7 @@ def test_packed_tokens_hold_no_graph() -> None:
 def test_with_left_padding_the_first_tokens_that_are_read_stay_whole(exact: bool) -> None:
     torch.manual_seed(0)
     config, padding = PLAIN.replace(window=8, sinks=4), torch.tensor([0, 3, 16, 38, 50])
-    layer = PrunedLayer(config, random_channels(2, 16), random_channels(2, 16), exact)
+    layer = PackedCacheLayer(config, random_channels(2, 16), random_channels(2, 16), exact)
     held: list[list[Tensor]] = []
     for new in (41, 1, 30, 1):  # the last row begins in the third call
         past = layer.get_seq_length()
@@ -291,7 +291,7 @@ def test_with_left_padding_the_first_tokens_that_are_read_stay_whole(exact: bool
 
 
 def assert_rows_read_what_they_read_alone(
-    layers: list[PrunedLayer], calls: list[int], widths: tuple[int, int], **close: float
+    layers: list[PackedCacheLayer], calls: list[int], widths: tuple[int, int], **close: float
 ) -> None:
     """The first layer reads three rows with left padding, in calls of so many tokens; each other one a row alone."""
     layer, *alone = layers
@@ -314,14 +314,14 @@ def test_a_row_with_left_padding_reads_what_it_reads_alone(
 ) -> None:
     torch.manual_seed(seed)
     channels = random_channels(2, 8), random_channels(2, 16)
-    layers = [PrunedLayer(config, *channels, exact) for _ in range(4)]
+    layers = [PackedCacheLayer(config, *channels, exact) for _ in range(4)]
     assert_rows_read_what_they_read_alone(layers, [32, *calls], (8, 16), **CLOSE)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_queries_read_keys_and_values_in_few_bits_with_their_means(kernel: str, softcap: float | None) -> None:
     channels = coded_channels([4, 4], 8, moving=softcap is None), coded_channels([3, 3], 8)
-    layer, states = PrunedLayer(CODED, *channels), random_states(2, 2, 2, 60, (8, 8))
+    layer, states = PackedCacheLayer(CODED, *channels), random_states(2, 2, 2, 60, (8, 8))
     call(layer, [t[:, :, :50] for t in states], None, softcap=softcap)
     read = []
     for own, whole in zip(channels, states[1:], strict=True):
@@ -342,7 +342,7 @@ def test_queries_read_keys_and_values_in_few_bits_with_their_means(kernel: str, 
 @pytest.mark.parametrize("exact", [False, True])
 def test_in_few_bits_a_row_with_left_padding_reads_what_it_reads_alone(kernel: str, exact: bool) -> None:
     channels = coded()
-    layers = [PrunedLayer(CODED, *channels, exact) for _ in range(4)]
+    layers = [PackedCacheLayer(CODED, *channels, exact) for _ in range(4)]
     assert_rows_read_what_they_read_alone(layers, [40, 1, 30, 1], (8, 8), rtol=1e-4, atol=1e-4)
     (layer, *alone), rows = layers, torch.tensor([2, 0])
     layer.crop(-3)

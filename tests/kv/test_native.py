@@ -17,8 +17,8 @@ from permprune.kernels.attention.native import Queries, Side, attend
 from permprune.kernels.attention.states import SCALED, PackedStates
 from permprune.kv.attention import attention
 from permprune.kv.config import KVConfig, pattern_of
-from permprune.kv.layer import PrunedLayer
-from permprune.kv.packing import Channels, Layout, decode, encode
+from permprune.kv.layer import PackedCacheLayer
+from permprune.kv.packing import Channels, StatesLayout, decode, encode
 
 from .reference import random_channels
 
@@ -43,9 +43,9 @@ def select(monkeypatch: pytest.MonkeyPatch) -> Iterator[Select]:
 
 def packed(
     text: str, dtype: torch.dtype, width: int, recovery: bool = True
-) -> tuple[dict[str, Tensor], Channels, Layout]:
+) -> tuple[dict[str, Tensor], Channels, StatesLayout]:
     channels = random_channels(2, width)
-    layout = Layout(pattern_of(text, width), dtype, recovery)
+    layout = StatesLayout(pattern_of(text, width), dtype, recovery)
     return encode(torch.randn(2, 2, 37, width), channels, layout), channels, layout
 
 
@@ -99,7 +99,7 @@ def test_nothing_is_read_beyond_the_tensors(select: Select, kernel: str, dtype: 
             attend(Queries(guarded(torch.randn(2, 4, 1, width)), 1.0, mask=mask), side, side, 37, 3)
 
 
-def query(layer: PrunedLayer, states: list[Tensor], mask: Tensor | None, **options: Any) -> Tensor:
+def query(layer: PackedCacheLayer, states: list[Tensor], mask: Tensor | None, **options: Any) -> Tensor:
     module = nn.Identity()
     module.num_key_value_groups = states[0].shape[1] // states[1].shape[1]
     output: Tensor = attention(module, states[0], *layer.update(states[1], states[2]), mask, **options)[0]
@@ -147,7 +147,7 @@ def test_attention_is_that_of_pytorch(
     found = {}
     for name in ("torch", *library.names()):
         select("torch")
-        layer = PrunedLayer(config, *channels)
+        layer = PackedCacheLayer(config, *channels)
         query(layer, first, None)
         select(name)
         found[name] = query(layer, then, mask, **call)
@@ -155,8 +155,8 @@ def test_attention_is_that_of_pytorch(
         torch.testing.assert_close(found[name], found["torch"], rtol=CLOSE[dtype], atol=CLOSE[dtype])
 
 
-def filled(tokens: int, text: str = "2:4", width: int = 64) -> PrunedLayer:
-    layer = PrunedLayer(
+def filled(tokens: int, text: str = "2:4", width: int = 64) -> PackedCacheLayer:
+    layer = PackedCacheLayer(
         KVConfig(text, text, dtype="auto", window=8), random_channels(2, width), random_channels(2, width)
     )
     layer.update(*torch.randn(2, 2, 2, tokens, width))

@@ -5,7 +5,7 @@ import torch
 
 from permprune.errors import PermpruneError
 from permprune.kv.moving import Moving
-from permprune.kv.packing import TURNS, Channels, Layout, choose_channels, decode, encode
+from permprune.kv.packing import TURNS, Channels, StatesLayout, choose_channels, decode, encode
 from permprune.pattern import Pattern
 
 from .reference import pruned, random_channels
@@ -19,7 +19,7 @@ DTYPES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.
 @pytest.mark.parametrize("recovery", ["zeros", "sign"])
 def test_states_come_back_pruned(dtype: torch.dtype, text: str, recovery: str) -> None:
     channels, states = random_channels(3, 24), torch.randn(2, 3, 5, 24)
-    layout = Layout(Pattern.parse(text), dtype, recovery == "sign")
+    layout = StatesLayout(Pattern.parse(text), dtype, recovery == "sign")
     found = decode(encode(channels.arrange(states), channels, layout), channels, layout, torch.float32)
     expected = pruned(states, channels, text, recovery)
     error = (channels.restore(found) - expected).abs().max()
@@ -59,7 +59,7 @@ def test_sizes_are_those_of_the_description() -> None:
     channels, states = Channels.natural(2, 64), torch.randn(1, 2, 7, 64)
     bytes_of_token = {}
     for dtype in (torch.bfloat16, torch.int8):
-        parts = encode(states, channels, Layout(Pattern(2, 4), dtype, signs=True))
+        parts = encode(states, channels, StatesLayout(Pattern(2, 4), dtype, signs=True))
         assert all(part.shape[:3] == (1, 2, 7) for part in parts.values())
         bytes_of_token[dtype] = {name: part.nbytes // 14 for name, part in parts.items()}
     assert bytes_of_token[torch.bfloat16] == {"values": 64, "code": 8, "signs": 4, "amplitude": 2}
@@ -70,7 +70,7 @@ def test_zeros_and_outliers_are_stored() -> None:
     channels = Channels.natural(1, 8)
     states = torch.tensor([[0.0] * 8, [1e4, 1e-4, 0, 0, 0, 0, 0, 0], [3e-5] * 8]).view(1, 1, 3, 8)
     for dtype in DTYPES:
-        layout = Layout(Pattern(2, 4), dtype, signs=True)
+        layout = StatesLayout(Pattern(2, 4), dtype, signs=True)
         found = decode(encode(states, channels, layout), channels, layout, torch.float32)
         assert found.isfinite().all()
         assert not found[0, 0, 0].any()

@@ -23,7 +23,7 @@ SMALLEST = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class PackedTensors:
     """Packed keys or values: `parts` as in `permprune.kv.packing`, `level` fp32 (heads, width), and the `pattern` or
     the `bits`, 0 for whole numbers."""
 
@@ -152,7 +152,13 @@ def _attend(
 
 
 def attend(
-    query: Tensor, keys: Packed, values: Packed, tokens: int, *, added: Tensor | None, softcap: float | None
+    query: Tensor,
+    keys: PackedTensors,
+    values: PackedTensors,
+    tokens: int,
+    *,
+    added: Tensor | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the parts of a softmax for the first `tokens` packed tokens.
 
