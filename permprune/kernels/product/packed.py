@@ -136,9 +136,9 @@ class PackedWeight:
 
         Channels after the width are not kept; in codes of positions they are the first two of their groups.
         """
-        layout, blocks = self.layout, self.blocks
+        layout, blocks = self.layout, self.blocks.contiguous()  # must live as long as its description
         if library.available() and blocks.device.type == "cpu":
-            return native.row_off_pattern(native.describe(layout, blocks.contiguous()), layout.pattern)
+            return native.row_off_pattern(native.describe(layout, blocks), layout.pattern)
         kept = self.kept.flatten(1)
         groups, rest = kept[:, : layout.width].unflatten(1, (-1, layout.pattern.m)), kept[:, layout.width :]
         bad = (groups.sum(-1) != layout.pattern.n).any(-1)
