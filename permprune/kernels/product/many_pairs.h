@@ -123,37 +123,40 @@ static ALWAYS_INLINE uint64_t places_of(uint64_t code)
 }
 
 /* The integers of a block as bf16, which are exact. */
-static ALWAYS_INLINE void read_steps(const char *block, int32_t number, char *to)
+static ALWAYS_INLINE __m512i read_steps(const char *block, int32_t number)
 {
     const __m256i bytes = number == I4 ? load_nibbles(block + HEADER_I4) : _mm256_loadu_si256((const __m256i *)(block + HEADER_I8));
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
 /* Adds the products of a block of some rows, `apart` bytes from each other, with a tile. */
 static ALWAYS_INLINE void add_rows(const char *block, int64_t apart, int32_t number, const char *lines,
                                    float (*sums)[PAIR_TOKENS], int first, const int integers, const int vectors, const int rows)
 {
-    char room[PAIR_ROWS][BLOCK];
     uint64_t places[PAIR_ROWS];
+    __m512i pairs[PAIR_ROWS], four[PAIR_ROWS];
     __m512 sum[PAIR_ROWS][PAIR_VECTORS];
     UNROLLED for (int r = 0; r < rows; r++) {
         places[r] = places_of(read_code(block + r * apart));
-        if (integers)
-            read_steps(block + r * apart, number, room[r]);
+        pairs[r] = integers ? read_steps(block + r * apart, number) : _mm512_loadu_si512(block + r * apart + CODE);
         UNROLLED for (int v = 0; v < vectors; v++)
             sum[r][v] = first || integers ? _mm512_setzero_ps() : _mm512_load_ps(sums[r] + v * PAIR_LANES);
     }
-    UNROLLED for (int group = 0; group < BLOCK / 4; group++)
-        UNROLLED for (int r = 0; r < rows; r++) {
-            int32_t pair;
-            memcpy(&pair, (integers ? room[r] : block + r * apart + CODE) + 4 * group, sizeof pair);
-            const __m512bh w = (__m512bh)_mm512_set1_epi32(pair);
-            const char *line = lines + (group * PLACES + (places[r] >> 4 * group & 15)) * (vectors * 64);
-            UNROLLED for (int v = 0; v < vectors; v++)
-                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], w, (__m512bh)_mm512_load_si512(line + v * 64));
-        }
+/* Pairs are broadcast from registers: lines take all loads that a core makes. Shuffles need literal numbers. */
+#define ADD_GROUP(group)                                                                                               \
+    UNROLLED for (int r = 0; r < rows; r++) {                                                                          \
+        if (group % 4 == 0)                                                                                            \
+            four[r] = _mm512_shuffle_i32x4(pairs[r], pairs[r], group / 4 * 0x55);                                      \
+        const __m512bh w = (__m512bh)_mm512_shuffle_epi32(four[r], group % 4 * 0x55);                                  \
+        const char *line = lines + (group * PLACES + (places[r] >> 4 * group & 15)) * (vectors * 64);                  \
+        UNROLLED for (int v = 0; v < vectors; v++)                                                                     \
+            sum[r][v] = _mm512_dpbf16_ps(sum[r][v], w, (__m512bh)_mm512_load_si512(line + v * 64));                    \
+    }
+    ADD_GROUP(0) ADD_GROUP(1) ADD_GROUP(2) ADD_GROUP(3) ADD_GROUP(4) ADD_GROUP(5) ADD_GROUP(6) ADD_GROUP(7)
+    ADD_GROUP(8) ADD_GROUP(9) ADD_GROUP(10) ADD_GROUP(11) ADD_GROUP(12) ADD_GROUP(13) ADD_GROUP(14) ADD_GROUP(15)
+#undef ADD_GROUP
     UNROLLED for (int r = 0; r < rows; r++) {
         const __m512 scale = _mm512_set1_ps(integers ? read_scale(block + r * apart, number) : 1.0f);
         UNROLLED for (int v = 0; v < vectors; v++) {
