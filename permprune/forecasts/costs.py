@@ -6,7 +6,6 @@ A method without a registered function runs as any other, and its time is not kn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import singledispatch
 from typing import Any
@@ -14,10 +13,17 @@ from typing import Any
 import torch
 
 from permprune.forecasts.resources import Memory, Stage, Work, Workload
-from permprune.inference.solving import SWEEPS
-from permprune.losses.objective import as_loss
+from permprune.forecasts.weights import (
+    STEPPED,
+    block_update,
+    compensation_work,
+    masked_weights,
+    solving_work,
+    teacher_outputs,
+    trained_weights,
+    training_memory,
+)
 from permprune.matching.assignment import groups_in, part_count
-from permprune.models.layers import Layer
 from permprune.permuters import cp, kept, quadratic
 from permprune.permuters.base import Permuter
 from permprune.permuters.bundles import BLOCK
@@ -32,7 +38,6 @@ from permprune.permuters.ria import RIAPermuter
 from permprune.permuters.trust_region import TrustRegion
 from permprune.pruning.problem import Outline, Problem
 from permprune.training.int4 import SOLVED
-from permprune.updates.admm import ADMM
 from permprune.updates.base import NoUpdate, Update
 
 TRIED = 1.5
@@ -51,16 +56,6 @@ parts, from which it takes the placement cost, the gains, and new slopes."""
 COUPLED = 3
 """How often a swap multiplies all rows by their correlations, for gains and for the slopes at each candidate step: the
 first or second of these is taken."""
-
-STEPPED = 15
-"""How often a step of training reads or writes each weight: to mask and convert it, for both models' products, for its
-gradient, and for Adam."""
-
-UPDATE_COPIES = 8.5
-"""The weight of a layer, and what ADMM computes of its size at a time, beside matrices of second moments."""
-
-UPDATE_PASSES = 20
-"""How often an iteration of ADMM reads or writes each weight, beside the product."""
 
 
 @singledispatch
@@ -166,7 +161,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         return Stage(f"{method.name}: {what}", (*parts, held), None if work is None else work * times)
 
     losses = TRIED * method.rounds + START + method.compensate + method.trains_at_end
-    backward = (*_pass(method, run, examples), *_masked(run))
+    backward = (*_pass(method, run, examples), *masked_weights(run))
     batch = method.step_examples * run.examples_per_window
     trained = trained_weights(run)
     best = replace(trained, name="best trained weights", travels=2.0 * trained.bytes)  # put aside, and read at the end
@@ -184,7 +179,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         ]
     if method.rounds and method.tune:
         steps = method.tune * max(0, method.rounds - method.wait)
-        training = _training(method, run, batch, steps)
+        training = training_memory(method, run, batch, steps)
         rounds.append(stage("training", *training, best, work=step * (steps / method.rounds)))
     if method.refine:
         work = run.gradient_work(2 * examples) + run.loss_work(run.held_out) * TRIED_SHARES
@@ -192,55 +187,18 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
     if method.compensate:
         size = outline.dtype.itemsize * outline.weights  # written, read by blocks that run again, and replaced
         updated = Memory("compensated weights", size, travels=4.0 * size)
-        parts = (updated, *([trained_weights(run)] if method.tune else []), *_block_update(run, 4 * examples))
-        rounds.append(Stage(f"{method.name}: compensation", parts, _compensation(run, 4 * examples)))
+        parts = (updated, *([trained_weights(run)] if method.tune else []), *block_update(run, 4 * examples))
+        rounds.append(Stage(f"{method.name}: compensation", parts, compensation_work(run, 4 * examples)))
     if method.trains_at_end:
         counted = step * method.train_steps if method.train_steps else None
-        training = _training(method, run, batch, method.train_steps)
+        training = training_memory(method, run, batch, method.train_steps)
         if method.int4:
             training = (*training, Memory("int4 weights", outline.dtype.itemsize * outline.weights))
-            counted = counted and counted + _solving(run, SOLVED * run.examples_per_window)
+            counted = counted and counted + solving_work(run, SOLVED * run.examples_per_window)
         if method.tune or method.compensate:
             training = (*training, best)
         rounds.append(Stage(f"{method.name}: training at the end", training, counted, last=True))
     return [*stages_of(method.start, run), *rounds]
-
-
-def _block_update(run: Workload, examples: int) -> tuple[Memory, ...]:
-    """The memory of `LayerUpdate.run` with ADMM: a block's inputs, second moments and weights, and a layer's."""
-    blocks = [sum(layer.shape.numel() for layer in block) for block in run.outline.blocks]
-
-    def in_hand(layer: Layer) -> float:
-        channels, weights = layer.shape[1], layer.shape.numel()
-        return max(4 * channels**2 + weights, 3 * channels**2 + UPDATE_COPIES * weights)
-
-    size = max(blocks) + max(map(in_hand, run.outline.layers)) + run.outline.block_sums
-    return Memory("activations", run.block_outputs(examples)), Memory("update of a block", round(4 * size))
-
-
-def _compensation(run: Workload, examples: int) -> Work:
-    """An inverse costs about as much as an iteration."""
-    method = ADMM()
-
-    def update(channels: int, rows: int, m: int) -> Work:
-        products = 2.0 * channels**2 * rows * (method.iterations + 2)
-        return Work(products_fp32=products, moved=UPDATE_PASSES * 4.0 * channels * rows * method.iterations)
-
-    return _block_by_block(run, examples, update)
-
-
-def _solving(run: Workload, examples: int) -> Work:
-    """An inverse and GPTQ's order cost about as much as a pass of coordinate descent each."""
-    return _block_by_block(
-        run, examples, lambda channels, rows, m: Work(products_fp32=2.0 * channels**2 * rows * (SWEEPS + 2))
-    )
-
-
-def _block_by_block(run: Workload, examples: int, update: Callable[[int, int, int], Work]) -> Work:
-    """Blocks run twice, before and after the update of their layers, which needs second moments."""
-    positions = examples * run.forward.products / (2 * run.outline.weights)
-    moments = Work(products_fp32=2 * positions * run.outline.moments())
-    return run.pass_work(examples, examples, 2) + moments + run.each_problem(update)
 
 
 @state_bytes.register(TrustRegion)
@@ -294,53 +252,8 @@ def _elements(method: CostMatrixLearner | Learned, outline: Outline) -> int:
 
 def _pass(method: Iterative[Any], run: Workload, examples: int = 0) -> tuple[Memory, ...]:
     """The memory of a gradient on this number of examples, or of the accept test."""
-    return (*_teacher(method, run, examples), *(run.gradient.parts if examples else (*run.loss.parts, run.packed)))
-
-
-def _training(method: Iterative[Any], run: Workload, examples: int, steps: float) -> tuple[Memory, ...]:
-    """The memory of `train_weights` with so many examples in a step: sums of gradients only for several batches.
-
-    Each batch reads the weights, once more with `recompute`, and a step reads and writes them and their moments.
-    """
-    outline, batches = run.outline, math.ceil(examples / run.batch)
-    reads = (2 if run.recompute else 1) * batches + 2
-    masked = _masked(run) if outline.dtype != run.dtype else ()  # else the weights in training are those that run
-    weights = outline.dtype.itemsize * outline.weights
-    moments = weights * outline.pattern.n // outline.pattern.m
-    parts = [
-        Memory("weights in training", weights, travels=float(weights * reads * steps)),
-        Memory("Adam's moments", moments, travels=2.0 * moments * steps), *run.gradient.parts, *masked,
-    ]  # fmt: skip
-    if batches > 1:
-        parts.append(run.summed("sums of gradients", examples - run.batch, steps))
-    if run.on_device:
-        parts.append(Memory("tensor that is saved", weights // len(outline.sites), "host"))
-    return (*parts, *_teacher(method, run, examples, training=True))
-
-
-def trained_weights(run: Workload) -> Memory:
-    """The memory of weights that were trained."""
-    return Memory("trained weights", run.outline.dtype.itemsize * run.outline.weights)
-
-
-def _masked(run: Workload) -> tuple[Memory, ...]:
-    """The memory of the masked weights, which live until the backward pass; `run.gradient` counts those in bf16."""
-    if run.dtype != torch.float32 or run.recompute:
-        return ()
-    return (Memory("masked weights", 4 * run.outline.weights),)
-
-
-def _teacher(method: Iterative[Any], run: Workload, examples: int, *, training: bool = False) -> tuple[Memory, ...]:
-    """The dense model's outputs that the search holds: those for the accept test, and for `examples` of a gradient.
-
-    The distances of a batch are computed in fp32, of both models' outputs. In `training` the blocks' outputs are
-    compared as well where few positions have labels (`Objective.for_training`).
-    """
-    if not (as_loss(method.objective).compares_blocks or (training and not run.labelled)):
-        return ()
-    distances = 8 * run.gradient.outputs // run.dtype.itemsize if examples else 0
-    outputs = Memory("dense model's outputs", (run.held_out + examples) * run.gradient.outputs // run.batch, "host")
-    return (outputs, Memory("distances to the dense model", distances))
+    passing = run.gradient.parts if examples else (*run.loss.parts, run.packed)
+    return (*teacher_outputs(method, run, examples), *passing)
 
 
 def model_bytes(run: Workload, slopes: torch.dtype, part: int | None = None) -> int:

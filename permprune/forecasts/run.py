@@ -21,12 +21,13 @@ from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples, batches
 from permprune.forecasts.activations import Activations
-from permprune.forecasts.costs import stages_of, state_bytes, trained_weights
+from permprune.forecasts.costs import stages_of, state_bytes
 from permprune.forecasts.machine import BUS, Machine, this_machine
 from permprune.forecasts.mixing import stages_of_limit, stages_of_mix
 from permprune.forecasts.offloading import FILES, Offload, module_sizes
 from permprune.forecasts.passes import TYPICAL, Shapes, batch_pass, example_pass, uncounted
 from permprune.forecasts.resources import Memory, Place, Stage, Work, Workload
+from permprune.forecasts.weights import trained_weights
 from permprune.models.generation import needs_decoder_inputs
 from permprune.models.modality import (
     BATCH_MULTIPLIER,

@@ -1,0 +1,111 @@
+"""The costs of what changes weights: training, compensation, and solving int4 values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from permprune.forecasts.resources import Memory, Work, Workload
+from permprune.inference.solving import SWEEPS
+from permprune.losses.objective import as_loss
+from permprune.models.layers import Layer
+from permprune.permuters.iterate import Iterative
+from permprune.updates.admm import ADMM
+
+STEPPED = 15
+"""How often a step of training reads or writes each weight: to mask and convert it, for both models' products, for its
+gradient, and for Adam."""
+
+UPDATE_COPIES = 8.5
+"""The weight of a layer, and what ADMM computes of its size at a time, beside matrices of second moments."""
+
+UPDATE_PASSES = 20
+"""How often an iteration of ADMM reads or writes each weight, beside the product."""
+
+
+def block_update(run: Workload, examples: int) -> tuple[Memory, ...]:
+    """The memory of `LayerUpdate.run` with ADMM: a block's inputs, second moments and weights, and a layer's."""
+    blocks = [sum(layer.shape.numel() for layer in block) for block in run.outline.blocks]
+
+    def in_hand(layer: Layer) -> float:
+        channels, weights = layer.shape[1], layer.shape.numel()
+        return max(4 * channels**2 + weights, 3 * channels**2 + UPDATE_COPIES * weights)
+
+    size = max(blocks) + max(map(in_hand, run.outline.layers)) + run.outline.block_sums
+    return Memory("activations", run.block_outputs(examples)), Memory("update of a block", round(4 * size))
+
+
+def compensation_work(run: Workload, examples: int) -> Work:
+    """An inverse costs about as much as an iteration."""
+    method = ADMM()
+
+    def update(channels: int, rows: int, m: int) -> Work:
+        products = 2.0 * channels**2 * rows * (method.iterations + 2)
+        return Work(products_fp32=products, moved=UPDATE_PASSES * 4.0 * channels * rows * method.iterations)
+
+    return _block_by_block(run, examples, update)
+
+
+def solving_work(run: Workload, examples: int) -> Work:
+    """An inverse and GPTQ's order cost about as much as a pass of coordinate descent each."""
+    return _block_by_block(
+        run, examples, lambda channels, rows, m: Work(products_fp32=2.0 * channels**2 * rows * (SWEEPS + 2))
+    )
+
+
+def _block_by_block(run: Workload, examples: int, update: Callable[[int, int, int], Work]) -> Work:
+    """Blocks run twice, before and after the update of their layers, which needs second moments."""
+    positions = examples * run.forward.products / (2 * run.outline.weights)
+    moments = Work(products_fp32=2 * positions * run.outline.moments())
+    return run.pass_work(examples, examples, 2) + moments + run.each_problem(update)
+
+
+def training_memory(method: Iterative[Any], run: Workload, examples: int, steps: float) -> tuple[Memory, ...]:
+    """The memory of `train_weights` with so many examples in a step: sums of gradients only for several batches.
+
+    Each batch reads the weights, once more with `recompute`, and a step reads and writes them and their moments.
+    """
+    outline, batches = run.outline, math.ceil(examples / run.batch)
+    reads = (2 if run.recompute else 1) * batches + 2
+    masked = masked_weights(run) if outline.dtype != run.dtype else ()  # else those in training run
+    weights = outline.dtype.itemsize * outline.weights
+    moments = weights * outline.pattern.n // outline.pattern.m
+    parts = [
+        Memory("weights in training", weights, travels=float(weights * reads * steps)),
+        Memory("Adam's moments", moments, travels=2.0 * moments * steps), *run.gradient.parts, *masked,
+    ]  # fmt: skip
+    if batches > 1:
+        parts.append(run.summed("sums of gradients", examples - run.batch, steps))
+    if run.on_device:
+        parts.append(Memory("tensor that is saved", weights // len(outline.sites), "host"))
+    return (*parts, *teacher_outputs(method, run, examples, training=True))
+
+
+def trained_weights(run: Workload) -> Memory:
+    """The memory of weights that were trained."""
+    return Memory("trained weights", run.outline.dtype.itemsize * run.outline.weights)
+
+
+def masked_weights(run: Workload) -> tuple[Memory, ...]:
+    """The memory of the masked weights, which live until the backward pass; `run.gradient` counts those in bf16."""
+    if run.dtype != torch.float32 or run.recompute:
+        return ()
+    return (Memory("masked weights", 4 * run.outline.weights),)
+
+
+def teacher_outputs(
+    method: Iterative[Any], run: Workload, examples: int, *, training: bool = False
+) -> tuple[Memory, ...]:
+    """The dense model's outputs that the search holds: those for the accept test, and for `examples` of a gradient.
+
+    The distances of a batch are computed in fp32, of both models' outputs. In `training` the blocks' outputs are
+    compared as well where few positions have labels (`Objective.for_training`).
+    """
+    if not (as_loss(method.objective).compares_blocks or (training and not run.labelled)):
+        return ()
+    distances = 8 * run.gradient.outputs // run.dtype.itemsize if examples else 0
+    outputs = Memory("dense model's outputs", (run.held_out + examples) * run.gradient.outputs // run.batch, "host")
+    return (outputs, Memory("distances to the dense model", distances))
