@@ -150,7 +150,8 @@ def _within_data(config: PruneConfig, kind: Kind, windows: int) -> tuple[PruneCo
             often,
             fewer,
         )
-    return config.replace(permute=describe(dataclasses.replace(method, train_steps=steps))), passes
+    blocks = method.block_steps * steps // wanted
+    return config.replace(permute=describe(dataclasses.replace(method, block_steps=blocks, train_steps=steps))), passes
 
 
 def _warn_of_outputs(coupling: Coupling, problems: Iterable[Problem], config: PruneConfig) -> None:

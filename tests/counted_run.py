@@ -33,6 +33,7 @@ BEGUN = {
     "proposals": ("permuters.trust_region.TrustRegion.proposals", "pruning.masked.MaskedLayers.slopes_along"),
     "accept": ("pruning.network.PrunedNetwork.loss",),
     "compensation": ("permuters.trust_region.compensate",),
+    "blocks": ("permuters.trust_region.train_blocks",),
     "training at the end": ("permuters.tuning.train_weights",),
     "evaluate": ("engine.session.Session._measurement", "pruning.masked.MaskedLayers.measures"),
     "write": ("engine.held.Held.finish", "engine.sharded.Sharded.finish", "jobs.prune.write_pruned_weights"),
@@ -140,8 +141,7 @@ def counted(computed: float = math.inf) -> Iterator[Stages]:
     """
     gc.collect()  # what an earlier run left, which would be freed during this one
     with pytest.MonkeyPatch.context() as patch, allocated(computed=computed) as device, Held() as host:
-        for module in ("tuning", "refinement"):
-            patch.setattr(f"permprune.permuters.{module}.TOLERANCE", -math.inf)
+        patch.setattr("permprune.permuters.tuning.TOLERANCE", -math.inf)
         stages = Stages(device, host)
         for stage, functions in BEGUN.items():
             for name in functions:

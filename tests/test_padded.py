@@ -12,7 +12,7 @@ from permprune.data.load import load_examples
 from .modalities import EXAMPLES, make
 from .vision_language import MODELS, write_pairs
 
-CHANGED = "newton:start=ria:rounds=0:compensate=true:train_steps=1"
+CHANGED = "newton:start=ria:rounds=0:compensate=true:block_steps=2:train_steps=1"
 """A small run of what efforts do by default, in which blocks run twice."""
 
 

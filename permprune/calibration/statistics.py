@@ -20,7 +20,7 @@ from permprune.models.activation_checkpointing import recomputed
 from permprune.models.autocast import autocast
 from permprune.models.experts import Routed
 from permprune.models.forward import frozen, main_outputs, padding_of, run_model
-from permprune.models.hooks import hooked, layers_by_block, resumed, up_to_each
+from permprune.models.hooks import continues, hooked, layers_by_block, resumed, up_to_each
 from permprune.models.layers import Layer
 from permprune.system import distributed
 from permprune.system.device import compute_device
@@ -167,18 +167,7 @@ class _Pass:
             with autocast(examples.device, self.dtype, blocks=False):
                 return [output for output in main_outputs(run_model(self.model, examples)) if torch.is_tensor(output)]
 
-        every, outputs = up_to_each(self.model), dict[nn.Module, Any]()
-        try:
-            whole = computed()
-            for reached in every:
-                with resumed(reached, outputs):
-                    computed()
-            with resumed((), outputs):
-                again = computed()
-            same = len(again) == len(whole) and all(map(torch.equal, again, whole))
-            return bool(every and whole) and same
-        except Exception:  # a model's own code can raise any type
-            return False
+        return continues(self.model, computed)
 
     @torch.no_grad()
     def forward(self, readers: dict[str, Layer], whole: bool = False) -> Symmetrics:

@@ -15,6 +15,7 @@ import torch
 from permprune.forecasts.resources import Memory, Stage, Work, Workload
 from permprune.forecasts.weights import (
     STEPPED,
+    block_training,
     block_update,
     compensation_work,
     masked_weights,
@@ -160,13 +161,15 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         held = run.summed("gradients", summed, times)
         return Stage(f"{method.name}: {what}", (*parts, held), None if work is None else work * times)
 
-    losses = TRIED * method.rounds + START + method.compensate + method.trains_at_end
+    losses = TRIED * method.rounds + START + method.compensate + bool(method.block_steps) + method.trains_at_end
     backward = (*_pass(method, run, examples), *masked_weights(run))
     batch = method.step_examples * run.examples_per_window
     trained = trained_weights(run)
     best = replace(trained, name="best trained weights", travels=2.0 * trained.bytes)  # put aside, and read at the end
     during = [*([gradients] if method.rounds else []), *([trained] if method.tune else [])]
-    after = [trained] if method.trains or method.compensate else []
+    changed = bool(method.tune) + method.compensate + bool(method.block_steps)
+    after = [trained] if changed or method.trains_at_end else []
+    after += [best] if changed + method.trains_at_end > 1 else []
     held = max(during, after, key=lambda parts: sum(part.bytes for part in parts))
     accept = Stage(f"{method.name}: accept", (*_pass(method, run), *held), run.loss_work(run.held_out) * losses)
     step = run.step_work(batch) + Work(moved=STEPPED * outline.dtype.itemsize * outline.weights)
@@ -189,13 +192,16 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         updated = Memory("compensated weights", size, travels=4.0 * size)
         parts = (updated, *([trained_weights(run)] if method.tune else []), *block_update(run, 4 * examples))
         rounds.append(Stage(f"{method.name}: compensation", parts, compensation_work(run, 4 * examples)))
+    if method.block_steps:
+        parts, work = block_training(run, method.block_steps)
+        rounds.append(Stage(f"{method.name}: blocks", (*parts, *([best] if changed > 1 else [])), work))
     if method.trains_at_end:
         counted = step * method.train_steps if method.train_steps else None
         training = training_memory(method, run, batch, method.train_steps)
         if method.int4:
             training = (*training, Memory("int4 weights", outline.dtype.itemsize * outline.weights))
             counted = counted and counted + solving_work(run, SOLVED * run.examples_per_window)
-        if method.tune or method.compensate:
+        if changed:
             training = (*training, best)
         rounds.append(Stage(f"{method.name}: training at the end", training, counted, last=True))
     return [*stages_of(method.start, run), *rounds]
@@ -207,6 +213,7 @@ def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
     training = weights + weights * outline.pattern.n // outline.pattern.m  # and first moments of kept ones
     training += 4 * sum(sum(layer.shape) for layer in outline.layers) if method.trains else 0  # and second ones
     training += outline.weights // 32 if method.int4 else 0  # scales
+    training += weights if method.block_steps else 0
     masks = outline.weights // 8 if method.refine or method.compensate else 0
     orders = 8 * sum(problem.size for problem in outline.problems) * method.rounds
     states = 2 * (orders + weights + masks + training)  # the old one is kept until the new one is written

@@ -33,6 +33,10 @@ STEPS = 16, 2000
 RATES = {"embeddings": 5e-3, "images": 5e-4}
 """The learning rate of kinds of model whose training gains by another than the default (docs/results/ablations.md)."""
 
+BLOCKS_FROM = 150
+"""The steps of training of text from which half of their operations go into training each block before; with fewer that
+gains little (docs/results/ablations.md)."""
+
 START = "ria"
 """The orders that a compensation is made for: as good as better orders of the search (docs/results/ablations.md)."""
 
@@ -45,7 +49,8 @@ class Effort:
     """The `operations` of a run, and whether weights that are kept change.
 
     If they do, a layer-wise update chooses the masks (see `compensation`), and what is left of the operations goes into
-    training: after such an update, rounds of search for the order gain nothing (docs/results/ablations.md).
+    training, of text first block by block if it is much (`BLOCKS_FROM`): after such an update, rounds of search for the
+    order gain nothing (docs/results/ablations.md).
     """
 
     operations: float
@@ -78,8 +83,11 @@ def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] |
         compensation = 8 * method.examples + products * ADMM().iterations * windows / effort.operations
         a_step = 4 * method.step_examples  # with the dense model's
         steps = _within(STEPS, (windows - compensation) / a_step)
-        rate = f":rate={RATES[kind]:g}" if kind in RATES else ""
-        start, training = f":start={START}", f":compensate=true:train_steps={steps}{rate}"
+        rate, blocks = f":rate={RATES[kind]:g}" if kind in RATES else "", ""
+        if kind == "text" and steps >= BLOCKS_FROM:
+            steps //= 2
+            blocks = f":block_steps={2 * steps}"  # a step of all blocks takes half as many passes
+        start, training = f":start={START}", f":compensate=true{blocks}:train_steps={steps}{rate}"
     else:
         rounds = _within(ROUNDS, windows / (3 * method.examples + TRIED * config.held_out))  # passes of a window
     needed = max(rounds * method.examples, steps * method.step_examples)

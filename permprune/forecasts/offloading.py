@@ -46,7 +46,7 @@ mask's groups, and the mask."""
 FILES = 4
 """Half the number of files of weights that a run writes, at least."""
 
-BACKWARD = {"gradients", "training", "training at the end", "refinement"}
+BACKWARD = {"gradients", "blocks", "training", "training at the end", "refinement"}
 """What stages with gradients are called, beside a calibration with Fisher information."""
 
 UPDATE = ": compensation"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from permprune.forecasts.resources import Memory, Work, Workload
 from permprune.inference.solving import SWEEPS
 from permprune.losses.objective import as_loss
 from permprune.models.layers import Layer
+from permprune.permuters.block_tuning import PASSES
 from permprune.permuters.iterate import Iterative
 from permprune.updates.admm import ADMM
 
@@ -82,6 +84,23 @@ def training_memory(method: Iterative[Any], run: Workload, examples: int, steps:
     if run.on_device:
         parts.append(Memory("tensor that is saved", weights // len(outline.sites), "host"))
     return (*parts, *teacher_outputs(method, run, examples, training=True))
+
+
+def block_training(run: Workload, steps: int) -> tuple[tuple[Memory, ...], Work]:
+    """The memory and the work of `train_blocks`: of each block, passes of the dense and the pruned one, and steps."""
+    outline, examples = run.outline, steps * run.examples_per_window
+    blocks = [sum(layer.shape.numel() for layer in block) for block in outline.blocks]
+    size, share = outline.dtype.itemsize * max(blocks), max(blocks) / sum(blocks)
+    parts = (
+        trained_weights(run),
+        Memory("outputs of blocks", 3 * run.block_outputs(math.ceil(examples / PASSES))),
+        Memory("weights in training", size),
+        Memory("Adam's moments", round(size * outline.pattern.density)),
+        *(replace(part, bytes=round(part.bytes * share)) for part in run.gradient.parts),
+    )
+    batch = min(run.batch, run.examples_per_window)
+    work = run.pass_work(examples, batch) + run.forward * (2 * examples) + run.pass_work(examples / PASSES, batch, 2)
+    return parts, work + Work(moved=STEPPED * outline.dtype.itemsize * outline.weights) * steps
 
 
 def trained_weights(run: Workload) -> Memory:

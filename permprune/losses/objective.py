@@ -228,7 +228,7 @@ class Objective(Loss):
         if self.distillation:
             losses.append(self.distillation * _smooth_l1(outputs, dense))
         if self.hidden_states:
-            losses.append(self.hidden_states * terms * _relative_distance(outputs, dense))
+            losses.append(self.hidden_states * terms * relative_distance(outputs, dense))
         if self.cosine:
             last, target = outputs[-1].float(), dense[-1].to(outputs[-1].device).float()
             losses.append(self.cosine * (1 - F.cosine_similarity(last, target, dim=-1)).sum())
@@ -254,7 +254,7 @@ def _smooth_l1(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def _relative_distance(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
+def relative_distance(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
     """The squared distance of vectors (..., channels) over the squared length of `dense`, averaged over all of them.
 
     A vector of `dense` near 0 counts as one of a thousandth of the mean squared length, so that it does not dominate.

@@ -183,6 +183,25 @@ def up_to_each(model: nn.Module) -> list[list[nn.Module]]:
     return [chain[:number] for chain in block_chains(model) for number in range(1, len(chain) + 1)]
 
 
+def continues(model: nn.Module, compute: Callable[[], Sequence[Tensor]]) -> bool:
+    """Whether passes that go on from one block to the next (`resumed`) compute the same as a whole one.
+
+    `compute` makes a pass on some inputs, and returns what the model computes.
+    """
+    every, outputs = up_to_each(model), dict[nn.Module, Any]()
+    try:
+        whole = compute()
+        for reached in every:
+            with resumed(reached, outputs):
+                compute()
+        again: Sequence[Tensor] = ()
+        with resumed((), outputs):
+            again = compute()
+        return bool(every and whole) and len(again) == len(whole) and all(map(torch.equal, again, whole))
+    except Exception:  # a model's own code can raise any type
+        return False
+
+
 def _known(output: Any, *_: Any, **__: Any) -> Any:
     return output
 

@@ -34,7 +34,8 @@ TRAINING = ".training"
 class CurvePoint:
     """One round of a search: its held-out loss, whether the round was kept, and the seconds of the search at its end.
 
-    `stage` is "search", "refinement" of the masks, or "training" for training between the rounds or after them.
+    `stage` is "search", "refinement" of the masks, "compensation", the training of "blocks" one after the other, or
+    "training" for training between the rounds or after them.
     """
 
     round: int

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ with on_first_use(globals()):
     import torch
     from torch import Tensor
 
+    from permprune.permuters.block_tuning import train_blocks
     from permprune.permuters.refinement import compensate, refine_masks
     from permprune.permuters.tuning import Schedule, counted, first_ended, timed, train_further
     from permprune.pruning.gradients import Gradients
@@ -76,13 +78,15 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     With `compensate` a layer-wise update follows, which chooses masks of its own (see `compensation`).
 
+    With `block_steps` each block's remaining weights are then trained for so many steps (see `block_tuning`).
+
     With `train_steps` the remaining weights are trained once, in the same way, for so many steps after the last round.
     With `train` they are trained until the time limit of the run is over; `train` is the share of that limit in which
     no round begins (0.7 if only the steps are given). Given both, or steps and a limit, what ends first ends training.
     The last share `int4` of this training goes through int4 values (`training.int4`), which packing then keeps.
     """
 
-    free: ClassVar[tuple[str, ...]] = ("rounds", "refine", "compensate", "train", "train_steps")
+    free: ClassVar[tuple[str, ...]] = ("rounds", "refine", "compensate", "block_steps", "train", "train_steps")
     state: ClassVar[type[SearchState]] = TrustRegionState
     start: Permuter = Reconstruction(swaps=3, candidates=1)
     rounds: Natural = 16
@@ -92,6 +96,7 @@ class TrustRegion(Iterative[TrustRegionState]):
     wait: Natural = 0
     refine: Natural = 0
     compensate: bool = False
+    block_steps: Natural = 0
     train: Share = 0.0
     train_steps: Natural = 0
     int4: Share = 0.0
@@ -115,7 +120,8 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        after = {"refinement": self.refine, "compensation": self.compensate, "training": self.trains_at_end}
+        after = {"refinement": self.refine, "compensation": self.compensate, "blocks": self.block_steps}
+        after["training"] = self.trains_at_end
         return (*super().stages, *(self.stage(what) for what, asked in after.items() if asked))
 
     @property
@@ -124,7 +130,7 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     @property
     def trains(self) -> bool:
-        return bool(self.tune) or self.trains_at_end
+        return bool(self.tune or self.block_steps) or self.trains_at_end
 
     @property
     def trains_at_end(self) -> bool:
@@ -276,7 +282,7 @@ class TrustRegion(Iterative[TrustRegionState]):
         return proposals, damping
 
     def finish(self, landscape: Landscape, state: TrustRegionState) -> Solution:
-        """Refine the masks, compensate and train the weights, if asked for."""
+        """Refine the masks, compensate and train the weights, of each block and of all together, if asked for."""
         landscape.mean = None
         state.show(landscape.network)
         if self.refine:
@@ -285,27 +291,38 @@ class TrustRegion(Iterative[TrustRegionState]):
             limit, examples = self.time_limit(landscape.run), 2 * self.examples
             state = refine_masks(landscape, state, rounds=self.refine, examples=examples, limit=limit, saved=saved)
         if self.compensate:
-            stage(self.stage("compensation"))
-            began, points = time.monotonic(), len(state.curve)
-            state = compensate(landscape, state, examples=4 * self.examples)
-            state = state.after(distributed.mean(time.monotonic() - began), points)
+            state = self._timed("compensation", state, partial(compensate, landscape, examples=4 * self.examples))
+        if self.block_steps:
+            saved = Resumable(self.checkpoint(landscape.run), f"{self.name}.blocks", len(state.curve))
+            state = self._timed("blocks", state, partial(train_blocks, landscape, steps=self.block_steps, saved=saved))
         bits = landscape.network.bits if self.refine or self.compensate else {}
         if self.trains_at_end:
-            stage(self.stage("training"))
-            began, points, minutes = time.monotonic(), len(state.curve), landscape.run.minutes
-            schedules = [counted(self.train_steps)] if self.train_steps else []
-            schedules += [] if minutes is None else [timed(60 * minutes - state.seconds)]
-            state, kept = self._train(landscape, state, first_ended(*schedules), first=0, int4=self.int4)
-            if not kept:
-                log.warning(
-                    "training did not lower the held-out loss (%.4f): weights are as before; give a lower rate, as in "
-                    "%s:rate=%g",
-                    state.best,
-                    self.name,
-                    state.rate / 4,
-                )
-            state = state.after(distributed.mean(time.monotonic() - began), points)
+            state = self._timed("training", state, partial(self._train_at_end, landscape))
         return replace(super().finish(landscape, state), bits=bits)
+
+    def _timed(
+        self, what: str, state: TrustRegionState, change: Callable[[TrustRegionState], TrustRegionState]
+    ) -> TrustRegionState:
+        """Make a stage after the rounds, whose seconds count."""
+        stage(self.stage(what))
+        began, points = time.monotonic(), len(state.curve)
+        return change(state).after(distributed.mean(time.monotonic() - began), points)
+
+    def _train_at_end(self, landscape: Landscape, state: TrustRegionState) -> TrustRegionState:
+        """Train the weights for the steps and the time that are left."""
+        minutes = landscape.run.minutes
+        schedules = [counted(self.train_steps)] if self.train_steps else []
+        schedules += [] if minutes is None else [timed(60 * minutes - state.seconds)]
+        state, kept = self._train(landscape, state, first_ended(*schedules), first=0, int4=self.int4)
+        if not kept:
+            log.warning(
+                "training did not lower the held-out loss (%.4f): weights are as before; give a lower rate, as in "
+                "%s:rate=%g",
+                state.best,
+                self.name,
+                state.rate / 4,
+            )
+        return state
 
     def _train(
         self, landscape: Landscape, state: TrustRegionState, schedule: Schedule, *, first: int, int4: float = 0.0

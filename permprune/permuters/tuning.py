@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean, stdev
@@ -112,11 +112,19 @@ class KeptWeights:
     tenfold between models, and the rates that suit them do as well. The `progress` is that of the steps so far.
 
     Starts from the weights that the network shows, or from the state of an interrupted training with the same masks.
+    With `layers` only the weights of these are trained.
     """
 
-    def __init__(self, network: PrunedNetwork, generator: torch.Generator, state: State | None) -> None:
+    def __init__(
+        self,
+        network: PrunedNetwork,
+        generator: torch.Generator,
+        state: State | None,
+        layers: Iterable[str] | None = None,
+    ) -> None:
         tensors, values = state or ({}, {})
         self._network, self._generator, self.progress = network, generator, Progress(**values)
+        self._names = list(network.layers if layers is None else layers)
         if state is not None:
             generator.set_state(tensors[GENERATOR])
         self._bits = network.bits
@@ -129,7 +137,8 @@ class KeptWeights:
 
     def _begin(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the weights to those that the network shows, and moments to 0, or both to saved ones."""
-        for name, layer in self._network.layers.items():
+        for name in self._names:
+            layer = self._network.layers[name]
             weight = self._network.shown[name].to(layer.stored.dtype)
             mean = weight.new_zeros(len(weight), int(self._network.masks[name][0].sum()))
             self._scales[name] = float(weight.float().square().sum() / mean.numel()) ** 0.5
@@ -196,7 +205,7 @@ class KeptWeights:
             shown = self._network.shelf.another()
             shown.update((name, self._int4.stored(name, weight)) for name, weight in self.weights.items())
         self._network.show(shown)
-        mean_loss = self._network.take_gradients(examples, loss, take, kept=True)
+        mean_loss = self._network.take_gradients(examples, loss, take, kept=True, layers=self._names)
         self.progress = replace(progress, losses=(*progress.losses, mean_loss))
         return mean_loss
 
@@ -212,7 +221,7 @@ class KeptWeights:
     def with_pruned(self) -> Shelf:
         """Return the weights as stored, with the values that pruned ones had before; nothing is left for training."""
         whole = self._means = self._network.shelf.another()  # the moments are freed
-        for name in self._network.layers:
+        for name in self._names:
             mask, weight = self._network.masks[name], self._int4.stored(name, self.weights.pop(name))
             whole[name] = torch.where(mask, weight, self._network.weights[name].to(weight.dtype))
         return whole

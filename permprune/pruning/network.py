@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
@@ -202,17 +202,25 @@ class PrunedNetwork(MaskedLayers):
         return {name: value / count for name, value in zip(sums, totals, strict=True)}
 
     def take_gradients(
-        self, examples: Examples, loss: Loss, take: Callable[[str, Tensor], None], kept: bool = False
+        self,
+        examples: Examples,
+        loss: Loss,
+        take: Callable[[str, Tensor], None],
+        *,
+        kept: bool = False,
+        layers: Iterable[str] | None = None,
     ) -> float:
         """Call `take` with the name of each layer and its gradient of the mean loss over `examples`, over all ranks.
 
         Returns the mean loss of this rank's batches. Gradients are as in `gradients`. In one process, a weight's
         gradient is complete, and freed after `take`, in the backward pass of the last batch: of a single batch, the
         gradients of all weights are never in memory together. `take` must not change the weights that the layers of
-        this pass have yet to read. With `kept` the gradients of weights that are pruned now may be 0. Raises
-        `PermpruneError` as `gradients` does.
+        this pass have yet to read. With `kept` the gradients of weights that are pruned now may be 0. With `layers`
+        only those that share a parameter with these are taken. Raises `PermpruneError` as `gradients` does.
         """
-        shares, parameters = list(self._batches(examples, loss, self.batch)), self.parameters
+        shares = list(self._batches(examples, loss, self.batch))
+        taken = self.layers.values() if layers is None else [self.layers[name] for name in layers]
+        parameters = {layer.parameter: layer.stored for layer in taken}
         resting = self.shelf.another(Computed(parameters, self._kept_of) if kept else None)
         sums, alone = GradientSums(parameters, self.dtype, resting), distributed.world() == 1
         count, losses = distributed.total(len(shares))[0], list[float]()
@@ -226,7 +234,7 @@ class PrunedNetwork(MaskedLayers):
                 gradient.add_(sums.sums.pop(parameter))
             hand(parameter, gradient)
 
-        with self._differentiable():
+        with differentiable(self.model, parameters, self.recompute):
             for number, (shown, dense) in enumerate(shares, 1):
                 with received(parameters, complete if alone and number == len(shares) else sums.add):
                     value, terms = self._backward(shown, loss, dense, count)

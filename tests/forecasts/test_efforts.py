@@ -70,11 +70,13 @@ def test_every_effort_has_a_budget() -> None:
 def test_work_is_divided_into_rounds_and_steps(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round takes 8 windows forward and backward and 1.5 times 8 held-out ones, a step 2 and the dense model's.
 
-    An update takes 32 windows twice.
+    An update takes 32 windows twice. Half of many steps become twice as many of each block.
     """
-    for windows, steps in ((720, 82), (360, 37), (36, STEPS[0]), (1e9, STEPS[1])):
+    every = (720, 82, 0), (360, 37, 0), (36, STEPS[0], 0), (1300, 77, 154), (1e9, STEPS[1] // 2, STEPS[1])
+    for windows, steps, of_blocks in every:
         method = chosen(tiny_llama, monkeypatch, windows, effort="minutes")
-        assert (method.rounds, method.compensate, method.train_steps) == (0, True, steps)
+        assert (method.rounds, method.compensate) == (0, True)
+        assert (method.block_steps, method.train_steps) == (of_blocks, steps)
     for windows, rounds in ((360, 10), (1, ROUNDS[0]), (1e9, ROUNDS[1])):
         method = chosen(tiny_llama, monkeypatch, windows, effort="order")
         assert (method.rounds, method.compensate, method.train_steps) == (rounds, False, 0)
@@ -110,7 +112,7 @@ def test_prune_trains_unless_it_is_told_otherwise(tiny_llama: LlamaForCausalLM) 
 def test_windows_are_drawn_for_one_pass(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(efforts, "example_pass", lambda *_, **__: Activations(0, 0, 1, 0, operations=1.0))
     config = PruneConfig(effort="hour")
-    assert resolve(tiny_llama, config).samples == 24 + 8 + 2 * STEPS[1]
+    assert resolve(tiny_llama, config).samples == 24 + 8 + STEPS[1]  # half of the steps are of blocks
     assert resolve(make("bert"), config).samples == 24 + 8 + 2 * STEPS[1]
     for kind in ("vit", "whisper"):  # they take more memory
         assert resolve(make(kind), config).samples == 24 + 8 + 768
@@ -121,11 +123,11 @@ def test_training_sees_a_short_text_once(
 ) -> None:
     pruned = permprune.prune(tiny_llama, examples=WINDOWS, precision="fp32")
     (said,) = [line for line in caplog.messages if "windows to train on" in line]
-    assert "12 windows" in said and "each once, in 6 steps in place of 2000" in said
+    assert "12 windows" in said and "each once, in 6 steps in place of 1000" in said
     assert (
         pruned.config.permute
         == pruned.record().settings["permute"]
-        == "newton:start=ria:rounds=0:compensate=true:train_steps=6"
+        == "newton:start=ria:rounds=0:compensate=true:block_steps=12:train_steps=6"
     )
     assert pruned.solution.curve[-1].stage == "training" and "starts over" not in caplog.text
 
@@ -146,9 +148,9 @@ def test_an_effort_gives_the_same_files_every_time(
     digests = []
     for out, effort in (("one", []), ("other", ["--effort", "minutes"])):
         code, stdout, stderr = run("-v", "prune", tiny_checkpoint, *small, *effort, "--out", tmp_path / out)
-        asked = "effort minutes: newton:start=ria:rounds=0:compensate=true:train_steps=2000 on 24"
-        assert code == 0 and asked in " ".join(stderr.split())
-        method = "newton:start=ria:rounds=0:compensate=true:train_steps=6"
+        asked = "newton:start=ria:rounds=0:compensate=true:block_steps=2000:train_steps=1000on24"
+        assert code == 0 and asked in "".join(stderr.split())
+        method = "newton:start=ria:rounds=0:compensate=true:block_steps=12:train_steps=6"
         said = f"effort minutes: {method} on 24 windows; training changes the"
         assert stdout.startswith(said) and "; about" in stdout
         settings = json.loads((tmp_path / out / "permprune.json").read_text())["settings"]

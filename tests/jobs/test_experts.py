@@ -82,7 +82,7 @@ def test_a_folder_loads_and_holds_the_pattern(source: Path, mode: str, tiny_text
     [
         ("mixtral", "fold", "ria"),
         ("mixtral", "gather", "random"),
-        ("qwen3-moe", "gather", "newton:rounds=1:train_steps=1"),
+        ("qwen3-moe", "gather", "newton:rounds=1:block_steps=2:train_steps=1"),
         ("gpt-oss", "fold", "ria"),
     ],
     indirect=["family"],

@@ -21,7 +21,9 @@ from permprune.system.shelf import Shelf
 from ..fixtures import small_checkpoint
 from ..held_bytes import Held
 
-METHOD = Newton(start=Identity(), rounds=2, swaps=2, examples=4, refine=1, compensate=True, train_steps=2)
+METHOD = Newton(
+    start=Identity(), rounds=2, swaps=2, examples=4, refine=1, compensate=True, block_steps=2, train_steps=2
+)
 
 SETTINGS = PruneConfig(length=16, samples=24, precision="fp32", recompute=True)
 

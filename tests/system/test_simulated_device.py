@@ -217,6 +217,7 @@ def planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 TRAINED = Newton(start=Identity(), rounds=1, swaps=1, train_steps=1)
 COMPENSATED = Newton(start=Identity(), rounds=0, compensate=True, train_steps=1)
+BLOCKS = Newton(start=Identity(), rounds=0, block_steps=4, train_steps=1)
 
 WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
 
@@ -231,6 +232,8 @@ WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
         (torch.bfloat16, {"permute": TRAINED, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
         (torch.float32, {"permute": "newton:rounds=0:train_steps=1"}, {"num_hidden_layers": 3}),
         (torch.bfloat16, {"permute": COMPENSATED, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
+        (torch.bfloat16, {"permute": BLOCKS, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
+        (torch.float32, {"permute": BLOCKS}, {"num_hidden_layers": 3}),
     ],
 )
 def test_device_and_host_hold_what_was_forecast(
