@@ -314,6 +314,23 @@ def retrieved(row: Row) -> str:
     return f"{statistics.mean(differences):+.1f} ± {math.hypot(*errors) / len(errors):.1f}"
 
 
+def trainings() -> str:
+    """The shares of the gap that each training closes on both texts, by the seconds that it takes, in its order."""
+    found, lines = rows("training.jsonl", table="trainings"), list[list[str]]()
+    budgets = sorted({row["seconds"] for row in found} - {0})
+
+    def shares(row: Row) -> str:
+        return f"{100 * row['gap_c4']:.1f} / {row['gap_wikitext2']:.1%}"
+
+    for start in dict.fromkeys(row["start"] for row in found):
+        own = [row for row in found if row["start"] == start]
+        (before,) = (shares(row) for row in own if not row["seconds"])
+        for training in dict.fromkeys(row["training"] for row in own if row["seconds"]):
+            by_budget = {row["seconds"]: shares(row) for row in own if row["training"] == training}
+            lines.append([f"`{start}`: {before}", training, *(by_budget.get(one, "") for one in budgets)])
+    return markdown(" | ".join(["before training", "training", *(f"{one} core-seconds" for one in budgets)]), lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "protocol-fold": protocol_fold,
     "protocol-others": protocol_others,
@@ -326,6 +343,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "few-bits": lambda: few_bits("smollm2-135m"),
     "few-bits-qwen": lambda: few_bits("qwen2.5-coder-1.5b"),
     "max-loss": max_loss,
+    "trainings": trainings,
     **{f"recipe-{page}": functools.partial(recipes, page) for _, _, page in RECIPES.values()},
 }
 """The other tables."""
