@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from statistics import median
 from typing import ClassVar
 
 from permprune.options import Count, Natural, Positive, Share
-from permprune.permuters.base import TRAINING, Permuter, Solution
+from permprune.permuters.base import Permuter, Solution
 from permprune.permuters.iterate import TOLERANCE, Iterative, Landscape, SearchState
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.trust_region_state import Proposal, Trial, TrustRegionState, Visit
 from permprune.system.imports import on_first_use
-from permprune.system.progress import log, stage
+from permprune.system.progress import log
 
 with on_first_use(globals()):
     import torch
     from torch import Tensor
 
-    from permprune.permuters.block_tuning import train_blocks
-    from permprune.permuters.refinement import compensate, refine_masks
-    from permprune.permuters.tuning import Schedule, counted, first_ended, timed, train_further
+    from permprune.permuters.after_rounds import after_rounds, train
+    from permprune.permuters.tuning import counted
     from permprune.pruning.gradients import Gradients
     from permprune.pruning.problem import Problem
-    from permprune.system import distributed
-    from permprune.system.search_state import Resumable
 
 ATTEMPTS = 4
 """Largest number of corrections of a step, and of parts of it that are tried before a round is rejected."""
@@ -178,7 +173,7 @@ class TrustRegion(Iterative[TrustRegionState]):
         state.show(landscape.network)
         if not state.midway:
             return self._move(landscape, state)
-        state, kept = self._train(landscape, state, counted(self.tune), first=(state.number - 1) * self.tune)
+        state, kept = train(self, landscape, state, counted(self.tune), first=(state.number - 1) * self.tune)
         return replace(state, midway=False, rate=state.rate if kept else state.rate / 2)
 
     def _move(self, landscape: Landscape, state: TrustRegionState) -> TrustRegionState:
@@ -285,62 +280,8 @@ class TrustRegion(Iterative[TrustRegionState]):
         """Refine the masks, compensate and train the weights, of each block and of all together, if asked for."""
         landscape.mean = None
         state.show(landscape.network)
-        if self.refine:
-            stage(self.stage("refinement"))
-            saved = Resumable(self.checkpoint(landscape.run), f"{self.name}.refinement", state.number)
-            limit, examples = self.time_limit(landscape.run), 2 * self.examples
-            state = refine_masks(landscape, state, rounds=self.refine, examples=examples, limit=limit, saved=saved)
-        if self.compensate:
-            state = self._timed("compensation", state, partial(compensate, landscape, examples=4 * self.examples))
-        if self.block_steps:
-            saved = Resumable(self.checkpoint(landscape.run), f"{self.name}.blocks", len(state.curve))
-            state = self._timed("blocks", state, partial(train_blocks, landscape, steps=self.block_steps, saved=saved))
-        bits = landscape.network.bits if self.refine or self.compensate else {}
-        if self.trains_at_end:
-            state = self._timed("training", state, partial(self._train_at_end, landscape))
+        state, bits = after_rounds(self, landscape, state)
         return replace(super().finish(landscape, state), bits=bits)
-
-    def _timed(
-        self, what: str, state: TrustRegionState, change: Callable[[TrustRegionState], TrustRegionState]
-    ) -> TrustRegionState:
-        """Make a stage after the rounds, whose seconds count."""
-        stage(self.stage(what))
-        began, points = time.monotonic(), len(state.curve)
-        return change(state).after(distributed.mean(time.monotonic() - began), points)
-
-    def _train_at_end(self, landscape: Landscape, state: TrustRegionState) -> TrustRegionState:
-        """Train the weights for the steps and the time that are left."""
-        minutes = landscape.run.minutes
-        schedules = [counted(self.train_steps)] if self.train_steps else []
-        schedules += [] if minutes is None else [timed(60 * minutes - state.seconds)]
-        state, kept = self._train(landscape, state, first_ended(*schedules), first=0, int4=self.int4)
-        if not kept:
-            log.warning(
-                "training did not lower the held-out loss (%.4f): weights are as before; give a lower rate, as in "
-                "%s:rate=%g",
-                state.best,
-                self.name,
-                state.rate / 4,
-            )
-        return state
-
-    def _train(
-        self, landscape: Landscape, state: TrustRegionState, schedule: Schedule, *, first: int, int4: float = 0.0
-    ) -> tuple[TrustRegionState, bool]:
-        """Train the remaining weights (see `train_further`); gradients at other weights do not count any more."""
-        # each training follows more points of the curve
-        saved = Resumable(self.checkpoint(landscape.run), self.name + TRAINING, len(state.curve))
-        state, kept = train_further(
-            landscape,
-            state,
-            schedule,
-            first=first,
-            examples=self.step_examples,
-            rate=state.rate,
-            int4=int4,
-            saved=saved,
-        )
-        return (replace(state, visits=(Visit(state.orders),), slopes={}) if kept else state), kept
 
 
 def accepted_part(landscape: Landscape, state: TrustRegionState, trial: Trial) -> tuple[float, list[str]]:

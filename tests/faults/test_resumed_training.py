@@ -59,7 +59,7 @@ def test_a_killed_training_of_a_search_continues(
     text = write_text(tmp_path / "text.txt", "calibration")
     command = ["prune", tiny_checkpoint, "--calibration", text, "--data", text, "--length", "16", "--samples", "24"]
     command += ["--windows", "4", "--permute", method, *(["--minutes", "9"] if "train=" in method else [])]
-    patches = {"permprune.permuters.trust_region.timed": six_steps, "permprune.permuters.tuning.RISEN": 0.9}
+    patches = {"permprune.permuters.after_rounds.timed": six_steps, "permprune.permuters.tuning.RISEN": 0.9}
     for name, value in patches.items():
         monkeypatch.setattr(name, value)
     every, whole, out = calls(place, monkeypatch), tmp_path / "whole", tmp_path / "out"

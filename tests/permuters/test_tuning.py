@@ -173,7 +173,7 @@ def test_the_time_of_an_interrupted_training_counts(
 
 def test_training_takes_what_the_rounds_leave_of_the_time(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[float] = []
-    place = "permprune.permuters.trust_region.timed"
+    place = "permprune.permuters.after_rounds.timed"
     monkeypatch.setattr(place, lambda seconds: limits.append(seconds) or counted(3))
     method = Newton(rounds=2, examples=8, train=0.5, rate=0.05)
     run = dataclasses.replace(prepared.run, held_out=prepared.run.train)  # so that what is learned is measured
@@ -192,7 +192,7 @@ def test_a_training_of_a_number_of_steps_keeps_a_time_limit(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits: list[float] = []
-    place = "permprune.permuters.trust_region.timed"
+    place = "permprune.permuters.after_rounds.timed"
     monkeypatch.setattr(place, lambda seconds: limits.append(seconds) or counted(2))
     steps, trained = [], prepared.network.take_gradients
 

@@ -1,0 +1,101 @@
+"""What follows the rounds of a `TrustRegion` search: stages that change masks, and the weights that are kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from permprune.permuters.base import TRAINING
+from permprune.permuters.block_tuning import train_blocks
+from permprune.permuters.iterate import Landscape
+from permprune.permuters.refinement import compensate, refine_masks
+from permprune.permuters.trust_region_state import TrustRegionState, Visit
+from permprune.permuters.tuning import Schedule, counted, first_ended, timed, train_further
+from permprune.system import distributed
+from permprune.system.progress import log, stage
+from permprune.system.search_state import Resumable
+
+if TYPE_CHECKING:
+    from permprune.permuters.trust_region import TrustRegion
+
+
+def after_rounds(
+    method: TrustRegion, landscape: Landscape, state: TrustRegionState
+) -> tuple[TrustRegionState, dict[str, Tensor]]:
+    """Make the stages that the method asks for, from a state that the network shows.
+
+    Returns the state, and the masks if they are others than those of the scores.
+    """
+    checkpoint = method.checkpoint(landscape.run)
+    if method.refine:
+        stage(method.stage("refinement"))
+        saved = Resumable(checkpoint, f"{method.name}.refinement", state.number)
+        limit, examples = method.time_limit(landscape.run), 2 * method.examples
+        state = refine_masks(landscape, state, rounds=method.refine, examples=examples, limit=limit, saved=saved)
+    if method.compensate:
+        change = partial(compensate, landscape, examples=4 * method.examples)
+        state = _timed(method.stage("compensation"), state, change)
+    if method.block_steps:
+        saved = Resumable(checkpoint, f"{method.name}.blocks", len(state.curve))
+        blocks = partial(train_blocks, landscape, steps=method.block_steps, saved=saved)
+        state = _timed(method.stage("blocks"), state, blocks)
+    bits = landscape.network.bits if method.refine or method.compensate else {}
+    if method.trains_at_end:
+        state = _timed(method.stage("training"), state, partial(_train_at_end, method, landscape))
+    return state, bits
+
+
+def _timed(
+    name: str, state: TrustRegionState, change: Callable[[TrustRegionState], TrustRegionState]
+) -> TrustRegionState:
+    """Make a stage whose seconds count."""
+    stage(name)
+    began, points = time.monotonic(), len(state.curve)
+    return change(state).after(distributed.mean(time.monotonic() - began), points)
+
+
+def _train_at_end(method: TrustRegion, landscape: Landscape, state: TrustRegionState) -> TrustRegionState:
+    """Train the weights for the steps and the time that are left."""
+    minutes = landscape.run.minutes
+    schedules = [counted(method.train_steps)] if method.train_steps else []
+    schedules += [] if minutes is None else [timed(60 * minutes - state.seconds)]
+    state, kept = train(method, landscape, state, first_ended(*schedules), first=0, int4=method.int4)
+    if not kept:
+        log.warning(
+            "training did not lower the held-out loss (%.4f): weights are as before; give a lower rate, as in "
+            "%s:rate=%g",
+            state.best,
+            method.name,
+            state.rate / 4,
+        )
+    return state
+
+
+def train(
+    method: TrustRegion,
+    landscape: Landscape,
+    state: TrustRegionState,
+    schedule: Schedule,
+    *,
+    first: int,
+    int4: float = 0.0,
+) -> tuple[TrustRegionState, bool]:
+    """Train the remaining weights (see `train_further`); gradients at other weights do not count any more."""
+    # each training follows more points of the curve
+    saved = Resumable(method.checkpoint(landscape.run), method.name + TRAINING, len(state.curve))
+    state, kept = train_further(
+        landscape,
+        state,
+        schedule,
+        first=first,
+        examples=method.step_examples,
+        rate=state.rate,
+        int4=int4,
+        saved=saved,
+    )
+    return (replace(state, visits=(Visit(state.orders),), slopes={}) if kept else state), kept
