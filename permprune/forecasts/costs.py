@@ -169,7 +169,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
     during = [*([gradients] if method.rounds else []), *([trained] if method.tune else [])]
     changed = bool(method.tune) + method.compensate + bool(method.block_steps)
     after = [trained] if changed or method.trains_at_end else []
-    after += [best] if changed + method.trains_at_end > 1 else []
+    after += [replace(best, travels=0.0)] if changed + method.trains_at_end > 1 else []
     held = max(during, after, key=lambda parts: sum(part.bytes for part in parts))
     accept = Stage(f"{method.name}: accept", (*_pass(method, run), *held), run.loss_work(run.held_out) * losses)
     step = run.step_work(batch) + Work(moved=STEPPED * outline.dtype.itemsize * outline.weights)

@@ -230,7 +230,8 @@ def test_what_is_offloaded_keeps_the_windows_of_a_batch(config_folder: Path) -> 
 
 
 def test_of_settings_that_offload_to_the_host_the_fastest_is_chosen(config_folder: Path) -> None:
-    config = PruneConfig(effort="minutes", offload="host", length=1024, batch=4)
+    method = "newton:start=ria:rounds=0:compensate=true:train_steps=2000"
+    config = PruneConfig(offload="host", length=1024, batch=4).replace(permute=method, samples=4032)
     given = permprune.forecast(str(config_folder), config, gpu="h100")
     chosen = permprune.forecast(str(config_folder), config.replace(memory=given.device), gpu="h100")
     assert chosen.config.recompute and not given.config.recompute
