@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from block_training import by_blocks, clocked
 from protocol import HELD_BACK, scorer
 from rows import add
 from torch import Tensor
@@ -31,10 +30,11 @@ from permprune.kernels.search.masks import pack_mask, write_mask
 from permprune.losses.objective import Loss
 from permprune.models.processors import tokenizer_of
 from permprune.permuters.base import Run
+from permprune.permuters.block_tuning import trained_blocks
 from permprune.permuters.iterate import Landscape
 from permprune.permuters.newton import Newton
 from permprune.permuters.registry import permuter
-from permprune.permuters.tuning import BETAS, KeptWeights, train_weights
+from permprune.permuters.tuning import BETAS, KeptWeights, Schedule, train_weights
 from permprune.pruning.network import PrunedNetwork
 from permprune.system.progress import log
 from permprune.system.search_state import Checkpoint, Resumable
@@ -51,6 +51,9 @@ AVERAGED = 0.75
 
 MOVED, SETTLED, HYSTERESIS = 5, 0.6, 1.1
 """Masks are chosen again every so many steps until this place of the schedule, in favour of the weights they keep."""
+
+TRIAL = 4
+"""Steps of each block that tell how long others take."""
 
 REPEATED = 3
 """Passes over the windows whose dense outputs are computed once."""
@@ -124,6 +127,18 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
+def clocked(seconds: float) -> Schedule:
+    """The schedule of so many seconds of processor time from now."""
+    began = time.process_time()
+
+    def place(done: int, _: float) -> float | None:
+        spent = time.process_time() - began
+        each = spent / max(1, done)
+        return (spent + each / 2) / seconds if spent + each < seconds else None
+
+    return place
+
+
 def untrained(network: PrunedNetwork, run: Run, seconds: float) -> None:
     """Leave the weights as they are."""
 
@@ -137,8 +152,12 @@ def end_to_end(network: PrunedNetwork, run: Run, seconds: float) -> None:
 
 
 def block_by_block(network: PrunedNetwork, run: Run, seconds: float) -> None:
-    """Train one block after the other."""
-    by_blocks(network, run, seconds)
+    """Train one block after the other, for as many steps as the time allows."""
+    began = time.process_time()
+    trained_blocks(network, run, TRIAL, Resumable(Checkpoint(None, {}), "blocks"))
+    each = (time.process_time() - began) / TRIAL
+    steps = max(TRIAL, round(seconds / each) - TRIAL)
+    network.set_weights(trained_blocks(network, run, steps, Resumable(Checkpoint(None, {}), "blocks")))
     by_seconds[seconds] = copied(network.weights)
 
 
@@ -148,7 +167,7 @@ def blocks_first(network: PrunedNetwork, run: Run, seconds: float) -> float:
     if known:
         network.set_weights(known)
     else:
-        by_blocks(network, run, seconds / 2)
+        block_by_block(network, run, seconds / 2)
     end_to_end(network, run, seconds / 2)
     return seconds / 2 if known else 0.0
 

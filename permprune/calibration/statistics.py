@@ -20,7 +20,7 @@ from permprune.models.activation_checkpointing import recomputed
 from permprune.models.autocast import autocast
 from permprune.models.experts import Routed
 from permprune.models.forward import frozen, main_outputs, padding_of, run_model
-from permprune.models.hooks import continues, hooked, layers_by_block, resumed, up_to_each
+from permprune.models.hooks import continues, hooked, layers_up_to_each, resumed
 from permprune.models.layers import Layer
 from permprune.system import distributed
 from permprune.system.device import compute_device
@@ -187,8 +187,9 @@ class _Pass:
         aside = self.shelf.another()
         aside.put_aside()
         moments, outputs = SymmetricShelf(aside), [dict[nn.Module, Any]() for _ in self.parts]
-        for reached, own in track(_by_block(self.model, readers), "calibrating"):
-            inputs = InputMoments(own, half=self.half, whole=whole)
+        sites = {layer.name: site for site, layer in readers.items()}
+        for reached, layers in track(layers_up_to_each(self.model, readers.values()), "calibrating"):
+            inputs = InputMoments({sites[layer.name]: layer for layer in layers}, half=self.half, whole=whole)
             for (_, part), known in zip(self.parts, outputs, strict=True):
                 examples = part.to(compute_device(self.model))
                 with inputs.observe(padding_of(self.model, examples)), resumed(reached, known):
@@ -238,16 +239,6 @@ def _graph_from(layers: list[Layer]) -> Iterator[None]:
 
     with hooked(layers, before=start):
         yield
-
-
-def _by_block(model: nn.Module, readers: dict[str, Layer]) -> list[tuple[list[nn.Module], dict[str, Layer]]]:
-    """Return (the blocks up to one in its list, the readers in it) of each block that has any."""
-    by_block, sites = layers_by_block(model, readers.values()), {layer.name: site for site, layer in readers.items()}
-    return [
-        (reached, {sites[layer.name]: layer for layer in by_block[reached[-1]]})
-        for reached in up_to_each(model)
-        if reached[-1] in by_block
-    ]
 
 
 def _split(readers: dict[str, Layer], memory: int | None) -> list[dict[str, Layer]]:

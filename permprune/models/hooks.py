@@ -183,6 +183,12 @@ def up_to_each(model: nn.Module) -> list[list[nn.Module]]:
     return [chain[:number] for chain in block_chains(model) for number in range(1, len(chain) + 1)]
 
 
+def layers_up_to_each(model: nn.Module, layers: Iterable[Layer]) -> list[tuple[list[nn.Module], list[Layer]]]:
+    """For each block that has any of the layers: what `resumed` takes as `reached`, and its layers."""
+    by_block = layers_by_block(model, layers)
+    return [(reached, by_block[reached[-1]]) for reached in up_to_each(model) if reached[-1] in by_block]
+
+
 def continues(model: nn.Module, compute: Callable[[], Sequence[Tensor]]) -> bool:
     """Whether passes that go on from one block to the next (`resumed`) compute the same as a whole one.
 

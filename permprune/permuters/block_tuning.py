@@ -20,7 +20,7 @@ from permprune.examples import Examples, batches
 from permprune.losses.objective import Loss, TeacherOutputs, relative_distance
 from permprune.losses.targets import Task
 from permprune.models.forward import frozen, main_outputs, padding_of, run_model
-from permprune.models.hooks import continues, layers_by_block, resumed, up_to_each
+from permprune.models.hooks import continues, layers_up_to_each, resumed
 from permprune.permuters.base import Run
 from permprune.permuters.iterate import Landscape, S
 from permprune.permuters.tuning import KeptWeights, counted, keep_if_better
@@ -45,20 +45,16 @@ class BlockDistance(Loss):
 
     The block is the last of `reached` (see `up_to_each`). `shown` has, for each window and each of its batches, what
     the blocks before it compute, and the outputs of the dense model's block, without padding. The batches that the loss
-    is called with are those of `window`, in turn.
+    is called with are those of the window that it was told to `show`, in turn.
     """
 
     def __init__(self, reached: Sequence[nn.Module], shown: Sequence[Sequence[tuple[Known, Tensor]]]) -> None:
         self.reached, self._shown = reached, shown
-        self.window = 0
+        self.show(0)
 
-    @property
-    def window(self) -> int:
-        return self._window
-
-    @window.setter
-    def window(self, number: int) -> None:
-        self._window, self._batches = number, iter(distributed.share(self._shown[number]))
+    def show(self, window: int) -> None:
+        """Let the next batches be those of a window."""
+        self._batches = iter(distributed.share(self._shown[window]))
 
     def __call__(
         self, model: nn.Module, batch: Examples, task: Task, teacher_outputs: TeacherOutputs | None
@@ -93,7 +89,7 @@ def train_blocks(landscape: Landscape, state: S, steps: int, saved: Resumable) -
 
 def trained_blocks(network: PrunedNetwork, run: Run, steps: int, saved: Resumable) -> Shelf:
     """Return the weights by layer after the training of each block; the network itself keeps its own."""
-    before, blocks = network.trained, _blocks(network)
+    before, blocks = network.trained, layers_up_to_each(network.model, network.layers.values())
     before.put_aside()
     weights, (tensors, values) = network.shelf.another(), saved.take() or ({}, {"blocks": 0})
     weights.update((name, network.weights[name].to(layer.stored.dtype)) for name, layer in network.layers.items())
@@ -104,16 +100,17 @@ def trained_blocks(network: PrunedNetwork, run: Run, steps: int, saved: Resumabl
     pruned, dense = (Chain(network, windows) for _ in range(2))
 
     def state(done: int) -> State:
-        names = [name for _, of_block in blocks[:done] for name in of_block]
+        names = [layer.name for _, layers in blocks[:done] for layer in layers]
         return Computed(names, weights.__getitem__), {"blocks": done}
 
     done = values["blocks"]
-    for number, (reached, names) in enumerate(track(blocks if done < len(blocks) else [], "training blocks")):
+    for number, (reached, layers) in enumerate(track(blocks if done < len(blocks) else [], "training blocks")):
         with network.dense_weights():
             dense.go_on(reached)
         if number >= done:
             shown = [list(zip(*each, strict=True)) for each in zip(pruned.outputs, dense.of(reached[-1]), strict=True)]
-            train_block(network, run, steps, windows, loss=BlockDistance(reached, shown), names=names, weights=weights)
+            names, loss = [layer.name for layer in layers], BlockDistance(reached, shown)
+            train_block(network, run, steps, windows, loss=loss, names=names, weights=weights)
             network.set_weights(weights)
             saved.offer(partial(state, number + 1))
         pruned.go_on(reached)
@@ -138,8 +135,9 @@ def train_block(
     while (place := counted(steps)(len(errors), 0.0)) is not None:
         if len(errors) % len(windows) == 0:
             order = torch.randperm(len(windows), generator=orders).tolist()
-        loss.window = order[len(errors) % len(windows)]
-        errors.append(kept.step(windows[loss.window], loss, RATE * kept.progress.rate(place)))
+        window = order[len(errors) % len(windows)]
+        loss.show(window)
+        errors.append(kept.step(windows[window], loss, RATE * kept.progress.rate(place)))
     half = len(errors) // 2
     if half and not distributed.mean(fmean(errors[-half:])) < distributed.mean(fmean(errors[:half])):
         log.warning("the error of the block of %s does not fall: its weights are as before", names[0])
@@ -174,20 +172,10 @@ class Chain:
 
     def _pairs(self) -> Iterator[tuple[Examples, Known]]:
         for window, known in zip(self._batches, self.outputs, strict=True):
-            yield from ((batch.to(self._network.device), own) for batch, own in zip(window, known, strict=True))
+            yield from ((batch.to(self._network.device), one) for batch, one in zip(window, known, strict=True))
 
 
 def outputs_of(model: nn.Module, batch: Examples, outputs: Known, block: nn.Module) -> Tensor:
     """Return a block's outputs of a batch, (..., channels), without padding."""
     output = outputs[block]
     return padding_of(model, batch).real(output if isinstance(output, Tensor) else output[0], module=block)
-
-
-def _blocks(network: PrunedNetwork) -> list[tuple[list[nn.Module], list[str]]]:
-    """The blocks up to each one in its list, and the names of the layers of that one, of all that have any."""
-    of_block = layers_by_block(network.model, network.layers.values())
-    return [
-        (reached, [layer.name for layer in of_block[reached[-1]]])
-        for reached in up_to_each(network.model)
-        if reached[-1] in of_block
-    ]
