@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ _TYPES: dict[str, Any] = {
     "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32, "float": ctypes.c_float,
 }  # fmt: skip
 
+_READ = {
+    "float": (torch.float32,),
+    "double": (torch.float64,),
+    "uint8_t": (torch.uint8, torch.bool),
+    "uint16_t": (torch.bfloat16,),
+    "int64_t": (torch.int64,),
+}
+"""The types of the tensors for which a pointer to these stands; other pointers are to numbers of a type of the job."""
+
 
 def available() -> bool:
     """Whether native kernels run here; the first time that they do not, a warning gives the reason."""
@@ -87,7 +97,8 @@ def structure(name: str, **members: Any) -> Any:
     """Return a structure of the library with these members, zero or NULL where there are none.
 
     A tensor stands for a pointer to its data, which is valid while the tensor stays in place, a tuple for an array, and
-    a dict for a structure. Raises `TypeError` for a member that it does not have.
+    a dict for a structure. Raises `TypeError` for a member that it does not have, or a tensor of another type than the
+    library reads or not on the CPU.
     """
     kind: Any = _structures()[name]
     types = kind.types
@@ -142,6 +153,18 @@ def best() -> tuple[str, bool]:
 def _traits(index: int) -> tuple[str, bool]:
     library, _ = require()
     return dict(_running(library))[index], bool(library.permprune_runs_pairs(index))
+
+
+@cache
+def runs_triton(device: str) -> bool:
+    """Whether Triton kernels run on this type of device; the first time that a device has no kernels, a warning."""
+    if device == "cuda" and find_spec("triton"):
+        return True
+    if device not in ("cpu", "meta"):
+        advice = "install triton" if device == "cuda" else "move the model to the CPU or a CUDA GPU"
+        message = f"permprune has no kernels for {device} here: PyTorch takes their place, slowly; {advice}"
+        warnings.warn(message, stacklevel=3)
+    return False
 
 
 @cache
@@ -216,11 +239,17 @@ def _structures() -> dict[str, type[ctypes.Structure]]:
         members: list[tuple[str, Any]] = []
         for kind, declared in re.findall(r"(?:const )?(?:struct )?(\w+) ([^;]+);", text.partition("{")[2]):
             for pointer, name, length in re.findall(r"(\*?)(\w+)(?:\[(\d+)\])?", declared):
-                element = ctypes.c_void_p if pointer else made.get(kind) or _TYPES[kind]
+                element = _pointer(kind) if pointer else made.get(kind) or _TYPES[kind]
                 members.append((name, element * int(length) if length else element))
         name = text.partition(" ")[0]
         made[name] = type(name, (ctypes.Structure,), {"_fields_": members, "types": dict(members)})
     return made
+
+
+@cache
+def _pointer(kind: str) -> Any:
+    """Return the type of a pointer to a C type."""
+    return type("Pointer", (ctypes.c_void_p,), {"read": _READ.get(kind)})
 
 
 def _value(value: Any, kind: Any) -> Any:
@@ -228,6 +257,8 @@ def _value(value: Any, kind: Any) -> Any:
     if value is None or isinstance(value, int | float):  # most are
         return value
     if isinstance(value, Tensor):
+        if not value.is_cpu or (kind.read and value.dtype not in kind.read):
+            raise TypeError(f"the native library does not read {value.dtype} on {value.device} here")
         return value.data_ptr()
     if isinstance(value, tuple):
         return tuple(_value(element, kind._type_) for element in value)

@@ -204,11 +204,21 @@ def test_structures_are_those_of_the_library() -> None:
         "attend", packed=({"width": 4}, {"width": 8}), order=order, query_stride=(1, 2, 3), scaling=0.5
     )
     assert [states.width for states in job.packed] == [4, 8] and list(job.query_stride) == [1, 2, 3]
-    assert list(job.order) == [tensor.data_ptr() for tensor in order]
-    assert (job.scaling, job.softcap, job.mask) == (0.5, 0.0, None)
+    assert [pointer.value for pointer in job.order] == [tensor.data_ptr() for tensor in order]
+    assert (job.scaling, job.softcap, job.mask.value) == (0.5, 0.0, None)
     assert ctypes.sizeof(job) == 4 * 96 + 8 * (2 + 6 + 9 + 8) + 2 * 4 + 2 * 4 + 8
     with pytest.raises(TypeError, match="struct mask of the native library has no colour"):
         library.structure("mask", colour=1)
+    for tensor in (torch.empty(4, dtype=torch.bfloat16), torch.empty(4, device="meta")):
+        with pytest.raises(TypeError, match=f"does not read {tensor.dtype} on {tensor.device}"):
+            library.structure("attend", partial=tensor)
+
+
+def test_devices_without_kernels_are_named_once() -> None:
+    library.runs_triton.cache_clear()
+    with pytest.warns(UserWarning, match="no kernels for mps here.*move the model to"):
+        assert not library.runs_triton("mps")
+    assert not library.runs_triton("mps") and not library.runs_triton("cpu")
 
 
 def test_a_library_of_older_sources_is_not_used(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:

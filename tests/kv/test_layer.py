@@ -353,3 +353,18 @@ def test_in_few_bits_a_row_with_left_padding_reads_what_it_reads_alone(kernel: s
         alone[which].crop(-3)
         expected = call(alone[which], [t[row : row + 1] for t in states], None)
         torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sums_are_fp32_whatever_the_default_type_is() -> None:
+    config, outputs = KVConfig("2:4", "2:4", window=4, sinks=1), []
+    states, token = random_states(1, 2, 2, 40, (16, 16)), random_states(1, 2, 2, 1, (16, 16))
+    channels = random_channels(2, 16), random_channels(2, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = PackedCacheLayer(config, *copy.deepcopy(channels))
+        call(layer, states, None)
+        torch.set_default_dtype(dtype)
+        try:
+            outputs.append(call(layer, token, None))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*outputs)

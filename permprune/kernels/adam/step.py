@@ -31,7 +31,8 @@ def squared_sums(gradient: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         kept = torch.where(unpack_mask(bits, width), gradient, 0).float().square_()
         return kept.sum(1), kept.sum(0)
     require_layout("a mask", bits, torch.uint8, rows, -(-width // 8))
-    by_row, by_channel = torch.empty(-(-width // SQUARED), rows), torch.empty(width)
+    by_row = gradient.new_empty(-(-width // SQUARED), rows, dtype=torch.float32)
+    by_channel = gradient.new_empty(width, dtype=torch.float32)
     library.run(
         "square",
         gradient.numel(),

@@ -74,6 +74,9 @@ def attend(queries: Queries, keys: Side, values: Side, packed: int, before: int)
     length = keys.whole.shape[2] + packed
     fits = all_heads % heads == 0 and query.dtype in FLOATS and query.device.type == "cpu"
     fits &= keys.fits(batch, heads, width, packed) and values.fits(batch, heads, value_width, packed)
+    if keys.packed and values.packed:  # and the same memory
+        fits &= keys.packed.shape == values.packed.shape
+    fits &= queries.sinks is None or queries.sinks.shape == (all_heads,)
     if not fits or values.whole.shape[2] != keys.whole.shape[2] or not 0 <= before <= length - packed:
         raise PermpruneError(f"queries of shape {tuple(query.shape)} and the keys and values they read do not match")
     parts = -(-length // PART)
@@ -91,7 +94,7 @@ def attend(queries: Queries, keys: Side, values: Side, packed: int, before: int)
         added=added,
         sinks=None if queries.sinks is None else queries.sinks.float().contiguous(),
         output=output,
-        partial=torch.empty(batch * parts * all_heads * count, value_width + 2),
+        partial=query.new_empty(batch * parts * all_heads * count, value_width + 2, dtype=torch.float32),
         query_stride=query.stride()[:3],
         mask_stride=(0, 0, 0) if mask is None else mask.stride()[:3],
         added_stride=(0, 0, 0) if added is None else added.stride()[:3],

@@ -59,7 +59,7 @@ class PackedStates:
         batch, heads, tokens = self.shape
         if dtype not in FLOATS or not 0 <= first <= first + count <= tokens:
             raise PermpruneError(f"{count} of {tokens} packed tokens from {first} on cannot be unpacked to {dtype}")
-        output = torch.empty(batch, heads, count, self.width, dtype=dtype)
+        output = torch.empty(batch, heads, count, self.width, dtype=dtype, device="cpu")
         sizes = {"batch": batch, "heads": heads, "first": first, "count": count, "number": NUMBERS[dtype]}
         library.run("unpack_states", output.numel(), states=self.struct, output=output, **sizes)
         return output

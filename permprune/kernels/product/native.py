@@ -85,7 +85,7 @@ def state_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def describe_plain(values: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Weights:
-    """Describe a weight that keeps everything, values (rows, width), for int8 tables and as a baseline in benchmarks.
+    """Describe a weight that keeps everything, values (rows, width), as int8 tables and dense layers do.
 
     `scale` is fp32 (rows, width / 64), for int8 only. Raises `PermpruneError` unless the width is a multiple of 64 and
     the tensors, with a `bias` (rows,), are contiguous and match.
@@ -232,7 +232,7 @@ def workspace(size: int, of: str = "lines") -> Tensor:
 
 def aligned(size: int) -> Tensor:
     """Return `size` new bytes, aligned to 64."""
-    memory = torch.empty(size + 64, dtype=torch.uint8)
+    memory = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
     return memory[-memory.data_ptr() % 64 :][:size]
 
 

@@ -60,7 +60,7 @@ def apply_mask(weight: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     adjacent = width == 1 or weight.stride(1) == 1
     if not (adjacent and dtype in (torch.float32, torch.bfloat16) and runs_native(None, weight)):
         return (weight * unpack_mask(bits, width)).to(dtype)
-    masked = torch.empty(rows, width, dtype=dtype)
+    masked = weight.new_empty(rows, width, dtype=dtype)
     require_layout("a mask", bits, torch.uint8, rows, -(-width // 8))
     library.run(
         "apply",
@@ -85,7 +85,7 @@ def kept_sum(score: Tensor, weight: Tensor, gradient: Tensor, columns: Tensor, p
         chosen = columns.to(score.device)
         product = weight[:, chosen].float() * gradient[:, chosen]
         return float((product * pattern.mask(score[:, chosen])).sum(dtype=torch.float64))
-    sums = torch.empty(len(score), dtype=torch.float64)
+    sums = score.new_empty(len(score), dtype=torch.float64)
     library.run(
         "keep",
         len(score) * len(columns),
