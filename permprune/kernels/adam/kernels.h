@@ -120,11 +120,8 @@ static void step_rows(const void *argument, int64_t first, int64_t last)
 static ALWAYS_INLINE lanes read_numbers(const void *numbers, int64_t offset, int64_t count, const int32_t number)
 {
     typedef uint16_t short_lanes __attribute__((vector_size(LINE * sizeof(uint16_t))));
-    if (number == F32) {
-        lanes line = {0};
-        memcpy(&line, (const float *)numbers + offset, (size_t)(count == LINE ? LINE : count) * sizeof(float));
-        return line;
-    }
+    if (number == F32)
+        return load_some((const float *)numbers + offset, (int)count);
     short_lanes halves = {0};
     memcpy(&halves, (const uint16_t *)numbers + offset, (size_t)(count == LINE ? LINE : count) * sizeof(uint16_t));
     return (lanes)(__builtin_convertvector(halves, int_lanes) << 16);
@@ -133,8 +130,7 @@ static ALWAYS_INLINE lanes read_numbers(const void *numbers, int64_t offset, int
 static ALWAYS_INLINE void square_line(const struct square *job, int64_t offset, const uint8_t *bits, int64_t count,
                                       lanes *by_channel, lanes *by_lane, const int32_t number)
 {
-    const int_lanes place = {15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0};
-    const int_lanes keep = -((bits[0] << 8 | (count > 8 ? bits[1] : 0)) >> place & 1);
+    const int_lanes keep = kept_lanes(bits, (int)count);
     const lanes kept = (lanes)((int_lanes)read_numbers(job->gradient, offset, count, number) & keep), squares = kept * kept;
     *by_channel += squares;
     *by_lane += squares;

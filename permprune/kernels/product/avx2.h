@@ -146,11 +146,6 @@ typedef struct {
     __m256 scale;
 } two_blocks;
 
-static ALWAYS_INLINE __m256i read_kept(const char *block, int32_t number)
-{
-    return number == I4 ? load_nibbles(block + HEADER_I4) : _mm256_loadu_si256((const __m256i *)(block + HEADER_I8));
-}
-
 /* Of each kept value, its channel in its four groups. */
 static ALWAYS_INLINE __m256i places_in_lanes(const char *block)
 {

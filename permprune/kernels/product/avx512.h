@@ -135,11 +135,6 @@ typedef struct {
     __m256i w, index; /* index of the channel of each byte of w */
 } half_block;
 
-static ALWAYS_INLINE __m256i read_kept(const char *block, int32_t number)
-{
-    return number == I4 ? load_nibbles(block + HEADER_I4) : _mm256_loadu_si256((const __m256i *)(block + HEADER_I8));
-}
-
 /* The channel of each kept value of a block. */
 static ALWAYS_INLINE __m256i index_of_half(const char *block)
 {

@@ -125,7 +125,7 @@ static ALWAYS_INLINE uint64_t places_of(uint64_t code)
 /* The integers of a block as bf16, which are exact. */
 static ALWAYS_INLINE __m512i read_steps(const char *block, int32_t number)
 {
-    const __m256i bytes = number == I4 ? load_nibbles(block + HEADER_I4) : _mm256_loadu_si256((const __m256i *)(block + HEADER_I8));
+    const __m256i bytes = read_kept(block, number);
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);

@@ -15,7 +15,7 @@
  * in bits 2 and 3. After the width the positions are 0 and 1, and the values zeros. No code can refer to a channel
  * outside its block; a kernel never reads outside the blocks, whatever the codes are.
  *
- * PLAIN weights, for tables of int8 and for comparison, have no codes, all values, and their scales elsewhere.
+ * PLAIN weights, tables of int8 and dense layers, have no codes, all values, and their scales elsewhere.
  */
 #ifndef PERMPRUNE_PACKED_H
 #define PERMPRUNE_PACKED_H
