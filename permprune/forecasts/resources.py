@@ -126,8 +126,8 @@ class Workload:
         from permprune.kernels.product.masked import ROOM  # with it torch, which checks of the command line do without
 
         held = 0 if self.on_device or self.rests != "device" else self.outline.weights
-        kept = held * self.outline.pattern.n // self.outline.pattern.m
-        return Memory("packed weights", min(self.dtype.itemsize * kept, ROOM))
+        each = 4.125 if self.dtype.itemsize == 4 else 1.125  # see `MaskedWeight.packed_bytes`
+        return Memory("packed weights", min(int(each * held), ROOM))
 
     def carrying(self, size: float) -> Work:
         """The work of moving bytes between a device and where they rest; on a CPU files are in the system's memory."""
