@@ -34,7 +34,7 @@ from permprune.engine.measuring import Evaluation
 from permprune.forecasts.run import Forecast
 from permprune.jobs.prune import prune_to_folder
 from permprune.jobs.verify import verify
-from permprune.kernels.product.linear import has_triton
+from permprune.kernels.library import runs_triton
 from permprune.kernels.product.module import PackedLinear
 from permprune.kernels.product.packed import PackedWeight
 from permprune.kernels.search.placement import place_reference
@@ -241,7 +241,7 @@ def placement(options: argparse.Namespace) -> Iterator[Row]:
     count, rows = (1024, 4096) if options.size == "large" else (16, 64)
     given = torch.rand(4, count, rows, device=options.device).unbind()
     calls: dict[str, Call] = {"PyTorch": lambda: place_reference(*given)}
-    if has_triton():
+    if runs_triton("cuda"):
         from permprune.kernels.search.gpu import place
 
         calls["Triton"] = lambda: place(*given)

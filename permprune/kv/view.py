@@ -17,7 +17,6 @@ from permprune.kernels.attention.native import Queries, Side
 from permprune.kernels.attention.native import attend as attend_native
 from permprune.kernels.attention.states import WIDEST
 from permprune.kernels.product.layout import FLOATS
-from permprune.kernels.product.linear import has_triton
 from permprune.kv.attention import Call, Segment, Source, States, Sums, attend, attend_plain, masked
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ class View(Source, States):
 
     def _runs_triton(self, call: Call) -> bool:
         """Return whether the Triton kernel reads the packed tokens: for a few queries on a GPU."""
-        return bool(self.before) and call.query.is_cuda and self._is_decoding(call) and has_triton()
+        return bool(self.before) and self._is_decoding(call) and library.runs_triton(call.query.device.type)
 
     def _is_decoding(self, call: Call) -> bool:
         """Return whether kernels can compute this: a few queries without gradients that read the same packed tokens."""

@@ -17,7 +17,7 @@ from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
 from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH
-from permprune.kernels.product.linear import bias_gradient, has_triton, multiply_native, round_to_int8
+from permprune.kernels.product.linear import bias_gradient, multiply_native, require_same_device, round_to_int8
 from permprune.kernels.product.module import dense_layer
 from permprune.kernels.product.packed import quantize
 
@@ -38,7 +38,7 @@ def int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -
         return multiply_native(native.describe_plain(values, scale, bias), x, torch.int8, None, bias)
     rows = x.reshape(-1, x.shape[-1])
     exact = round_to_int8(rows.float()) if len(rows) <= LARGEST_BATCH else rows
-    if x.is_cuda and has_triton():
+    if library.runs_triton(x.device.type):
         y = _multiply_gpu(exact.contiguous(), values, scale, bias)
     else:
         tiles = (dequantize(*tile) for tile in zip(values.split(ROWS), scale.split(ROWS), strict=True))
@@ -136,7 +136,8 @@ class Int8Table(nn.Module):
     def check(self, name: str) -> None:
         """Raise `PermpruneError` if the types or shapes of the tensors are wrong or a scale is not finite."""
         rows, width = self.values.shape
-        fits = self.values.dtype == torch.int8 and self.scale.shape == (rows, width // BLOCK)
+        fits = self.values.dtype == torch.int8 and self.scale.dtype == torch.float32
+        fits &= self.scale.shape == (rows, width // BLOCK)
         if not fits or (not self.scale.is_meta and not torch.isfinite(self.scale).all()):
             raise PermpruneError(f"{name} is damaged: pack the model again")
 
@@ -211,3 +212,4 @@ def _require_fit(x: Tensor, values: Tensor, scale: Tensor) -> None:
             f"activations of shape {tuple(x.shape)} and type {x.dtype} do not fit an int8 table of {width} channels: "
             f"give (..., {width}) of fp32, bf16 or fp16"
         )
+    require_same_device(x, values)

@@ -14,10 +14,7 @@ The weight is frozen: there are gradients for the activations, those of the prod
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -55,7 +52,7 @@ def packed_linear(
     _require_fit(layout, x, blocks, bias, order)
     if library.available() and x.device.type == "cpu":
         return multiply_native(native.describe(layout, blocks, bias, order), x, dtype, order, bias)
-    multiply = multiply_gpu if x.is_cuda and has_triton() else multiply_reference
+    multiply = multiply_gpu if library.runs_triton(x.device.type) else multiply_reference
     return multiply(PackedWeight(layout, blocks), x, bias, order)
 
 
@@ -138,7 +135,7 @@ def _multiply_unpacked(
     """
     exact = x.dtype if x.dtype == dtype or native.multiplies_bf16(weights, x) else torch.float32
     channels = (x if order is None else _reorder(x, order)).to(exact)
-    y = torch.empty(x.shape[0], weights.rows, dtype=exact)
+    y = x.new_empty(x.shape[0], weights.rows, dtype=exact)
     for part, tile in _tiles(weights, exact):
         torch.mm(channels, tile.T, out=y[:, part])
     if bias is not None:
@@ -155,15 +152,6 @@ def _tiles(weights: native.Weights, dtype: torch.dtype) -> Iterator[tuple[slice,
         tile = memory[: weights.rows - first]
         native.unpack(weights, first, tile)
         yield slice(first, first + rows), tile
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed; if not, a warning the first time."""
-    if find_spec("triton"):
-        return True
-    warnings.warn("Triton is not installed: packed weights are multiplied by PyTorch, slowly", stacklevel=4)
-    return False
 
 
 def multiply_gpu(weight: PackedWeight, x: Tensor, bias: Tensor | None, order: Tensor | None) -> Tensor:
@@ -203,7 +191,7 @@ def multiply_reference(weight: PackedWeight, x: Tensor, bias: Tensor | None, ord
 
 def _unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Return the weight with its zeros: on a GPU with Triton, else in plain PyTorch."""
-    if weight.blocks.is_cuda and has_triton():
+    if library.runs_triton(weight.blocks.device.type):
         from permprune.kernels.product import gpu
 
         return gpu.unpack(weight, dtype)
@@ -237,3 +225,10 @@ def _require_fit(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None,
             f"channels: give (..., {layout.width}) of fp32, bf16 or fp16"
         )
     layout.require(blocks, bias, order)
+    require_same_device(x, blocks)
+
+
+def require_same_device(x: Tensor, stored: Tensor) -> None:
+    """Raise `PermpruneError` if activations are on another device than what they are multiplied with."""
+    if x.device != stored.device:
+        raise PermpruneError(f"activations are on {x.device} and packed weights on {stored.device}: move them together")

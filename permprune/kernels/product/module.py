@@ -56,8 +56,9 @@ class PackedLinear(nn.Module):
             return False
         exact = copy.deepcopy(layer).float().eval()
         weight = exact.weight.data.T if isinstance(exact, Conv1D) else exact.weight.data
-        x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
-        x = (x * torch.logspace(-3, 5, 5)[:, None]).to(weight.device)
+        drawn: Any = {"dtype": torch.float32, "device": "cpu"}
+        x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0), **drawn)
+        x = (x * torch.logspace(-3, 5, 5, **drawn)[:, None]).to(weight.device)
         expected, forward = F.linear(x, weight, exact.bias), cast(Any, type(exact)).forward  # without hooks
         try:
             result = forward(exact, x)

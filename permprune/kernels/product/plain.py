@@ -40,8 +40,9 @@ class PlainLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs (..., out_features) for activations (..., in_features)."""
         trains = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if trains or x.dtype != self.weight.dtype or x.device != self.weight.device:
-            return F.linear(x, self.weight, self.bias)  # with gradients, or with PyTorch's own message
+        mixed = x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type)
+        if trains or mixed or x.device != self.weight.device:
+            return F.linear(x, self.weight, self.bias)  # with gradients, in another type, or with PyTorch's own message
         if torch.compiler.is_compiling():
             product: Tensor = plain_linear(x, self.weight, self.bias)
             return product

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from permprune.kernels import library
-from permprune.kernels.product.linear import has_triton
 from permprune.kernels.search.masks import require_layout, runs_native, sizes
 from permprune.pattern import Pattern, ranks
 
@@ -70,7 +69,7 @@ def _placement_cost(
     last = ranks(sizes, 1) == pattern.n // unit - 1  # the last unit to be kept if that with the free slot were empty
     costs = prune_cost(rest.flatten()).view(*rest.shape, -1).sum(2)
     threshold, rival = ((values * last).sum(1) for values in (sizes, costs))
-    place = _gpu_place if score.is_cuda and has_triton() else place_reference
+    place = _gpu_place if library.runs_triton(score.device.type) else place_reference
     if unit == 1:
         return place(score[free], prune_cost(free), threshold, rival)
     mate = prune_cost(mates.flatten()).view(*mates.shape, -1).sum(1)  # the others of the unit share the channel's fate

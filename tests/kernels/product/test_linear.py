@@ -331,6 +331,8 @@ def test_input_that_does_not_fit_is_refused() -> None:
         call(weight, torch.randn(1, 192), bias=torch.zeros(4))
     with pytest.raises(PermpruneError, match="order of shape"):
         call(weight, torch.randn(1, 192), order=torch.arange(192, dtype=torch.int32))
+    with pytest.raises(PermpruneError, match="activations are on meta and packed weights on cpu: move"):
+        call(weight, torch.empty(1, 192, device="meta"))
     with pytest.raises(PermpruneError, match="has to be contiguous"):
         wide = PackedWeight(weight.layout, weight.blocks.T.contiguous().T)
         call(wide, torch.randn(1, 192))

@@ -34,6 +34,8 @@ def test_widths_that_the_kernels_lack_and_gradients_go_to_pytorch() -> None:
     use_kernels(wide)
     wide(torch.randn(1, 128)).sum().backward()
     assert wide.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert wide(torch.randn(1, 128)).dtype == wide(torch.randn(LARGEST_BATCH + 1, 128)).dtype == torch.bfloat16
     with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
         wide(torch.randn(1, 128).bfloat16())
 
