@@ -49,7 +49,6 @@ def main() -> None:
             ]
         if pattern != "dense":
             held.search(permuter(options.permute), held.plan.run)
-            held.update()
         with held.dense() if pattern == "dense" else contextlib.nullcontext():
             results = [meter()[0] for meter in meters]
         seconds = time.process_time() - began

@@ -143,7 +143,6 @@ def measure(options: argparse.Namespace, config: PruneConfig, methods: list[str]
             run = dataclasses.replace(held.plan.run, callbacks=(curve,))
             solution = held.search(permuter(method), run)
             cost = {"seconds": round(solution.seconds), "core_seconds": round(curve.spent()), "curve": curve.points}
-            held.update()
             yield method, score() | cost | {"peak": round(peak_memory_mb() or 0)}
 
 

@@ -126,7 +126,6 @@ def measure(options: argparse.Namespace, config: PruneConfig, wanted: set[str], 
             began = time.process_time()
             solution = held.search(permuter(method), held.plan.run)
             cost = {"seconds": round(solution.seconds), "core_seconds": round(time.process_time() - began)}
-            held.update()
             found, _ = score()
             none = none or found
             gap = {

@@ -67,7 +67,7 @@ class Costs:
 
     def keeping(self, share: float) -> Costs:
         """The same with a limit of this share of the weights."""
-        return replace(self, limit=int(share * self.weights), by_bytes=False)
+        return replace(self, limit=int(share * self.weights + 1e-6), by_bytes=False)
 
     def share_of(self, choice: Sequence[int]) -> float:
         """The share of the weights that a choice keeps."""

@@ -49,7 +49,7 @@ from permprune.system.failures import failures_reported
 from permprune.system.progress import log, stage
 from permprune.system.search_state import Journal
 from permprune.system.shelf import Shelf
-from permprune.system.stages import CALIBRATE, NATURAL
+from permprune.system.stages import CALIBRATE, NATURAL, UPDATE
 from permprune.updates.registry import update
 from permprune.updates.share import update_network
 
@@ -208,23 +208,24 @@ def prune(
     run = replace(weights.plan.run, callbacks=tuple(callbacks))
     natural = weights.natural()
     solution = weights.search(permuter(prepared.config.permute), run)
-    weights.update()
     return weights.finish(solution, natural)
 
 
 class Held:
     """The weights of a prepared model, in memory: what a session asks of them.
 
-    `model` runs with the weights that were shown last. `stored` is the type in which the checkpoint stores them, and
-    `seconds` the time that the calibration took. `unanswering` says why the model cannot answer examples one token
-    after the other; it is empty if it can. The patterns of a mix are chosen here, unless its budget is a loss: `mix`
-    chooses them, and `mixed` is the choice. A model that is `spare` gives up its weights when what was written is
-    loaded, so that one copy is in memory.
+    `model` runs with the weights that were shown last. `stored` is the type in which the checkpoint stores them,
+    `seconds` the time that the calibration took, and `updating` that of the update after the last search.
+    `unanswering` says why the model cannot answer examples one token after the other; it is empty if it can. The
+    patterns of a mix are chosen here, unless its budget is a loss: `mix` chooses them, and `mixed` is the choice. A
+    model that is `spare` gives up its weights when what was written is loaded, so that one copy is in memory.
     """
 
     unanswering: ClassVar[str] = ""
 
     mixed: Mix | None = None
+
+    updating: float = 0.0
 
     def __init__(self, prepared: Prepared, processor: Processor | None, *, spare: bool = False) -> None:
         self.plan: Prepared = prepared
@@ -280,9 +281,14 @@ class Held:
         return self.network.measures()
 
     def search(self, method: Permuter, run: Run) -> Solution:
-        """Find orders with a method, and show the weights that they prune. Raises `PermpruneError`."""
+        """Find orders with a method, and show the weights that they prune, updated. Raises `PermpruneError`."""
         stage(method.stages[0])
-        return method.solve(self.network, run)
+        solution = method.solve(self.network, run)
+        started = time.monotonic()
+        stage(UPDATE)
+        self.update()
+        self.updating = time.monotonic() - started
+        return solution
 
     def update(self) -> None:
         """Apply the weight update of the config to the weights shown. Raises `PermpruneError`."""
@@ -325,6 +331,7 @@ class Held:
 
     def restore(self) -> None:
         """Let the model run with its dense weights; nothing else can be shown afterwards."""
+        self.unmixed.network.detach()  # the one attached if a mix is interrupted
         self.network.restore()
 
     def served(self) -> AbstractContextManager[None]:

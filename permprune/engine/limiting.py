@@ -35,14 +35,14 @@ def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, .
     assert limit is not None
     with weights.dense():
         dense = choosing()[0], session.measure()[0]
+    for one in dense:
+        loss_of(one, one)  # refuses one that is 0 before anything is searched
 
     def lost_at(share: float, meter: Meter, beside: Result) -> tuple[float, float]:
         """Return the value and the loss of a run that keeps a share of the weights, measured beside the dense model."""
         if weights.mixed is None or weights.mixed_at != share:
             weights.mix(share)
             weights.search(method, replace(weights.plan.run, callbacks=callbacks))
-            stage(stages.UPDATE)
-            weights.update()
         stage(stages.MEASURE)
         try:
             value = meter()[0].value
@@ -75,7 +75,7 @@ def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, .
             f"{100 * tried[share]:.3g} %; allow more, take a larger --effort, or denser --candidates"
         )
     if share is None:
-        share = min(tried, key=tried.__getitem__)
+        share = min((one.keep for one in attempts if one.confirmed is not None), key=tried.__getitem__)
         lost_at(share, session.measure, dense[1])
         log.warning(
             "no mix that was tried loses at most %g %% on both halves of the data: this one, with %.2f of the weights, "

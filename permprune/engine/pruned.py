@@ -230,12 +230,12 @@ def sample(network: MaskedLayers, measures: Sequence[PrunedLayer]) -> dict[str, 
     scores, pattern = network.scores[name], network.patterns[name]
     stored = network.stored_columns()[name].to(scores.device)
     count = min(CHANNELS, scores.shape[1]) // pattern.m * pattern.m or pattern.m
-    energy = scores[torch.linspace(0, len(scores) - 1, min(ROWS, len(scores))).long()].double().square()
-    high = energy.quantile(0.98).clamp_min(1e-30)
+    rows = scores[torch.linspace(0, len(scores) - 1, min(ROWS, len(scores))).long()].double()
+    high = rows.square().quantile(0.98).clamp_min(1e-30)
 
     def part(columns: Tensor) -> dict[str, list[list[int]]]:
-        shown = energy[:, columns[:count]]
-        percents = (100 * shown / high).clamp_max(100).round().int().tolist()
+        shown = rows[:, columns[:count]]
+        percents = (100 * shown.square() / high).clamp_max(100).round().int().tolist()
         return {"score": percents, "kept": pattern.mask(shown).int().tolist()}
 
     natural = torch.arange(scores.shape[1], device=scores.device)

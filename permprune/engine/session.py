@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
@@ -42,8 +41,9 @@ class Session:
         try:
             with self.weights.dense():
                 model, processor = self.weights.model, self.weights.processor
-                self.measure, self.choosing = Meter(model, processor, evaluation), None
-                if self.weights.plan.config.max_loss is not None:
+                if self.weights.plan.config.max_loss is None:
+                    self.choosing, self.measure = None, Meter(model, processor, evaluation)
+                else:
                     self.choosing, self.measure = Meter.halves(model, processor, evaluation)
                 examples, reason = self.measure.examples, self.weights.unanswering
                 self.shown = Shown(model, processor, examples, evaluation.shown, reason=reason)
@@ -76,8 +76,6 @@ class Session:
         """Search with a method, update, and measure the pruned model; `run` replaces that of the plan."""
         reset_peak_memory()
         solution = self.weights.search(method, run or self.weights.plan.run)
-        stage(stages.UPDATE)
-        self.weights.update()
         stage(stages.MEASURE)
         measurement = self._measurement(label, solution.seconds)
         result = measurement.result
@@ -101,10 +99,6 @@ class Session:
         natural = weights.natural()
         none = known.get("none") or self._measurement("none", 0.0)
         solution = weights.search(method, dataclasses.replace(weights.plan.run, callbacks=callbacks))
-        started = time.monotonic()
-        stage(stages.UPDATE)
-        weights.update()
-        updating = time.monotonic() - started
         stage(stages.MEASURE)
         measured = {**known, "none": none}.get(method.name) or self._measurement(method.name, solution.seconds)
         self.pruned = True
@@ -125,7 +119,7 @@ class Session:
                 others=_others(self.dense, none, measured),
             ),
             gap_closed=gap_closed(value, dense.value, value_none, metric=dense.metric),
-            seconds={"calibrate": weights.seconds, "search": solution.seconds, "update": updating},
+            seconds={"calibrate": weights.seconds, "search": solution.seconds, "update": weights.updating},
             peak_memory_mb=measured.peak_memory_mb,
             showcase=self.beside(none, measured, pruned),
         )

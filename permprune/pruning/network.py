@@ -93,6 +93,7 @@ class PrunedNetwork(MaskedLayers):
             batch=self.batch,
             recompute=self.recompute,
             held=self.held,
+            shelf=self.shelf,
         )
 
     @property

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from permprune.budget.allocate import Costs
 from permprune.budget.sensitivity import layer_costs
 from permprune.budget.shares import ATTEMPTS, next_share
 
@@ -39,3 +40,10 @@ def test_the_costs_of_layers_add_up_to_the_losses_of_uniform_patterns() -> None:
     costs = layer_costs(slopes, [float(total**2) for total in totals])
     assert costs.sum(0) == pytest.approx(totals**2)
     assert costs[:, 0] / costs[:, 0].sum() == pytest.approx(errors[:, 0] / totals[0])
+
+
+@pytest.mark.parametrize("weights", [1_000_000, 4_915_200, 7_340_030])
+def test_the_sparsest_choice_is_within_its_own_share(weights: int) -> None:
+    kept = np.array([[weights * 7 // 10, weights]])
+    costs = Costs(candidates=[], kept=kept, bytes=kept, weights=weights, others=0, limit=0)
+    assert costs.keeping(costs.share_of([0])).fits([0])

@@ -6,6 +6,7 @@ from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
 from permprune.engine.held import Held, prepare
+from permprune.engine.pruned import beside_natural, sample
 from permprune.errors import PermpruneError
 from permprune.inference.pack import pack
 from permprune.kv.config import pattern_of
@@ -41,12 +42,20 @@ def test_a_model_of_pairs_is_searched_updated_and_packed(tiny_llama: LlamaForCau
     held = Held(prepare(tiny_llama, None, config, examples=WINDOWS), None)
     natural = held.natural()
     solution = held.search(permuter(method), held.plan.run)
-    held.update()
     pruned = held.finish(solution, natural)
     assert all(row.pattern == "4:8p" and PAIRS.holds(held.network.layers[row.name].weight) for row in pruned.layers)
     said = tiny_llama(WINDOWS).logits
     assert pack(tiny_llama, {row.name: row.pattern for row in pruned.layers}, dtype="fp32") == []
     torch.testing.assert_close(tiny_llama(WINDOWS).logits, said, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sample_of_a_report_shows_the_masks_of_pairs(tiny_llama: LlamaForCausalLM) -> None:
+    network = prepare(tiny_llama, None, PruneConfig(pattern="4:8p", precision="fp32"), examples=WINDOWS).network
+    measures = network.measures()
+    shown = sample(network, beside_natural(measures, measures))
+    kept, mask = torch.tensor(shown["natural"]["kept"]), network.masks[shown["layer"]]
+    rows = torch.linspace(0, len(mask) - 1, len(kept)).long()
+    assert torch.equal(kept.bool(), mask[rows, : kept.shape[1]])
 
 
 def test_what_keeps_single_weights_is_refused(tiny_llama: LlamaForCausalLM) -> None:

@@ -1,0 +1,73 @@
+"""The search for a mix within a loss: what it refuses, and what it tells where no share is confirmed."""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from permprune.checkpoints.record import Attempt
+from permprune.engine.limiting import keep_within
+from permprune.errors import PermpruneError
+from permprune.evaluation.result import Metric, Result
+
+
+@dataclass(frozen=True)
+class Chosen:
+    attempts: list[Attempt] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class NoRun:
+    callbacks: tuple[Any, ...] = ()
+
+
+class Weights:
+    """Weights that a run prunes to a share; `share` is 1 where they are dense."""
+
+    def __init__(self) -> None:
+        config = SimpleNamespace(max_loss=0.01, candidates=["dense", "4:8"])
+        self.plan = SimpleNamespace(config=config, run=NoRun())
+        self.share, self.mixed, self.mixed_at, self.searches = 1.0, Chosen(), None, 0
+
+    def dense(self) -> Any:
+        return nullcontext()
+
+    def mix(self, share: float) -> None:
+        self.share = self.mixed_at = share  # type: ignore[assignment]
+
+    def search(self, *_: Any) -> None:
+        self.searches += 1
+
+
+def session(dense: float, slope: float, other: float) -> Any:
+    """A session whose accuracy falls by these per weight pruned, on one half of the data and on the other."""
+    weights = Weights()
+
+    def meter(falls: float) -> Any:
+        return lambda: [
+            Result(
+                "task", Metric("accuracy", higher_is_better=True), dense * (1 - falls * (1 - weights.share)), count=100
+            )
+        ]
+
+    return SimpleNamespace(weights=weights, choosing=meter(slope), measure=meter(other))
+
+
+def test_a_measure_of_zero_is_refused_before_any_search() -> None:
+    run = session(0.0, 0.1, 0.1)
+    with pytest.raises(PermpruneError, match="accuracy is 0, of which no share can be lost: give keep or bytes"):
+        keep_within(run, SimpleNamespace())  # type: ignore[arg-type]
+    assert run.weights.searches == 0
+
+
+def test_if_no_share_is_confirmed_the_loss_on_the_other_half_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    run = session(0.8, 0.05, 1.0)
+    with caplog.at_level(logging.WARNING, logger="permprune"):
+        keep_within(run, SimpleNamespace())  # type: ignore[arg-type]
+    confirmed = [one for one in run.weights.mixed.attempts if one.confirmed is not None]
+    best = max(confirmed, key=lambda one: one.confirmed or 0.0)
+    assert run.weights.share == best.keep and best.confirmed == pytest.approx(0.8 * best.keep)
+    assert f"loses least, {100 * (1 - best.keep):.3g} %" in caplog.messages[-1]
