@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, takewhile
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -59,16 +60,18 @@ def forecast(
     config = resolve(model, config, size)
     outline, machine = outline_model(model, config), machine_named(gpu)
     fitting = Fitting(name, model, outline, machine, windows=windows, stored=stored, processes=processes, size=size)
+    fitting.require_offloadable(config)
     if config.memory is not None:
         return fitting.within(config, config.memory)
     return fitting.together(config) if processes > 1 or config.shard else fitting.advised(config)
 
 
-def fit_memory(name: str, config: PruneConfig) -> Forecast | None:
+def fit_memory(name: str, config: PruneConfig, windows: int = EVALUATION_WINDOWS) -> Forecast | None:
     """Return the forecast of a run with settings that fit in `config.memory`; None if there is no limit.
 
-    Of several processes the first one decides, and also if there is no limit: whether they divide the weights. Logs a
-    warning if the settings are not those given. Raises `PermpruneError` if none fit.
+    `windows` is the number of windows of the evaluation. Of several processes the first one decides, and also if there
+    is no limit: whether they divide the weights. Logs a warning if the settings are not those given. Raises
+    `PermpruneError` if none fit.
     """
     alone = config.shard is False or (config.shard is None and distributed.world() == 1)
     if config.memory is None and alone and config.place == "none":
@@ -76,9 +79,11 @@ def fit_memory(name: str, config: PruneConfig) -> Forecast | None:
 
     def decide() -> Forecast:
         model = read_skeleton(name, task=config.task, trust_remote_code=config.trust_remote_code)
-        outline, processes = outline_model(model, config), distributed.world()
+        counts: Any = {"windows": windows, "processes": distributed.world()}
         size = read_size(name, model, trust_remote_code=config.trust_remote_code)
-        fitting = Fitting(name, model, outline, this_machine(), stored=model.dtype, processes=processes, size=size)
+        outline = outline_model(model, config)
+        fitting = Fitting(name, model, outline, this_machine(), stored=model.dtype, size=size, **counts)
+        fitting.require_offloadable(config)
         if config.memory is not None:
             return fitting.within(config, config.memory)
         return forecast_held(fitting, config) if alone else fitting.together(config)
@@ -94,6 +99,11 @@ def fit_memory(name: str, config: PruneConfig) -> Forecast | None:
 @dataclass(frozen=True)
 class Fitting(Subject):
     """Forecasts of runs with more or less lean settings."""
+
+    def require_offloadable(self, config: PruneConfig) -> None:
+        """Raise `PermpruneError` if the settings offload a model that has to be in memory."""
+        if config.place != "none" and (whole := self._whole(config)):
+            raise PermpruneError(f"{whole} in memory: leave --offload out")
 
     def together(self, config: PruneConfig) -> Forecast:
         """Return the forecast of the run of several processes with the settings given.
@@ -128,13 +138,16 @@ class Fitting(Subject):
         if fitting is not None and not config.shard:
             options = _options(config, fitting.config)
             return replace(fitting, advice=f"to stay within the memory limit: {options}" if options else "")
-        needed = f"about {gib(least.tensors)}{_with(config, least.config)}"
+        if fitting is None and least.tensors <= memory:
+            raise PermpruneError(self._full_host(least))
+        needed = f"about {gib(least.tensors, up=True)}{_with(config, least.config)}"
         if not fault and config.shard is not False:
             fitting, least = self._leaner(config, self.processes, memory)
             if fitting is not None:
                 whole = "" if config.shard else f"the whole model would take {needed} in each process: "
                 return replace(fitting, advice=self._dividing(whole) + _with(config, fitting.config))
-            needed = f"about {gib(least.tensors)} in each process, where they divide it{_with(config, least.config)}"
+            least_each = f"about {gib(least.tensors, up=True)} in each process"
+            needed = f"{least_each}, where they divide it{_with(config, least.config)}"
         if config.shard:
             raise PermpruneError(f"the divided model takes {needed}: raise --memory to that, or start more processes")
         if whole := self._whole(config):
@@ -154,7 +167,13 @@ class Fitting(Subject):
         place = f"{self.machine.name} has {gib(memory)} for tensors, which is too little"
         if fitting is not None:
             return replace(given, advice=f"{place}: {gib(fitting.tensors)}{_with(config, fitting.config)} would fit")
+        if least.tensors <= memory:
+            return replace(given, advice=self._full_host(least))
         return replace(given, advice=f"{place}; no settings take less than {gib(least.tensors)}")
+
+    def _full_host(self, offloaded: Forecast) -> str:
+        held, memory = gib(offloaded.host), gib(psutil.virtual_memory().total)
+        return f"the host has {memory}, and a run that offloads to it takes {held} of that: give --offload disk"
 
     def _smaller(self, config: PruneConfig, memory: int) -> str:
         """What would let a model of text fit in `memory` bytes beside a higher limit; empty if nothing is known."""
@@ -178,7 +197,7 @@ class Fitting(Subject):
         ]
         least = min([given, *leanest], key=lambda fitting: fitting.tensors)
         runs = chain([given], (forecast_held(self, settings, shards) for settings in ladder))
-        fitting = (one for one in runs if one.tensors <= memory and (one is given or self._fits_host(one)))
+        fitting = (one for one in runs if one.tensors <= memory and self._fits_host(one))
         first = next(fitting, None) if least.tensors <= memory else None
         if first is not None and first.config.place == "host":
             others = takewhile(lambda one: one.config.place == "host", fitting)

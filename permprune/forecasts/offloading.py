@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from permprune.calibration.symmetric import stored_elements
 from permprune.errors import PermpruneError
-from permprune.forecasts.resources import Memory, Place, Stage, Work, Workload
+from permprune.forecasts.resources import Memory, Stage, Work, Workload
 from permprune.models.layers import block_linears, blocks
 from permprune.models.narrow_weights import end_weights
 from permprune.system.files import gib
+from permprune.system.shelf import Place
 
 KEPT = {"weights in training", "sums of gradients"}
 """The parts of stages, by name, that rest elsewhere and of which only what the masks keep does."""

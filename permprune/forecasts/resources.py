@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from permprune.models.modality import LIGHT
 
@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
     from permprune.forecasts.activations import Activations
     from permprune.pruning.problem import Outline
-
-Place = Literal["device", "host", "disk"]
-"""Where a part is: in the memory of the device that computes or of the host, the same on a CPU, or in a file."""
+    from permprune.system.shelf import Place
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from permprune.forecasts.machine import BUS, Machine, this_machine
 from permprune.forecasts.mixing import stages_of_limit, stages_of_mix
 from permprune.forecasts.offloading import FILES, Offload, module_sizes
 from permprune.forecasts.passes import TYPICAL, Shapes, batch_pass, example_pass, uncounted
-from permprune.forecasts.resources import Memory, Place, Stage, Work, Workload
+from permprune.forecasts.resources import Memory, Stage, Work, Workload
 from permprune.forecasts.weights import trained_weights
 from permprune.models.generation import needs_decoder_inputs
 from permprune.models.modality import (
@@ -48,6 +48,7 @@ from permprune.plan import Plan, calibration_count, shares_of
 from permprune.pruning.problem import Outline
 from permprune.system import distributed
 from permprune.system.device import dtype_named
+from permprune.system.shelf import Place
 from permprune.updates.base import NoUpdate
 from permprune.updates.registry import update
 

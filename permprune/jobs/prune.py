@@ -134,7 +134,7 @@ def _prune(
         config = resolve(shapes, config, size)
         if pack == "int4":
             config = _through_int4(config)
-        fitted = None if isinstance(model, PreTrainedModel) else fit_memory(str(model), config)
+        fitted = None if isinstance(model, PreTrainedModel) else fit_memory(str(model), config, evaluation.windows)
         if fitted is not None:
             config = fitted.config
             require_space(work.out, sum(fitted.disk.values()))

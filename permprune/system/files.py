@@ -198,9 +198,12 @@ class WorkFolder:
         return {entry.name for entry in self.path.iterdir()}
 
 
-def gib(size: float) -> str:
-    """Format bytes as GiB with three digits: "0.712 GiB", "1,410 GiB"."""
+def gib(size: float, *, up: bool = False) -> str:
+    """Format bytes as GiB with three digits, "0.712 GiB" or "1,410 GiB", rounded `up` where they have to suffice."""
     value = size / 2**30
+    if up:
+        digits = max(0, 2 - math.floor(math.log10(value)))
+        value = (math.floor(value * 10**digits) + 1) / 10**digits
     return f"{value:,.0f} GiB" if value >= 100 else f"{value:.3g} GiB"
 
 

@@ -1,10 +1,12 @@
 """Forecasts from the config alone, compared with what runs take."""
 
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from permprune.forecasts.run import TRANSCRIBED, UNENDED, Forecast
 from permprune.jobs.prune import prune_to_folder
 from permprune.losses.objective import Objective
 from permprune.losses.targets import next_token
+from permprune.options import parse_bytes
 from permprune.permuters.registry import PERMUTERS
 
 from ..held_bytes import Held
@@ -247,6 +250,29 @@ def test_what_fits_nowhere_says_what_it_takes(config_folder: Path) -> None:
     assert least["gather"].tensors < least["fold"].tensors
     with pytest.raises(PermpruneError, match=r"raise --memory to that, or take --mode gather$"):
         forecast(config_folder, permute="cp", memory=least["fold"].tensors - 1)
+
+
+@pytest.mark.parametrize("length", [16, 47, 101])
+def test_the_memory_that_a_message_asks_for_suffices(config_folder: Path, length: int) -> None:
+    with pytest.raises(PermpruneError) as raised:
+        forecast(config_folder, memory=2**10, length=length)
+    (needed,) = re.findall(r"takes about ([\d.]+ GiB)", str(raised.value))
+    assert forecast(config_folder, memory=parse_bytes(needed), length=length)
+
+
+def test_a_run_that_fills_the_host_is_refused(config_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"offload": "host", "permute": "newton:rounds=1"}
+    needed = forecast(config_folder, **config)
+    monkeypatch.setattr("permprune.forecasts.fitting.psutil.virtual_memory", lambda: Mock(total=needed.host - 1))
+    with pytest.raises(PermpruneError, match=r"the host has .* takes .* of that: give --offload disk"):
+        forecast(config_folder, **config, memory=needed.tensors)
+
+
+def test_what_has_to_be_in_memory_is_not_offloaded(config_folder: Path, tiny_vit: Path) -> None:
+    for folder, changes, reason in ((config_folder, {"pattern": "mixed"}, "a mix"), (tiny_vit, {}, "models of images")):
+        for memory in (None, 2**40):
+            with pytest.raises(PermpruneError, match=f"{reason} .* in memory: leave --offload out"):
+                forecast(folder, offload="disk", memory=memory, **changes)
 
 
 def test_processes_divide_weights_that_do_not_fit(config_folder: Path) -> None:
