@@ -124,13 +124,19 @@ def _stack(tensors: list[Tensor], items: list[Item]) -> Tensor:
 def has_images(source: str | Path | None, part: Part, *, hub: bool) -> bool:
     """Whether a source contains images: files in a folder, or a column of a table, or with `hub` of a data set.
 
-    Raises `PermpruneError` if a data set does not load.
+    Raises `PermpruneError` if a data set does not load, or with `hub` if a source has images that are not read.
     """
     if source is None or _images_here(Path(source)):
         return source is not None
-    if not hub or Path(source).is_file():
-        return False
-    return not columns_of(str(source), part).keys().isdisjoint(IMAGES.columns)
+    columns = columns_of(str(source), part) if hub else {}
+    if not Path(source).is_file() and not columns.keys().isdisjoint(IMAGES.columns):
+        return True
+    if unread := next((name for name in (*IMAGES.columns, "images") if name in columns), None):
+        raise PermpruneError(
+            f'{source} has images in its column "{unread}" that cannot be read: name their files in a column '
+            '"file_name" of a table, or give the folder of a data set with a column "image"'
+        )
+    return False
 
 
 def _images_here(path: Path) -> bool:
@@ -142,7 +148,7 @@ def _images_here(path: Path) -> bool:
         suffixes = {file.suffix.lower() for file in path.rglob("*")}
         listed = find_list(path) is not None
         return not suffixes.isdisjoint(IMAGES.suffixes) and (listed or suffixes.isdisjoint(DATA))
-    row = first_row(path) if path.is_file() and path.suffix in TABLES else {}
+    row = first_row(path) if path.is_file() and path.suffix.lower() in TABLES else {}
     return any(Path(str(row.get(column))).suffix.lower() in IMAGES.suffixes for column in FILE_COLUMNS)
 
 

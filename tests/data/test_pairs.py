@@ -16,6 +16,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples, batches
 from permprune.models.forward import padding_of, run_model
 
+from ..conversations import turns, write_rows
 from ..vision_language import MODELS, idefics, qwen, write_images, write_pairs
 
 Loaded = tuple[PreTrainedModel, ProcessorMixin, Examples]
@@ -85,7 +86,7 @@ def rows(folder: Path, table: str, **columns: str) -> Path:
     files = write_images(folder, 2)
     lines = [{"image": file.name, **columns} for file in files]
     text = "\n".join(map(json.dumps, lines))
-    if table.endswith(".csv"):
+    if table.lower().endswith(".csv"):
         text = "\n".join([",".join(lines[0]), *(",".join(line.values()) for line in lines)])
     (folder / table).write_text(text, encoding="utf-8")
     return folder / table
@@ -94,6 +95,7 @@ def rows(folder: Path, table: str, **columns: str) -> Path:
 SOURCES: dict[str, Callable[[Path], Path | str]] = {
     "captions in a table": lambda folder: rows(folder, "pairs.jsonl", caption="two weights"),
     "questions in a table": lambda folder: rows(folder, "pairs.csv", prompt="which?", response="two weights"),
+    "a table with a name in capitals": lambda folder: rows(folder, "PAIRS.CSV", caption="two weights"),
     "captions beside the images": lambda folder: captions(folder),
     "a data set": lambda folder: data_set(folder),
 }
@@ -144,7 +146,24 @@ def bare(folder: Path) -> Path:
     return folder
 
 
+def stored(folder: Path) -> Path:
+    return Path(data_set(folder).removesuffix("@train"), "train.parquet")
+
+
+def addresses(folder: Path) -> Path:
+    table = rows(folder, "pairs.jsonl", caption="two")
+    table.write_text(table.read_text().replace("png", "png?size=8"))
+    return table
+
+
+UNREAD = r'has images in its column "image" that cannot be read: name their files in a column "file_name"'
 FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "images in the cells of a file": (stored, UNREAD),
+    "addresses of images": (addresses, UNREAD),
+    "conversations about images": (
+        lambda f: write_rows(f / "c.jsonl", [{"messages": turns("which?", "two"), "images": ["0.png"]}]),
+        r'has images in its column "images"',
+    ),
     "an image that is damaged": (broken, r"cannot read the image .*\.png: remove or repair it"),
     "a row without text": (
         lambda f: rows(f, "p.jsonl", caption=" "),
