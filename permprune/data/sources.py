@@ -153,7 +153,7 @@ def first_row(path: Path) -> Mapping[str, Any]:
     try:
         if suffix in (".json", ".parquet"):
             return read_table(path)[0]
-        with path.open(encoding="utf-8", newline="") as lines:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
             if suffix == ".jsonl":
                 row = json.loads(next((line for line in lines if line.strip()), ""))
                 return row if isinstance(row, dict) else {}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from permprune.data.items import Selection
-from permprune.data.sources import dataset, locate, parse_name, read_table
+from permprune.data.sources import dataset, first_row, locate, parse_name, read_table
 from permprune.errors import PermpruneError
 
 
@@ -104,15 +104,14 @@ def test_what_is_neither_here_nor_an_id_is_refused(tmp_path: Path) -> None:
     [
         ("a.tsv", '\ufefftext\tlabel\na "quoted" one\t1\ntwo\u2028lines\t0\n'),
         ("a.csv", 'text,label\r\n"a ""quoted"" one",1\r\ntwo\u2028lines,0\r\n'),
-        ("a.jsonl", '{"text": "a \\"quoted\\" one", "label": "1"}\n\n{"text": "two\u2028lines", "label": "0"}\n'),
+        ("a.jsonl", '\ufeff{"text": "a \\"quoted\\" one", "label": "1"}\n\n{"text": "two\u2028lines", "label": "0"}\n'),
     ],
 )
 def test_tables_of_every_kind_say_the_same(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    assert read_table(tmp_path / name) == [
-        {"text": 'a "quoted" one', "label": "1"},
-        {"text": "two\u2028lines", "label": "0"},
-    ]
+    first = {"text": 'a "quoted" one', "label": "1"}
+    assert read_table(tmp_path / name) == [first, {"text": "two\u2028lines", "label": "0"}]
+    assert first_row(tmp_path / name) == first
 
 
 @pytest.mark.parametrize(
