@@ -34,13 +34,15 @@ _PATH_LIKE = re.compile(r"[./~].*|.*\\.*|.*/.*/.*|.*\.(txt|jsonl?|csv|tsv|parque
 
 
 def locate(source: str | Path, what: str) -> Path | None:
-    """The path of a source that is a file or folder; None for the name of a hub data set.
+    """The path of a source that is a file or folder; None for the name of a data set or a folder with a split.
 
     `what` names the expected content in error messages. Raises `PermpruneError` for a path that does not exist.
     """
     path = Path(source)
     if path.exists():
         return path
+    if Path(parse_name(str(source), "evaluation")[0]).is_dir():
+        return None
     if isinstance(source, Path) or looks_like_path(source):
         raise PermpruneError(f"no {what} at {path}: give an existing file or folder, or the name of a hub data set")
     return None

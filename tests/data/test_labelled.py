@@ -174,8 +174,10 @@ def test_a_folder_has_splits(classifier: Classifier, tmp_path: Path) -> None:
     for split, text, label in (("train", "the order", "yes"), ("test", "a text", "no")):
         (folder / f"{split}.csv").write_text(f"sentence,label\n{text},{label}\n")
     for part, number in (("calibration", 2), ("evaluation", 0)):
-        found = load_labelled_text(folder, *classifier, Selection(part, 5, shared=True), 20)  # type: ignore[arg-type]
-        assert found["labels"].tolist() == [number]
+        for source, shared in ((folder, True), (f"{folder}@{'train' if number else 'test'}", False)):
+            chosen = Selection(part, 5, shared=shared)  # type: ignore[arg-type]
+            found = load_labelled_text(source, *classifier, chosen, 20)
+            assert found["labels"].tolist() == [number]
 
 
 def test_names_come_before_numbers() -> None:

@@ -94,7 +94,8 @@ def test_a_data_set_keeps_its_media_as_files(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_neither_here_nor_an_id_is_refused(tmp_path: Path) -> None:
     assert locate(tmp_path, "images") == tmp_path
     assert locate("owner/name:config@split", "images") is None
-    for source in ("./none", "a/b/c", "rows.tsv", tmp_path / "none"):
+    assert locate(f"{tmp_path}@train", "images") is None
+    for source in ("./none", "./none@train", "a/b/c", "rows.tsv", tmp_path / "none"):
         with pytest.raises(PermpruneError, match="no images at"):
             locate(source, "images")
 
