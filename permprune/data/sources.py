@@ -119,7 +119,7 @@ def _separated_rows(path: Path, separator: str, columns: Sequence[str] | None) -
     try:
         return list(reader)
     except csv.Error as error:
-        raise PermpruneError(f"{path}, line {reader.line_num}: {error}") from error
+        raise PermpruneError(f"{path}, line {reader.line_num}: {error}; write the table as .jsonl") from error
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
