@@ -36,7 +36,8 @@ def evaluate_model(
     Otherwise the metric depends on the model and the labels: word error rate for speech, whose labels the `tokenizer`
     decodes; perplexity for language models, and exact match of answers; accuracy for classes; correlation for scores,
     with which a sentence encoder's similarities of pairs are compared; or `metric`, if it is given (one of `METRICS`).
-    The model runs on `batch` examples at a time. Raises `PermpruneError` if nothing can be measured.
+    The model runs on `batch` examples at a time. Raises `PermpruneError` if nothing can be measured, or if the metric
+    does not fit.
     """
     require("batch", batch, Count)
     labels, pooling = examples.get("labels"), pooling_of(model)  # type: ignore[arg-type]
@@ -47,19 +48,25 @@ def evaluate_model(
     if pooling and labels is not None:
         results = pair_similarity(model, examples, pooling, metric, batch)
         return results if dense is None else results + agreement(model, examples, dense, batch=batch)
-    if metric not in (None, ACCURACY) or (labels is not None and labels.is_floating_point()):
-        if labels is None:
-            raise PermpruneError(f'the metric "{metric}" needs labels: give examples that have them')
-        return measure_labels(model, examples, metric, batch=batch)
+    if metric is not None and labels is None:
+        raise PermpruneError(f'the metric "{metric}" needs labels: give examples that have them')
+    scores = labels is not None and labels.is_floating_point()
     if dense is not None:
+        if metric is not None or scores:
+            raise PermpruneError(
+                "the dense model is compared by agreement alone, not by scores or a metric of labels: leave one out"
+            )
         return agreement(model, examples, dense, batch=batch)
-    if labels is not None and labels.dim() == 2 and writes_text(model):
+    of_text = labels is not None and labels.dim() == 2 and (writes_text(model) or is_causal_lm(model))
+    if scores or metric not in (None, ACCURACY) or (of_text and metric is not None):
+        return measure_labels(model, examples, metric, batch=batch)
+    if of_text and writes_text(model):
         if tokenizer is not None and {"input_features", "input_values"}.intersection(examples):
             return [word_error_rate(model, examples, tokenizer, batch=batch)]
         if is_ctc(model):
             raise PermpruneError("the word error rate needs the tokenizer of the transcripts: give it with the model")
         return [perplexity(model, examples, batch)]
-    if is_causal_lm(model) and "input_ids" in examples and (labels is None or labels.dim() == 2):
+    if is_causal_lm(model) and "input_ids" in examples and (labels is None or of_text):
         return [perplexity(model, examples, batch)] if labels is None else answers(model, examples, batch)
     if labels is None:
         raise PermpruneError("there are no labels: give examples with labels, or a dense model to compare with")

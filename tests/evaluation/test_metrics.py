@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 from scipy import stats
+from transformers import LlamaForCausalLM
 
 from permprune.errors import PermpruneError
 from permprune.evaluation.dispatch import evaluate_model
 from permprune.examples import Examples
 
-from ..modalities import images, make, scorer, sentences, speech
+from ..conversations import padded_answers
+from ..modalities import draw, images, make, scorer, sentences, speech
 
 
 @torch.no_grad()
@@ -73,6 +75,19 @@ def test_metrics_of_another_kind_are_refused() -> None:
         evaluate_model(make("bert"), sentences(labels=False), metric="matthews")
 
 
-def test_metrics_of_labels_are_not_for_transcripts() -> None:
-    with pytest.raises(PermpruneError, match='"f1" is one of labels, one for each example: leave it out'):
-        evaluate_model(make("whisper"), speech(), metric="f1")
+@pytest.mark.parametrize("metric", ["f1", "accuracy"])
+def test_metrics_of_labels_are_not_for_texts(metric: str, tiny_llama: LlamaForCausalLM) -> None:
+    for model, data in ((make("whisper"), speech()), (tiny_llama, padded_answers()[0])):
+        with pytest.raises(PermpruneError, match=f'"{metric}" is one of labels, one for each example: leave it out'):
+            evaluate_model(model, data, metric=metric)
+    with pytest.raises(PermpruneError, match=f'"{metric}" needs labels'):
+        evaluate_model(tiny_llama, Examples.of(draw(128, 3, 8)), metric=metric)
+
+
+def test_a_dense_model_is_compared_by_agreement_alone() -> None:
+    model, other, scores = make("bert"), scorer(), Examples({**sentences(), "labels": torch.rand(12)})
+    for metric in ("f1", "accuracy"):
+        with pytest.raises(PermpruneError, match="compared by agreement alone, not by scores or a metric"):
+            evaluate_model(model, sentences(), dense=model, metric=metric)
+    with pytest.raises(PermpruneError, match="compared by agreement alone, not by scores or a metric"):
+        evaluate_model(other, scores, dense=other)
