@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import permprune
+from permprune.data.load import load_examples
+from permprune.data.overlap import overlap
 from permprune.evaluation.agreement import embedding_agreement
 from permprune.losses.choice import choose_task
 from permprune.losses.embeddings import Embedding, Embeddings
@@ -216,6 +218,18 @@ def test_pairs_with_scores_are_correlated(encoder: Path, pairs: Path) -> None:
     assert result.value == pytest.approx(expected, abs=1e-3)
     with pytest.raises(permprune.PermpruneError, match="choose spearman, or pearson"):
         permprune.evaluate(str(encoder), permprune.Evaluation(str(pairs), metric="f1"))
+
+
+def test_calibration_has_no_text_of_the_pairs_that_are_evaluated(encoder: Path, pairs: Path) -> None:
+    with pairs.open("a") as file:  # texts of several pairs
+        file.write("".join(f"\nthe order\tthe text {'of ' * number}\t1" for number in range(9)))
+    model, tokenizer, _ = permprune.read_model(str(encoder))
+    calibration, evaluation = (
+        load_examples(str(pairs), model, tokenizer, part=part, count=200, shared=True)  # type: ignore[arg-type]
+        for part in ("calibration", "evaluation")
+    )
+    assert overlap([calibration], evaluation) == 0 < min(len(calibration), len(evaluation))
+    assert "labels" in evaluation and "labels" not in calibration
 
 
 def test_a_score_that_is_no_number_is_named(encoder: Path, pairs: Path) -> None:

@@ -69,7 +69,7 @@ class Selection:
 
         Raises `PermpruneError` if no example is available or `count` is less than 1.
         """
-        available = [index for index, key in enumerate(keys) if self._takes(key)]
+        available = [index for index, key in enumerate(keys) if self.takes(key)]
         if not available or self.count < 1:
             raise PermpruneError(
                 f"{self.count} of {len(available)} available examples for {self.part}: ask for at least 1, and give "
@@ -88,14 +88,14 @@ class Selection:
         """Like `indices`, for a streamed data set, which is shuffled within a buffer; returns (name, row) pairs."""
         rows = rows.map(lambda _, index: {ROW: f"row {index}"}, with_indices=True)
         if self.shared:
-            rows = rows.filter(lambda row: self._takes(row[ROW]))
+            rows = rows.filter(lambda row: self.takes(row[ROW]))
         rows = rows.shuffle(seed=self.seed, buffer_size=max(BUFFER, 4 * self.count))
         picked = [(row.pop(ROW), row) for row in islice(rows, self.count)]
         if not picked:
             raise PermpruneError(f"the data set has no rows for {self.part}: give another split of it")
         return picked
 
-    def _takes(self, key: str) -> bool:
+    def takes(self, key: str) -> bool:
         """Whether an example of this name belongs to the part."""
         odd = hashlib.sha256(key.encode()).digest()[0] % 2
         return not self.shared or odd == (self.part == "evaluation")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,9 @@ WORD_IN_TEXT = re.compile(r"Word: (?P<word>.+?)\. Sentence 1: (?P<sentence1>.+?)
 class LabelledTexts:
     """The texts and labels of a table.
 
-    `texts` holds one list per text column, with one text per row. `labels` holds one label per row; empty if the labels
-    were not read. `names` are the names of the classes by number, if the data set defines them. `source` names the
-    table in error messages.
+    `texts` holds one list per text column, with one text per row. `labels` holds one label per row; empty if the table
+    has none. `names` are the names of the classes by number, if the data set defines them. `source` names the table in
+    error messages.
     """
 
     source: str
@@ -88,8 +88,7 @@ class LabelledTexts:
 def read_labelled_text(source: str | Path, part: Part, labelled: bool = True) -> LabelledTexts:
     """Read texts and labels from a table (e.g. of GLUE) or a `datasets` name.
 
-    The labels are read only if `labelled` is True. Raises `PermpruneError` if the source cannot be read or lacks the
-    columns.
+    Raises `PermpruneError` if the source cannot be read or lacks a column of texts, or with `labelled` one of labels.
     """
     path = locate(source, "labelled text")
     rows, names = (_from_file(path), {}) if path and path.is_file() else _from_dataset(str(source), part)
@@ -100,8 +99,9 @@ def read_labelled_text(source: str | Path, part: Part, labelled: bool = True) ->
     if len(texts) > 2:
         words, *texts = texts
         texts = [[f"{word}: {text}" for word, text in zip(words, column, strict=True)] for column in texts]
-    label = find_column(rows[0], LABEL_COLUMNS, str(source)) if labelled else ""
-    labels = [row.get(label) for row in rows] if labelled else []
+    has_labels = labelled or not rows[0].keys().isdisjoint(LABEL_COLUMNS)
+    label = find_column(rows[0], LABEL_COLUMNS, str(source)) if has_labels else ""
+    labels = [row.get(label) for row in rows] if has_labels else []
     return LabelledTexts(str(source), texts, labels, names.get(label))
 
 
@@ -187,36 +187,32 @@ def load_sentences(
     `source` is a text file with a text in each line, a table or a data set as in `load_labelled_text`, or None: the
     documents of the default text. Of a table for the evaluation with two columns of texts and a score in each row,
     examples 2 i and 2 i + 1 are a pair, and both have its score as label, fp32; else all texts are examples of their
-    own, and there are no labels. If the parts share a source, equal texts are in the same half. Raises `PermpruneError`
-    if the source cannot be read, or a score is not a number.
+    own, and there are no labels. If the parts share a source, no text is in both halves. Raises `PermpruneError` if the
+    source cannot be read, or a score is not a number.
     """
-    path, scores = Path(source or ""), list[object]()
+    path, scores = Path(source or ""), list[Any]()
     if source is None or (path.is_file() and path.suffix.lower() not in TABLES):
         lines = [line.strip() for document in load_documents(source, selection.part) for line in document.splitlines()]
         columns = [[line for line in lines if line]]
     else:
-        columns, scores = _table(source, selection)
+        table = read_labelled_text(source, selection.part, labelled=False)
+        columns, scores = table.texts, table.labels if len(table.texts) > 1 else []
         if not path.is_file():
             selection = selection.of_data_set(source)
-    if not scores:
-        texts = list(dict.fromkeys(text for column in columns for text in column))
-        return tokenized(model, processor, [[texts[index] for index in selection.indices(texts)]], length)
-    chosen = selection.indices(["\x1f".join(pair) for pair in zip(*columns, strict=True)])
-    tensors = tokenized(model, processor, [[column[index] for index in chosen for column in columns]], length)
-    labels = [_score(scores[index], f"{source}, row {index + 1}") for index in chosen]
-    return {**tensors, "labels": torch.tensor(labels, dtype=torch.float32).repeat_interleave(2)}
-
-
-def _table(source: str, selection: Selection) -> tuple[list[list[str]], list[object]]:
-    """The columns of texts of a table or data set, and the scores of pairs for the evaluation."""
-    table = read_labelled_text(source, selection.part, labelled=False)
-    if len(table.texts) < 2 or selection.part != "evaluation":
-        return table.texts, []
-    try:
-        return table.texts, read_labelled_text(source, selection.part).labels
-    except PermpruneError:
+    rows = list(zip(*columns, strict=True))
+    keys = ["\x1f".join(row) for row in rows]
+    if scores and selection.part == "evaluation":
+        chosen = selection.indices(keys)
+        tensors = tokenized(model, processor, [[text for index in chosen for text in rows[index]]], length)
+        labels = [_score(scores[index], f"{source}, row {index + 1}") for index in chosen]
+        return {**tensors, "labels": torch.tensor(labels, dtype=torch.float32).repeat_interleave(2)}
+    texts = list(dict.fromkeys(text for column in columns for text in column))
+    if scores:  # the evaluation gets pairs, and a text can be in several
+        evaluated = {text for row, key in zip(rows, keys, strict=True) if not selection.takes(key) for text in row}
+        texts, selection = [text for text in texts if text not in evaluated], replace(selection, shared=False)
+    elif len(columns) > 1 and selection.part == "evaluation":
         log.info("%s has pairs of texts without scores: each text counts by itself", source)
-        return table.texts, []
+    return tokenized(model, processor, [[texts[index] for index in selection.indices(texts)]], length)
 
 
 def _score(label: object, place: str) -> float:
