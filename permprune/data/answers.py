@@ -59,8 +59,9 @@ def load_answers(
     their own, unless they have white space between them, and an end of text follows each answer.
 
     Examples are cut after `length` tokens, and those without an answer are left out; a warning says how many. If the
-    parts share a source, rows with the same prompts are in the same half. Raises `PermpruneError` if the source cannot
-    be read, the model is no causal language model, its chat template fails, or no example is left.
+    parts share a table, rows with the same prompts are in the same half; rows of a data set are not compared. Raises
+    `PermpruneError` if the source cannot be read, the model is no causal language model, its chat template fails, or no
+    example is left.
     """
     if not is_causal_lm(model):
         raise PermpruneError(

@@ -168,8 +168,8 @@ def load_pairs(
     * a folder with such a table, named metadata or labels, or of images with a caption in a .txt file of the same name;
     * a `datasets` name as in `load_documents`, with a column of images and the same columns of text.
 
-    If the parts share a source, all questions about one image are in the same half. Raises `PermpruneError` if the
-    source cannot be read, a text is missing, or the model's processor fails.
+    If the parts share files, all questions about one image are in the same half; rows of a data set are not compared.
+    Raises `PermpruneError` if the source cannot be read, a text is missing, or the model's processor fails.
     """
     maker, taken = pair_processor_of(processor), {*argument_names(model), "labels"}
     if _images_here(Path(source)):
