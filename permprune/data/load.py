@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from permprune.data.answers import has_answers, load_answers
 from permprune.data.audio import load_speech
 from permprune.data.images import has_images, load_images, load_pairs
-from permprune.data.items import Selection
+from permprune.data.items import Labels, Selection
 from permprune.data.labelled import load_labelled_text, load_sentences
 from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
@@ -98,7 +98,7 @@ def _zoo_images(
 ) -> Examples:
     """Images of a part of the zoo's images: the first ones, or chosen at random if a `seed` is given.
 
-    Labels are included if the model takes labels and has as many classes as the images.
+    Labels are included if the model has the classes of the images.
     """
     maker = image_processor_of(processor)
     held = zoo.load_images(part)
@@ -108,6 +108,17 @@ def _zoo_images(
     chosen = chosen[:count]
     pictures = [Image.fromarray(held.pixels[index]) for index in chosen]
     tensors = {"pixel_values": maker(images=pictures, return_tensors="pt")["pixel_values"]}
-    if "labels" in argument_names(model) and model.config.num_labels == len(zoo.CLASSES):
-        tensors["labels"] = torch.from_numpy(held.labels)[chosen]
+    if numbers := _zoo_numbers(model):
+        tensors["labels"] = torch.tensor(numbers)[torch.from_numpy(held.labels)[chosen]]
     return Examples(tensors)
+
+
+def _zoo_numbers(model: PreTrainedModel) -> list[int]:
+    """The model's numbers of the classes of the zoo's images; empty if it takes no labels or has other classes.
+
+    Classes without names, which Transformers calls LABEL_0 and so on, are taken for those of the images.
+    """
+    numbers = Labels(model.config).numbers if "labels" in argument_names(model) else {}
+    if list(numbers) == [f"label_{number}" for number in range(len(zoo.CLASSES))]:
+        return list(numbers.values())
+    return [numbers[name] for name in zoo.CLASSES] if numbers.keys() == set(zoo.CLASSES) else []

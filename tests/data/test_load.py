@@ -1,5 +1,6 @@
 """Examples of whatever a model reads."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from permprune.checkpoints.io import read_model
 from permprune.data import load as module
 from permprune.data.load import load_examples
-from permprune.zoo.images import Images
+from permprune.examples import Examples
+from permprune.zoo.images import CLASSES, Images
 
 
 @pytest.fixture
@@ -19,11 +21,16 @@ def zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.zoo, "load_images", lambda part: Images(pixels, numbers // 10))
 
 
-def drawn(folder: Path, count: int, seed: int | None) -> tuple[list[int], list[int]]:
-    """The numbers and labels of the zoo's images that a classifier of ten classes is given."""
+def loaded(folder: Path, names: Sequence[str], count: int, seed: int | None = None) -> Examples:
+    """The zoo's images that a classifier of classes with these names is given."""
     model, processor, _ = read_model(str(folder))
-    model.config.num_labels = 10
-    found = load_examples(None, model, processor, part="calibration", count=count, seed=seed)
+    model.config.id2label = dict(enumerate(names))
+    return load_examples(None, model, processor, part="calibration", count=count, seed=seed)
+
+
+def drawn(folder: Path, count: int, seed: int | None) -> tuple[list[int], list[int]]:
+    """The numbers and labels of the zoo's images that a classifier of ten classes without names is given."""
+    found = loaded(folder, [f"LABEL_{number}" for number in range(10)], count, seed)
     levels = (found["pixel_values"].mean(dim=(1, 2, 3)) + 1) * 127.5
     return (levels / 10).round().int().tolist(), found["labels"].tolist()
 
@@ -37,3 +44,10 @@ def test_the_images_of_the_zoo_are_drawn_by_seed(tiny_vit: Path) -> None:
     assert labels == [number // 10 for number in numbers]
     assert drawn(tiny_vit, 12, 0)[0] == numbers != drawn(tiny_vit, 12, 1)[0]
     assert sorted(drawn(tiny_vit, 50, 3)[0]) == list(range(20))
+
+
+@pytest.mark.usefixtures("zoo")
+def test_the_images_of_the_zoo_have_labels_by_the_names_of_the_classes(tiny_vit: Path) -> None:
+    assert loaded(tiny_vit, [name.upper() for name in reversed(CLASSES)], 12)["labels"].tolist() == [9] * 10 + [8] * 2
+    for others in ([str(number) for number in range(10)], [*CLASSES, "ship 2"], [*CLASSES[:9], "pizza"]):
+        assert loaded(tiny_vit, others, 12).keys() == ["pixel_values"]
