@@ -23,7 +23,7 @@ from permprune.data.text import load_documents, tokenize
 from permprune.engine.held import Held, prepare, prune
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import gap_closed
+from permprune.evaluation.result import TOP_1_ACCURACY, WORD_ERROR_RATE, gap_closed
 from permprune.examples import Examples
 from permprune.jobs.compare import compare
 from permprune.jobs.evaluate import evaluate
@@ -253,6 +253,9 @@ def test_gap_closed() -> None:
     assert gap_closed(100.0, 10.0, 1000.0) == pytest.approx(0.5)
     assert gap_closed(1000.0, 10.0, 1000.0) == 0
     assert gap_closed(10.0, 10.0, 10.0) is None
+    for metric, dense, none in ((TOP_1_ACCURACY, 0.8, 0.6), (WORD_ERROR_RATE, 0.1, 0.3)):
+        assert gap_closed((dense + none) / 2, dense, none, metric=metric) == pytest.approx(0.5)
+        assert gap_closed(0.7, none, dense, metric=metric) is None
 
 
 def test_peak_memory_sees_what_was_allocated() -> None:

@@ -99,12 +99,14 @@ def share(task: str, metric: Metric, *, right: float, count: float) -> Result:
 def gap_closed(value: float, dense: float, none: float, *, metric: Metric = PERPLEXITY) -> float | None:
     """Return the share of the gap between the model pruned in natural order (`none`) and the dense one that is closed.
 
-    The gap between perplexities is that of their logarithms. Returns None if there is no gap, or if a value is not
-    finite.
+    The gap between perplexities is that of their logarithms. Returns None if the natural order is as good as the dense
+    model, or if a value is not finite.
     """
     if not all(map(math.isfinite, (value, dense, none))):
         return None
     if metric == PERPLEXITY:
         value, dense, none = math.log(value), math.log(dense), math.log(none)
-        return (none - value) / (none - dense) if none > dense else None
-    return (value - none) / (dense - none) if dense != none else None
+    closed, gap = none - value, none - dense
+    if metric.higher_is_better:
+        closed, gap = value - none, dense - none
+    return closed / gap if gap > 0 else None
