@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel, TrainerCallback
 
 from permprune.checkpoints.origin import (
@@ -37,8 +38,9 @@ BASE = ".base_layer"
 class KeptZeros:
     """Keeps the weights of layers that are zero now at zero, until `close` or the end of the context.
 
-    Their gradients are set to zero, so that they count in no norm and no moment, and after each step of a
-    `torch.optim.Optimizer` they are set to zero themselves, because momentum or noise moves weights without a gradient.
+    Their gradients are set to zero, unless they are frozen at first, so that they count in no norm and no moment, and
+    after each step of a `torch.optim.Optimizer` they are set to zero themselves, because momentum or noise moves
+    weights without a gradient.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
@@ -47,7 +49,8 @@ class KeptZeros:
             mask = masks.setdefault(layer.parameter, torch.zeros_like(layer.stored, dtype=torch.bool))
             layer.part_of(mask).copy_(layer.weight == 0)
         self._model, self._masks = model, masks
-        by_parameter = {model.get_parameter(name): mask for name, mask in masks.items()}
+        # weak, because the hook of steps is global: without `close`, it stays
+        by_parameter = WeakTensorKeyDictionary({model.get_parameter(name): mask for name, mask in masks.items()})
 
         def keep(mask: Tensor) -> Callable[[Tensor], Tensor]:
             return lambda gradient: gradient.masked_fill(mask.to(gradient.device), 0.0)
@@ -58,7 +61,9 @@ class KeptZeros:
                     if (mask := by_parameter.get(parameter)) is not None:
                         parameter.masked_fill_(mask.to(parameter.device), 0.0)
 
-        self._handles = [parameter.register_hook(keep(mask)) for parameter, mask in by_parameter.items()]
+        self._handles = [
+            parameter.register_hook(keep(mask)) for parameter, mask in by_parameter.items() if parameter.requires_grad
+        ]
         self._handles.append(register_optimizer_step_post_hook(after_step))
 
     def close(self) -> None:
@@ -127,6 +132,8 @@ class KeepPattern(TrainerCallback):
         self.kept: KeptZeros | None = None
 
     def on_train_begin(self, *_: Any, **trained: Any) -> None:
+        if self.kept is not None:  # the training before was interrupted
+            self.kept._remove()
         self.kept = keep_pattern(trained["model"])
 
     def on_train_end(self, *_: Any, **__: Any) -> None:

@@ -1,5 +1,7 @@
 """Pruned weights stay zero, whichever optimizer or trainer moves the rest."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -31,14 +33,17 @@ def pruned(model: PreTrainedModel) -> PreTrainedModel:
     return permprune.prune(model, permute="random", examples=WINDOWS).model
 
 
-def test_zeros_stay_zero_and_the_rest_moves() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_zeros_stay_zero_and_the_rest_moves(frozen: bool) -> None:
     model, data = make("bert"), sentences()
     layer = model.bert.encoder.layer[0].intermediate.dense
     with torch.no_grad():
         layer.weight[:, ::2] = 0
+    layer.weight.requires_grad_(not frozen)
     before = layer.weight.detach().clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     with KeptZeros(model, ["bert.encoder.layer.0.intermediate.dense"]):
+        layer.weight.requires_grad_()
         for _ in range(3):
             optimizer.zero_grad()
             model(**data).loss.backward()
@@ -129,8 +134,21 @@ def test_hooks_end_with_the_context(tiny_llama: LlamaForCausalLM) -> None:
     model = pruned(tiny_llama)
     with pytest.raises(ZeroDivisionError), permprune.keep_pattern(model):
         raise ZeroDivisionError
+    callback = permprune.KeepPattern()
+    for _ in range(2):  # the first training was interrupted
+        callback.on_train_begin(model=model)
+    callback.on_train_end()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     before = zeros(model)
     model(input_ids=WINDOWS, labels=WINDOWS).loss.backward()
     optimizer.step()
     assert not all(torch.equal(zeros(model)[name], before[name]) for name in before)
+
+
+def test_hooks_that_do_not_end_hold_no_weights() -> None:
+    model = make("bert")
+    weight = weakref.ref(model.bert.encoder.layer[0].output.dense.weight)
+    KeptZeros(model, ["bert.encoder.layer.0.output.dense"])
+    del model
+    gc.collect()
+    assert weight() is None
