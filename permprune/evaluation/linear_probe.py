@@ -44,20 +44,24 @@ class LinearProbe:
     penalty: float
 
 
-def fit_probe(model: PreTrainedModel, examples: Examples, *, batch: int = 32, seed: int = 0) -> LinearProbe:
+def fit_probe(
+    model: PreTrainedModel, examples: Examples, *, classes: int = 1, batch: int = 32, seed: int = 0
+) -> LinearProbe:
     """Fit the linear layer that computes a model's logits, by multinomial logistic regression with an L2 penalty.
 
-    `examples` have "labels" (count,), classes from 0 on. If the model has such a layer, that layer is changed in place.
-    A model without a head gets the head of Transformers for images or sentences, and shares its weights with the model
-    that is returned. `seed` determines which examples are held out to choose the penalty; the final fit uses all
-    examples. Raises `PermpruneError` if there is no such head, or if the labels are not classes of single examples.
+    `examples` have "labels" (count,), classes from 0 on; the layer gets `classes` rows, or more if there are larger
+    labels. If the model has such a layer, that layer is changed in place. A model without a head gets the head of
+    Transformers for images or sentences, and shares its weights with the model that is returned. `seed` determines
+    which examples are held out to choose the penalty; the final fit uses all examples. Raises `PermpruneError` if there
+    is no such head, or if the labels are not classes of single examples.
     """
+    require("classes", classes, Count)
     require("batch", batch, Count)
     require("seed", seed, Seed)
     labels = examples.get("labels")
     if labels is None or labels.dim() != 1 or labels.is_floating_point() or int(labels.min()) < 0:
         raise PermpruneError("a probe needs one class number, 0 or higher, for each example: give such labels")
-    classes = int(labels.max()) + 1
+    classes = max(classes, int(labels.max()) + 1)
     if "labels" not in argument_names(model):
         model = with_head(model, [str(number) for number in range(classes)])
     name, inputs = _head_inputs(model, examples, batch)

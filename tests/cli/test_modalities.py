@@ -254,9 +254,10 @@ def test_images_with_texts_are_compared_and_trained_on(tiny_qwen_vl: Path, pairs
 
 def test_a_probe_is_a_classifier_that_prunes(tiny_vit: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "probe"
-    code, stdout, _ = run("probe", tiny_vit, "--data", pictures, "--classes", "cat,dog,owl", "--out", out)
+    code, stdout, _ = run("probe", tiny_vit, "--data", pictures, "--classes", "cat,dog,owl,cow", "--out", out)
     assert code == 0 and "top-1 accuracy" in stdout
-    assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "cat", "1": "dog", "2": "owl"}
+    names = json.loads((out / "config.json").read_text())["id2label"]
+    assert names == {"0": "cat", "1": "dog", "2": "owl", "3": "cow"}  # of cows there is no picture
     code, stdout, _ = run("evaluate", out, "--data", pictures, "--windows", "1")
     assert code == 0 and "top-1 accuracy" in stdout
     assert "two or more" in fails("probe", tiny_vit, "--classes", "cat", "--out", tmp_path / "other")

@@ -15,7 +15,7 @@ from transformers import (
 
 from permprune.engine.held import prune
 from permprune.errors import PermpruneError
-from permprune.evaluation.linear_probe import fit_probe, logistic_regression
+from permprune.evaluation.linear_probe import fit_probe, logistic_regression, with_head
 from permprune.evaluation.metrics import accuracy
 from permprune.examples import Examples
 
@@ -49,6 +49,13 @@ def test_a_class_without_examples_is_never_predicted() -> None:
     assert set((x @ weight.T + bias).argmax(1).tolist()) <= {0, 2}
     weight, bias = logistic_regression(x, torch.full((40,), 1), 3, 0.1)
     assert (x @ weight.T + bias).argmax(1).eq(1).all()
+
+
+def test_classes_without_examples_keep_their_names() -> None:
+    model = fit_probe(with_head(make("headless"), ["cat", "dog", "owl"]), coloured(draw(2, COUNT)), classes=3).model
+    assert model.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    with torch.no_grad():
+        assert model(pixel_values=coloured(draw(3, COUNT))["pixel_values"]).logits.argmax(1).max() == 1
 
 
 @pytest.mark.parametrize("name", ["vit", "headless"])

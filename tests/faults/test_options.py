@@ -182,6 +182,7 @@ def test_the_objects_refuse_what_the_command_line_refuses() -> None:
         lambda: perplexity(nn.Linear(2, 2), SHOWN, batch=0),
         lambda: fit_probe(nn.Linear(2, 2), SHOWN, batch=-1),  # type: ignore[arg-type]
         lambda: fit_probe(nn.Linear(2, 2), SHOWN, seed=-1),  # type: ignore[arg-type]
+        lambda: fit_probe(nn.Linear(2, 2), SHOWN, classes=0),  # type: ignore[arg-type]
     ):
         with pytest.raises(PermpruneError, match=r"give|choose|pattern"):
             make()
