@@ -22,7 +22,7 @@ from permprune.models.modality import EVALUATION_BATCH
 from permprune.options import Count, Natural, require_fields
 from permprune.system.failures import failures_reported
 from permprune.system.imports import on_first_use
-from permprune.system.progress import console
+from permprune.system.progress import console, log
 
 with on_first_use(globals()):
     from torch import Tensor
@@ -132,6 +132,9 @@ class TaskList:
                 "--data FOLDER reads local files of some tasks"
             ) from error
         return list(loaded.values())
+        for task in loaded.values():
+            if self.few_shot and task.get_config("num_fewshot") == 0:
+                log.warning("%s is defined without solved examples, and --few-shot leaves it so", task.task_name)
 
 
 @dataclasses.dataclass(frozen=True)

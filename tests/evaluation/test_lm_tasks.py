@@ -183,6 +183,18 @@ def test_limit_and_few_shot(tiny_checkpoint: Path, files: Path) -> None:
     assert {sample["arguments"][0][0] for sample in by_hand["samples"]["rte"]} == set(prompts)
 
 
+def test_few_shot_does_not_apply_to_tasks_without_examples(
+    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    zero = tmp_path / "zero.yaml"
+    zero.write_text((LOCAL / "rte.yaml").read_text().replace("task: rte", "task: zero\nnum_fewshot: 0"))
+    for few_shot in (None, 0, 2):
+        assert not caplog.records
+        TaskList(("rte",), data=str(files), few_shot=few_shot, files=(str(zero),)).load()
+    (record,) = caplog.records
+    assert record.message == "zero is defined without solved examples, and --few-shot leaves it so"
+
+
 def test_the_model_and_its_tokenizer_are_left_alone(tiny_llama: Any, tiny_tokenizer: Any, files: Path) -> None:
     tiny_llama.train()
     before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
