@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
@@ -131,10 +132,10 @@ class TaskList:
                 f"{', '.join([*names, *self.files])}: {first_line(error)}; "
                 "--data FOLDER reads local files of some tasks"
             ) from error
-        return list(loaded.values())
         for task in loaded.values():
             if self.few_shot and task.get_config("num_fewshot") == 0:
                 log.warning("%s is defined without solved examples, and --few-shot leaves it so", task.task_name)
+        return list(loaded.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,11 +271,13 @@ def _quiet() -> Iterator[None]:
 
     lm-eval would draw them even if stderr is not a terminal.
     """
-    log = logging.getLogger("lm_eval")
-    before = log.level
-    log.setLevel(logging.ERROR)
+    harness = logging.getLogger("lm_eval")
+    before = harness.level
+    harness.setLevel(logging.ERROR)
+    console.file = sys.stderr  # the status line is shown where it was before the redirection
     try:
         with console.status("measuring tasks"), redirect_stderr(io.StringIO()):
             yield
     finally:
-        log.setLevel(before)
+        console.file = None  # type: ignore[assignment]  # again the current stderr
+        harness.setLevel(before)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import datasets
 import lm_eval
@@ -19,8 +20,9 @@ import permprune
 from permprune import PermpruneError, Result, TaskList, evaluate_tasks
 from permprune.config import PruneConfig
 from permprune.data.benchmarks import SOURCES
-from permprune.evaluation.lm_tasks import LOCAL, average, cut
+from permprune.evaluation.lm_tasks import LOCAL, LoadedTasks, average, cut
 from permprune.evaluation.result import TASK_ACCURACY
+from permprune.system.progress import console
 
 from ..task_files import ROWS, WIKITEXT, write_task_files
 
@@ -193,6 +195,20 @@ def test_few_shot_does_not_apply_to_tasks_without_examples(
         TaskList(("rte",), data=str(files), few_shot=few_shot, files=(str(zero),)).load()
     (record,) = caplog.records
     assert record.message == "zero is defined without solved examples, and --few-shot leaves it so"
+
+
+def test_what_is_shown_while_tasks_run_is_not_redirected(
+    tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluate(*_: Any, **__: Any) -> dict[str, Any]:
+        print("a bar of lm-eval", file=sys.stderr)
+        console.print("still running")
+        return {"n-samples": {}}
+
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", evaluate)
+    LoadedTasks(TaskList(("any",)), None, [MagicMock()])(tiny_llama, tiny_tokenizer)
+    console.print("over")
+    assert capsys.readouterr().err == "still running\nover\n"
 
 
 def test_the_model_and_its_tokenizer_are_left_alone(tiny_llama: Any, tiny_tokenizer: Any, files: Path) -> None:
