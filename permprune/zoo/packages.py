@@ -76,9 +76,9 @@ def _download_source(package: Package, folder: Path) -> Path:
     pip itself would run the archive's build script, and refuses it since 26.3 for what it declares to depend on.
     """
     page = f"{(_setting('index-url') or PYPI).rstrip('/')}/{package.name}/"
-    trusted = ssl.create_default_context(cafile=_setting("cert"))
     archive, digest = folder / f"{package.name}-{package.version}.tar.gz", hashlib.sha256()
     try:
+        trusted = ssl.create_default_context(cafile=_setting("cert"))
         with urlopen(Request(page, headers={"Accept": "text/html"}), timeout=TIMEOUT, context=trusted) as reply:
             links = [unescape(link) for link in re.findall(r'href="([^"]+)"', reply.read().decode())]
         named = [link for link in links if urlsplit(urljoin(page, link)).path.endswith(f"/{archive.name}")]

@@ -119,6 +119,12 @@ def test_a_source_archive_that_the_index_does_not_have(source, folder, name, ver
     assert list(folder.iterdir()) == []
 
 
+def test_certificates_that_are_missing(source, folder, monkeypatch):
+    monkeypatch.setenv("PIP_CERT", str(folder / "none.pem"))
+    with pytest.raises(PermpruneError, match=r"cannot fetch thing==1\.0 from .*No such file.*check the network"):
+        fetch(source, ["thing-1.0/data/words.txt"], folder)
+
+
 def test_a_source_archive_is_not_taken_for_a_wheel(source, folder):
     with pytest.raises(PermpruneError, match=r"cannot fetch thing==1\.0"):
         fetch(replace(source, source=False), ["thing-1.0/data/words.txt"], folder)
