@@ -76,7 +76,7 @@ def write_pruned(
     """Write a pruned model to a folder; `weights(folder)` writes its weights and processor.
 
     The record gets the digests of the written weights. Then `load(folder)` loads the model, as `load_written`. Raises
-    `FinalError` if its outputs are not those of the probe.
+    `FinalError` if its outputs are not those of the probe, and `PermpruneError` if it cannot be loaded or run.
     """
     weights(folder)
     probe.write(folder)
@@ -86,6 +86,8 @@ def write_pruned(
             load(folder), probe, f"{WRITTEN}, loaded again,", "it is discarded; report it, or try --mode gather"
         )
     except PermpruneError as error:
+        if error.__cause__ is not None:  # such as memory that runs out: the search must not be lost with it
+            raise
         raise FinalError(str(error)) from error
 
 

@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import permprune
+from permprune.checkpoints.io import load_written
 from permprune.coupling.trace import Untraceable
+from permprune.permuters.registry import PERMUTERS
 from permprune.plan import plan_run
 from permprune.system.failures import OutOfMemory
 from permprune.system.files import WriteError
@@ -108,6 +111,26 @@ def test_a_command_names_the_options_it_has(
     assert "--length" in said and "--windows" in said and "--batch" not in said
     assert "use a machine with more memory" in fails("verify", pruned)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("owner", "name"), [(LlamaForCausalLM, "from_pretrained"), (LlamaMLP, "forward")])
+def test_the_last_check_costs_no_search(
+    owner: type, name: str, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In which the written model is loaded beside the one in memory, and run."""
+    command = ["prune", tiny_checkpoint, "--calibration", tiny_text, "--data", tiny_text, *SMALL, "--permute", "ria"]
+    command += ["--out", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+
+        def loaded(*arguments: Any) -> Any:
+            patch.setattr(owner, name, torch_has_none)
+            return load_written(*arguments)
+
+        patch.setattr("permprune.engine.held.load_written", loaded)
+        code, _, stderr = run(*command)
+    assert code == 2 and "out of memory" in stderr.splitlines()[-1] and not (tmp_path / "out").exists()
+    monkeypatch.setattr(PERMUTERS["ria"], "order", lambda *_: pytest.fail("searched again"))
+    assert run(*command, "--resume")[0] == 0
 
 
 def test_other_errors_stay_what_they_are(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
