@@ -118,7 +118,10 @@ def read_config(name: str, source: str | Path, trust_remote_code: bool = False, 
 
 
 def _named_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The Transformers class that a config names. Raises `PermpruneError` if there is no such class."""
+    """The Transformers class that a config names.
+
+    Raises `PermpruneError` if there is no such class, and `ValueError` if the config is damaged.
+    """
     match config.architectures:
         case [str(named), *_]:
             kind = getattr(transformers, named, None)
@@ -127,7 +130,7 @@ def _named_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
             kind = transformers.MODEL_MAPPING.get(type(config), None)
             kind = kind[0] if isinstance(kind, tuple) else kind
         case other:
-            raise PermpruneError(f"{name} does not load: architectures in its config is {other!r}, not a list of names")
+            raise ValueError(f"architectures is {other!r}, not a list of names")
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel:
         return kind
     if _classes(config):
@@ -140,7 +143,8 @@ def loading(name: str, source: str | Path, part: str) -> Iterator[None]:
     """Context manager that converts any error from loading a part of a model into a `PermpruneError` naming the file.
 
     `name` is the model's name in the message and `source` the folder or hub id it is loaded from. If `source` is in the
-    cache, the message says how to clear it. `part` is one of `CONFIG`, `PROCESSOR` and `WEIGHTS`.
+    cache, the message says how to clear it. `part` is one of `CONFIG`, `PROCESSOR` and `WEIGHTS`. A `PermpruneError`
+    is about damage only if it is raised for weights; what is wrong with a sound config is what was asked of it.
     """
     cure = ""
     if Path(source).is_relative_to(cache_root()):
@@ -148,7 +152,9 @@ def loading(name: str, source: str | Path, part: str) -> Iterator[None]:
     try:
         yield
     except PermpruneError as error:
-        raise PermpruneError(f"{error}{cure}") from error
+        if cure and part == WEIGHTS:
+            raise PermpruneError(f"{error}{cure}") from error
+        raise
     except Exception as error:  # on a damaged file, Transformers, tokenizers and safetensors can raise any type
         if "trust_remote_code" in str(error):
             raise PermpruneError(f"{name} does not load: {UNTRUSTED}") from error

@@ -24,7 +24,6 @@ from permprune.checkpoints.io import (
     CONFIG,
     PROCESSOR,
     WEIGHTS,
-    WRITTEN,
     loading,
     open_checkpoint,
     read_config,
@@ -212,8 +211,7 @@ def read_offloaded(
     """
     checkpoint, processor = open_checkpoint(name, trust_remote_code, task)
     source = Path(checkpoint.source)
-    with loading(name, source, WEIGHTS):
-        model, stored = _offloaded(checkpoint, folder)
+    model, stored = _offloaded(checkpoint, folder)
     if (source / RECORD).exists():
         require_digests(source, read_record(source).digests)
     dtype = model.dtype
@@ -224,9 +222,10 @@ def read_offloaded(
 
 def _offloaded(checkpoint: ModelFiles, folder: Path) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
     """Load a model without its weights, as `ModelFiles.load` does, and its weights; `folder` gets the fused ones."""
-    model = checkpoint.load(device_map={"": "disk"}, offload_folder=str(folder), use_safetensors=True)
-    hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
-    stored = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
+    with loading(checkpoint.name, checkpoint.source, WEIGHTS):
+        model = checkpoint.load(device_map={"": "disk"}, offload_folder=str(folder), use_safetensors=True)
+        hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+        stored = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
     if rebuilt := sorted({*(getattr(model, "_keys_to_ignore_on_save", None) or ())} - {*stored}):
         raise PermpruneError(
             f"{checkpoint.name} can only be pruned whole in memory, since its checkpoint does not store {rebuilt[0]}: "
@@ -243,7 +242,7 @@ def _gathered(checkpoint: ModelFiles, path: Path) -> tuple[PreTrainedModel, Mapp
     """The same for a file of weights that need gathers."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = checkpoint.architecture._from_config(checkpoint.config)
-    with safe_open(path, "pt") as file:
+    with loading(checkpoint.name, path.parent, WEIGHTS), safe_open(path, "pt") as file:
         stored = {name: {"safetensors_file": str(path), "weight_name": name} for name in file.keys()}  # noqa: SIM118
         for prefix, module in model.named_modules():
             for buffer, tensor in module.named_buffers(recurse=False):
@@ -255,11 +254,10 @@ def _gathered(checkpoint: ModelFiles, path: Path) -> tuple[PreTrainedModel, Mapp
 def load_written_offloaded(model: PreTrainedModel, folder: Path, scratch: Path) -> PreTrainedModel:
     """Like `load_written`, with weights that are read when the model runs; `scratch` is as in `read_offloaded`."""
     record, checkpoint = read_record(folder), written_checkpoint(model, folder)
-    with loading(WRITTEN, folder, WEIGHTS):
-        if record.gathers:
-            loaded, stored = _gathered(checkpoint, folder / GATHERED)
-        else:
-            loaded, stored = _offloaded(checkpoint, scratch)
+    if record.gathers:
+        loaded, stored = _gathered(checkpoint, folder / GATHERED)
+    else:
+        loaded, stored = _offloaded(checkpoint, scratch)
     _convert(loaded, torch.float32)
     attach(loaded, StoredWeights(stored, canonical_names(loaded)))
     attach_gathers(loaded, record.gathers)
