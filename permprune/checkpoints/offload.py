@@ -212,10 +212,11 @@ def read_offloaded(
     checkpoint, processor = open_checkpoint(name, trust_remote_code, task)
     source = Path(checkpoint.source)
     model, stored = _offloaded(checkpoint, folder)
-    if (source / RECORD).exists():
-        require_digests(source, read_record(source).digests)
+    record = read_record(source) if (source / RECORD).exists() else None
+    if record is not None:
+        require_digests(source, record.digests)
     dtype = model.dtype
-    set_origin(model, Origin(name, dtype))
+    set_origin(model, Origin(name, dtype, record))
     _convert(model, torch.float32)
     return model.eval(), processor, dtype, StoredWeights(stored, canonical_names(model))
 

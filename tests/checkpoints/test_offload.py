@@ -8,9 +8,14 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from permprune.checkpoints.offload import attach, read_offloaded, read_skeleton, write_offloaded
-from permprune.checkpoints.probe import probe_outputs
+from permprune.checkpoints.origin import Origin, origin_of, set_origin
+from permprune.checkpoints.probe import make_probe, probe_outputs
+from permprune.checkpoints.record import read_record
 from permprune.checkpoints.weights import GATHERED
 from permprune.errors import PermpruneError
+from permprune.pruning.folder import save
+
+from ..records import record_of
 
 IDS = torch.arange(32).view(2, 16)
 
@@ -67,6 +72,14 @@ def test_what_is_written_is_what_was_read_as_edited(
         assert tensor.dtype == dtype
         assert torch.equal(tensor, -expected[name] if name.endswith("up_proj.weight") else expected[name])
     assert {"config.json", "generation_config.json", "tokenizer.json"} <= {path.name for path in out.iterdir()}
+
+
+def test_how_a_model_was_pruned_is_read_with_it(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    record = record_of(base_model="someone/dense", reordered={"last_hidden_state": ["residual"]})
+    set_origin(tiny_llama, Origin("model", torch.float32, record, make_probe(tiny_llama, {"input_ids": IDS})))
+    save(tiny_llama, tmp_path / "pruned")
+    model = read_offloaded(str(tmp_path / "pruned"), tmp_path / "offloaded")[0]
+    assert origin_of(model).record == read_record(tmp_path / "pruned")
 
 
 def test_without_safetensors_there_is_nothing_to_read(tiny_checkpoint: Path, tmp_path: Path) -> None:
