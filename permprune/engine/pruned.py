@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -45,19 +45,21 @@ ROWS, CHANNELS = 12, 32
 class Pruned:
     """A pruned model whose channels are in stored order, and how it was pruned.
 
-    `solution` is the result of the search and `config` the config of the run. `tables` are the folded permutations by
-    space, int64 (channels,), and `gathers` all reorderings that the model performs at run time. `layers` has, for each
-    pruned layer, the share of squared saliency kept and the relative output error, in natural order (`kept_none`,
-    `error_none`) and as pruned (`kept`, `error`). `probe` contains random inputs and the model's outputs for them
-    before the orders were folded (`make_probe`). `reordered` are the outputs beside the logits whose channels are in
-    the order of spaces in `tables`, with their names. `sample` contains a few weights before and after pruning (see
-    `sample`); it is None if no process held the model whole. `mix` is how the patterns of a mix were chosen.
+    `solution` is the result of the search and `config` the config of the run. `tables` are the permutations that it
+    folds, by space, int64 (blocks, channels); `permutations` are those of all prunings of the model, and `gathers` all
+    reorderings that it performs at run time. `layers` has, for each pruned layer, the share of squared saliency kept
+    and the relative output error, in natural order (`kept_none`, `error_none`) and as pruned (`kept`, `error`). `probe`
+    contains random inputs and the model's outputs for them before the orders were folded (`make_probe`). `reordered`
+    are the outputs beside the logits whose channels are in the order of spaces in `tables`, with their names. `sample`
+    contains a few weights before and after pruning (see `sample`); it is None if no process held the model whole. `mix`
+    is how the patterns of a mix were chosen.
     """
 
     model: PreTrainedModel
     solution: Solution
     config: PruneConfig
     tables: dict[str, Tensor]
+    permutations: dict[str, Tensor]
     gathers: list[Gather]
     layers: list[PrunedLayer]
     probe: Probe
@@ -78,7 +80,7 @@ class Pruned:
             "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
             "layers": [asdict(layer) for layer in self.layers],
             "curve": [asdict(point) for point in self.solution.curve],
-            "permutations": {space: table.tolist() for space, table in self.tables.items()},
+            "permutations": {space: table.tolist() for space, table in self.permutations.items()},
             "gathers": [asdict(gather) for gather in self.gathers],
             "reordered": {**(before.reordered if before else {}), **self.reordered},
             "dense": asdict(dense_weights(self.model, pruned, self.config.exclude)),
@@ -138,6 +140,7 @@ def stored_form(
         solution=solution,
         config=plan.config,
         tables=tables,
+        permutations=compose_tables(folded_tables(model), tables),
         gathers=_gathers(plan, solution.orders),
         layers=layers,
         probe=probe,
@@ -198,6 +201,18 @@ def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> 
             table = tables.setdefault(problem.space, torch.arange(size).repeat(blocks, 1))
             table[problem.block] = orders[problem.name]
     return tables
+
+
+def folded_tables(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the permutations that were folded into a model's weights since it was dense, by space."""
+    record = origin_of(model).record
+    return {space: torch.tensor(table) for space, table in (record.permutations if record else {}).items()}
+
+
+def compose_tables(first: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Combine permutations, folded one after the other, into one for each space."""
+    after = {space: first[space].gather(1, table) if space in first else table for space, table in then.items()}
+    return {**first, **after}
 
 
 def gather_places(site: Site, readers: list[Layer]) -> tuple[str, list[str]]:

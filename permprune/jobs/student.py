@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.origin import Patterns, origin_of
+from permprune.checkpoints.origin import Patterns
 from permprune.checkpoints.source import open_model
 from permprune.coupling.discovery import discover
 from permprune.coupling.fold import fold_all
 from permprune.data.labelled import read_labelled_text
+from permprune.engine.pruned import compose_tables, folded_tables
 from permprune.errors import PermpruneError
 from permprune.evaluation.linear_probe import with_head
 from permprune.examples import Examples
@@ -88,8 +89,8 @@ def teacher_of(options: FineTuning, model: PreTrainedModel, examples: Examples, 
         raise PermpruneError(
             f"{opened.name} has {shape[-1]} outputs but the model {student_shape[-1]}: give the dense model as teacher"
         )
-    record = origin_of(model).record
-    if tables := {space: torch.tensor(table) for space, table in (record.permutations if record else {}).items()}:
+    undone = {space: table.argsort() for space, table in folded_tables(teacher).items()}
+    if tables := compose_tables(undone, folded_tables(model)):
         teacher = copy.deepcopy(teacher) if teacher is options.teacher else teacher
         fold_all(teacher, tables, discover(teacher, short_inputs(teacher, examples.to(teacher.device))))
     return teacher

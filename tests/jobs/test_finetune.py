@@ -148,31 +148,30 @@ def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str, obj
 
 
 def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(encoder: str, tmp_path: Path) -> None:
+    """Of a teacher that is dense, and of one that was pruned once where the student was twice."""
     data = str(table(tmp_path / "classes.tsv"))
-    dense, pruned = tmp_path / "dense", tmp_path / "pruned"
+    dense, pruned, twice = tmp_path / "dense", tmp_path / "pruned", tmp_path / "twice"
     finetune(encoder, dense, FineTuning(data, epochs=1, lr=3e-3, batch=8))
-    prune_to_folder(
-        str(dense),
-        pruned,
-        PruneConfig(permute="random", calibration=data, samples=8, length=16),
-        evaluation=Evaluation(data, 1, 16),
-    )
-    options = FineTuning(data, teacher=str(dense), hidden=1.0, train="norms", epochs=1)
-    student, processor, _ = read_model(str(pruned))
-    examples, _ = options.examples(student, processor)
-    teacher = teacher_of(options, student, examples, labelled)
-    assert teacher
-    plain, _, _ = read_model(str(dense))
-    with torch.no_grad():
-        assert torch.allclose(labelled(teacher, examples).logits, labelled(plain, examples).logits, atol=1e-4)
-        shown = []
-        for model in (student, teacher, plain):
-            with block_outputs(model, padding_of(model, examples)) as outputs:
-                labelled(model, examples)
-            shown.append(torch.cat([output.flatten() for output in outputs]))
-    near, far = ((shown[0] - other).square().mean() for other in shown[1:])
-    assert near < 0.5 * far
-    assert finetune(str(pruned), tmp_path / "tuned", options).to_json()["hidden"] == 1.0
+    for number, (source, out) in enumerate([(dense, pruned), (pruned, twice)]):
+        config = PruneConfig(permute="random", calibration=data, samples=8, length=16, seed=number, pattern="3:4")
+        prune_to_folder(str(source), out, config, evaluation=Evaluation(data, 1, 16))
+    for taught, teaching in ((pruned, dense), (twice, dense), (twice, pruned)):
+        options = FineTuning(data, teacher=str(teaching), hidden=1.0, train="norms", epochs=1)
+        student, processor, _ = read_model(str(taught))
+        examples, _ = options.examples(student, processor)
+        teacher = teacher_of(options, student, examples, labelled)
+        assert teacher
+        plain, _, _ = read_model(str(teaching))
+        with torch.no_grad():
+            assert torch.allclose(labelled(teacher, examples).logits, labelled(plain, examples).logits, atol=1e-4)
+            shown = []
+            for model in (student, teacher, plain):
+                with block_outputs(model, padding_of(model, examples)) as outputs:
+                    labelled(model, examples)
+                shown.append(torch.cat([output.flatten() for output in outputs]))
+        near, far = ((shown[0] - other).square().mean() for other in shown[1:])
+        assert near < 0.5 * far
+    assert finetune(str(twice), tmp_path / "tuned", options).to_json()["hidden"] == 1.0
     verify(tmp_path / "tuned")
 
 
