@@ -89,7 +89,7 @@ def carry_over(model: PreTrainedModel, whole: PreTrainedModel, rename: Callable[
 
 def _renamed(record: Record, rename: Callable[[str], str]) -> Record:
     """The record with `rename` applied to the names of modules, and of spaces and sites, which begin with one."""
-    sample, dense = record.sample, record.dense
+    sample, dense, mix = record.sample, record.dense, record.mix
     return dataclasses.replace(
         record,
         layers=[dataclasses.replace(layer, name=rename(layer.name)) for layer in record.layers],
@@ -105,6 +105,8 @@ def _renamed(record: Record, rename: Callable[[str], str]) -> Record:
             for gather in record.gathers
         ],
         sample=None if sample is None else dataclasses.replace(sample, layer=rename(sample.layer)),
+        reordered={output: [*map(rename, spaces)] for output, spaces in record.reordered.items()},
+        mix=mix and dataclasses.replace(mix, layers={rename(name): pattern for name, pattern in mix.layers.items()}),
     )
 
 

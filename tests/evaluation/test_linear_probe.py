@@ -13,6 +13,7 @@ from transformers import (
     WhisperModel,
 )
 
+from permprune.checkpoints.origin import Origin, linear_layers, origin_of, set_origin
 from permprune.engine.held import prune
 from permprune.errors import PermpruneError
 from permprune.evaluation.linear_probe import fit_probe, logistic_regression, with_head
@@ -20,6 +21,7 @@ from permprune.evaluation.metrics import accuracy
 from permprune.examples import Examples
 
 from ..modalities import bert_config, draw, make, whisper_config
+from ..records import record_of
 
 COUNT = 90
 
@@ -93,6 +95,18 @@ def test_a_probed_model_is_pruned_on_its_labels() -> None:
     model = fit_probe(make("headless"), examples).model
     pruned = prune(model, permute="reconstruction", examples=examples, precision="fp32").model
     assert 1 / 3 < accuracy(pruned, examples)[0].value <= 1
+
+
+def test_a_record_names_the_layers_and_spaces_of_the_model_with_a_head() -> None:
+    model = make("headless")
+    name, *_ = linear_layers(model)
+    mix = {"layers": {name: "dense"}, "keep": 1.0, "bytes": 9, "rounds": [], "curve": []}
+    order = {"permutations": {"residual": [[1, 0]]}, "reordered": {"last_hidden_state": ["residual"]}}
+    set_origin(model, Origin("model", torch.float32, record_of(mix=mix, **order)))
+    headed = with_head(model, ["cat", "dog"])
+    record = origin_of(headed).record
+    assert record and record.mix and record.mix.layers.keys() < linear_layers(headed).keys()
+    assert record.reordered == {"last_hidden_state": [*record.permutations]}
 
 
 @pytest.mark.parametrize("labels", [None, torch.zeros(6, 2, dtype=torch.long), torch.zeros(6), torch.full((6,), -1)])
