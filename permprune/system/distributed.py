@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -33,6 +34,9 @@ with on_first_use(globals()):
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+PATIENCE = timedelta(days=7)
+"""How long ranks wait for one that writes, or solves a large problem; `torchrun` ends them if it has ended."""
 
 _state = {"divided": False}
 
@@ -58,9 +62,7 @@ def processes() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cuda:nccl,cpu:gloo")
-    else:
-        dist.init_process_group("gloo")
+    dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         with _ending_on_sigterm():
             yield

@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_threads_answer_in_order_and_give_the_threads_back() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_ranks_wait_as_long_as_the_first_one_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, timedelta] = {}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _, **given: options.update(given))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with distributed.processes():
+        pass
+    assert options["timeout"] >= timedelta(days=1)
 
 
 CASES = [
