@@ -150,12 +150,13 @@ class WorkFolder:
                 ) from None
             try:
                 require_absent(self.out)  # the run that had the lock until now may have finished
+                for left in (self.scratch, *self.path.rglob(f"{PREFIX}*")):  # by a run that was killed
+                    _remove(left)
                 self._mark(job)
                 if self.holds_state() and not resume:
                     raise PermpruneError(
                         f"{self.path} holds the state of an interrupted run: continue with --resume, or remove it"
                     )
-                _remove(self.scratch)
                 self.scratch.mkdir()
             except BaseException:
                 self._close(lock, keep=self.holds_state())
@@ -165,8 +166,9 @@ class WorkFolder:
         """Raise `PermpruneError` if the path exists and is not a work folder of permprune."""
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
             raise PermpruneError(f"{self.path} is not a work folder of permprune: move it, or choose another --out")
-        entries = self._entries() if self.path.exists() else set()
-        if entries - {MARKER, LOCK} and not (self.path / MARKER).exists():  # marked before anything else is written
+        entries = self._entries() - {MARKER, LOCK} if self.path.exists() else set()
+        # A folder is marked before anything else is written: until then it has at most what a killed `_mark` leaves.
+        if not (self.path / MARKER).exists() and not all(name.startswith(PREFIX) for name in entries):
             raise PermpruneError(
                 f"{self.path} holds files that permprune did not write: move them, or choose another --out"
             )

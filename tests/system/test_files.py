@@ -9,6 +9,7 @@ import pytest
 
 from permprune.errors import PermpruneError
 from permprune.system.files import (
+    PREFIX,
     WorkFolder,
     atomic_folder,
     require_absent,
@@ -95,7 +96,9 @@ def test_a_work_folder_stays_with_its_state_and_goes_when_the_work_is_done(tmp_p
     assert names(tmp_path) == []
 
 
-def test_a_work_folder_is_held_by_one_run_until_its_process_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("saved", "more"), [(True, "states/more"), (False, "first")])
+def test_a_work_folder_is_held_by_one_run_until_its_process_ends(tmp_path: Path, saved: bool, more: str) -> None:
+    """Of one that is killed while it saves, the states that are whole are left."""
     work = WorkFolder(tmp_path / "out")
     with work.held("prune", resume=False):
         with pytest.raises(PermpruneError, match="another run is writing"), WorkFolder(work.out).held("prune", True):
@@ -103,15 +106,23 @@ def test_a_work_folder_is_held_by_one_run_until_its_process_ends(tmp_path: Path)
         assert work.scratch.exists()
     code = f"""
 import os, pathlib
-from permprune.system.files import WorkFolder
+from permprune.system.files import WorkFolder, write_whole
 with WorkFolder(pathlib.Path({str(work.out)!r})).held("prune", False) as work:
-    (work.path / "state").touch()
-    os.kill(os.getpid(), 9)
+    {saved} and (work.path / "state").touch()
+    write_whole(work.path / {more!r}, lambda temporary: os.kill(os.getpid(), 9))
 """
     subprocess.run([sys.executable, "-c", code], check=False)
-    assert work.holds_state()
-    with work.held("prune", resume=True):
-        assert (work.path / "state").exists()
+    with work.held("prune", resume=saved):
+        assert (work.path / "state").exists() == saved
+        assert not [*work.path.rglob(f"{PREFIX}*")]
+
+
+def test_a_run_that_was_killed_while_it_marked_its_folder_is_not_in_the_way(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path / "out")
+    (work.path / f"{PREFIX}new").mkdir(parents=True)
+    with work.held("prune", resume=False):
+        assert not work.holds_state()
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
