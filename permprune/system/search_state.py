@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -50,11 +51,8 @@ class Checkpoint:
         """
         if self.folder is None or not self.saves(every_rank):
             return
-        metadata = {
-            "settings": json.dumps(self.settings),
-            "values": json.dumps(values),
-            "digest": _digest(tensors),
-        }
+        texts = {"settings": json.dumps(self.settings), "values": json.dumps(values)}
+        metadata = {**texts, "digest": _digest(tensors, *texts.values())}
         write_whole(self.folder / f"{name}.safetensors", lambda temporary: write_tensors(temporary, tensors, metadata))
 
     def save_object(self, name: str, value: Any) -> None:
@@ -90,7 +88,7 @@ class Checkpoint:
             tensors, metadata = read_tensors(path)
             saved, values, digest = (metadata[key] for key in ("settings", "values", "digest"))
             settings, loaded = json.loads(saved), json.loads(values)
-            if digest != _digest(tensors):
+            if digest != _digest(tensors, saved, values):
                 raise ValueError("the digest differs")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise self._damaged(name) from error
@@ -230,8 +228,9 @@ def from_state(kind: type[T], state: State) -> T:
     return restored_object
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    return digest_of((name, tensors[name]) for name in sorted(tensors))
+def _digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
+    named = digest_of((name, tensors[name]) for name in sorted(tensors))
+    return hashlib.sha256("\n".join((named, *texts)).encode()).hexdigest()
 
 
 def require_same(path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -25,8 +25,11 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path, {"seed": 4, "pattern": "2:4"}).load("newton")
 
 
-def test_a_damaged_state_is_named(tmp_path: Path) -> None:
-    (tmp_path / "newton.safetensors").write_bytes(b"damaged")
+@pytest.mark.parametrize("damaged", ["tensors", "values", "all"])
+def test_a_damaged_state_is_named(tmp_path: Path, damaged: str) -> None:
+    Checkpoint(tmp_path, {}).save("newton", {"rate": torch.full((4,), 0x21, dtype=torch.uint8)}, {"best": 2.31})
+    path, changes = tmp_path / "newton.safetensors", {"tensors": (b"!!!!", b"!?!!"), "values": (b"2.31", b"1.31")}
+    path.write_bytes(path.read_bytes().replace(*changes.get(damaged, (path.read_bytes(), b"damaged"))))
     with pytest.raises(PermpruneError, match=r"newton.safetensors is damaged"):
         Checkpoint(tmp_path, {}).load("newton")
 
