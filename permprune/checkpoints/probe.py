@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from permprune.checkpoints.record import ADVICE
 from permprune.errors import PermpruneError, first_line
 from permprune.models.dummy_inputs import random_like
 from permprune.models.forward import argument_names, forward_arguments, main_outputs
@@ -38,8 +39,6 @@ POSITIONS = 4
 
 MARGIN = 2**-9
 """The share of the change by activations in bf16 that fp32 may differ by: 128 times the ratio of their roundings."""
-
-ADVICE = "copy it again, or prune the model again"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi, errors
 from transformers import PreTrainedModel
 
+from permprune.checkpoints.companions import CARD
 from permprune.checkpoints.damage import weight_digests
 from permprune.checkpoints.io import WRITTEN, load_written, write_weights
 from permprune.checkpoints.origin import Origin, origin_of, recorded_patterns, require_patterns
@@ -22,7 +23,7 @@ from permprune.errors import FinalError, PermpruneError
 from permprune.models.forward import computed_in, stored_as
 from permprune.models.layers import is_packed
 from permprune.models.processors import Processor
-from permprune.report.card import CARD, hub_card, write_card
+from permprune.report.card import hub_card, write_card
 from permprune.report.run import REPORT, render, write_report
 from permprune.system.files import atomic_folder, json_text, write_json
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from permprune.checkpoints.companions import CARD
 from permprune.checkpoints.record import PACKED
 from permprune.models.modality import POOLING
 from permprune.report.page import fill
@@ -18,8 +19,6 @@ from permprune.report.showcase import answers, plain, speed_note, titles
 from permprune.report.words import kept_weights, overlap_note
 from permprune.system.files import write_whole
 from permprune.zoo.models import MODELS
-
-CARD = "README.md"
 
 NAMED = re.compile(r'(?:from_pretrained|permprune\.load)\(("(?:[^"\\]|\\.)*")')
 """The folder in the loading code of a card, quoted."""
