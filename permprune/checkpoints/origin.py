@@ -116,7 +116,7 @@ def recorded_patterns(model: nn.Module, layers: Iterable[PrunedLayer]) -> Patter
     for row in layers:
         if row.name not in linears or linears[row.name].transposed != row.transposed:
             raise Malformed(f"the model has no such layer as {row.name!r}")
-        if not Pattern.parse(row.pattern).divides(width := linears[row.name].weight.shape[1]):
+        if not Pattern.parse(row.pattern).divides(width := linears[row.name].shape[1]):
             raise Malformed(f"{row.name} has rows of {width} weights, which {row.pattern} does not fit")
     return {row.name: Pattern.parse(row.pattern) for row in layers}
 

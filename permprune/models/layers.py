@@ -88,7 +88,7 @@ class Layer:
     @property
     def shape(self) -> torch.Size:
         """The shape of the weight, (rows, channels)."""
-        return self.part_of(self.stored.data).shape
+        return self.part_of(torch.empty(self.stored.shape, device="meta")).shape
 
     @property
     def rows(self) -> slice:

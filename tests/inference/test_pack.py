@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,18 +21,22 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
     WhisperForConditionalGeneration,
     pipeline,
 )
 
 import permprune
 from permprune.checkpoints.gathers import Gather, attach_gathers
+from permprune.checkpoints.origin import linear_layers
 from permprune.checkpoints.weights import PACKED_WEIGHTS
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes
 from permprune.inference.pack import layer_bytes, other_bytes, pack, unpack
 from permprune.kernels.product.int8 import Int8Linear, Int8Table
 from permprune.kernels.product.module import PackedLinear
+from permprune.kernels.product.packed import PackedWeight
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 from tests import vision_language
@@ -112,6 +117,20 @@ def test_conv1d_of_gpt2(tmp_path: Path) -> None:
     assert_close(say(loaded, input_ids=TOKENS), expected, "fp32")
     unpack(loaded)
     assert_close(say(loaded, input_ids=TOKENS), expected, "fp32")
+
+
+def test_models_that_ask_for_the_type_of_a_weight_do_not_unpack_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    model = T5ForConditionalGeneration(config).eval()
+    patterns, inputs = prune_to(model), {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
+    weight, expected = model.encoder.block[0].layer[1].DenseReluDense.wo.weight, say(model, **inputs)
+    pack(model, patterns, dtype="fp32")
+    unpacked = Mock(wraps=PackedWeight.unpack)
+    monkeypatch.setattr(PackedWeight, "unpack", lambda *given: unpacked(*given))
+    assert_close(say(model, **inputs), expected, "fp32")
+    name = "encoder.block.0.layer.1.DenseReluDense.wo"
+    assert linear_layers(model)[name].shape == weight.shape and not unpacked.called
+    assert torch.equal(model.get_submodule(name).weight, weight) and unpacked.call_count == 1
 
 
 def test_encoders(tiny_bert: Path, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils import _pytree
 from transformers.pytorch_utils import Conv1D
 
 from permprune.errors import PermpruneError
@@ -18,6 +20,26 @@ from permprune.kernels.product.layout import Layout
 from permprune.kernels.product.linear import multiply_native, packed_linear
 from permprune.kernels.product.packed import PackedWeight
 from permprune.pattern import Pattern
+
+
+class UnpackedWeight(Tensor):
+    """A weight that is unpacked wherever its numbers are used, but not to tell its type, shape or device."""
+
+    unpack: Callable[[], Tensor]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls, unpack: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> UnpackedWeight:
+        weight: UnpackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        weight.unpack = unpack
+        return weight
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = _pytree.tree_map_only(cls, lambda weight: weight.unpack(), (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 class PackedLinear(nn.Module):
@@ -114,10 +136,20 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight with its zeros, in stored order and in the shape of the replaced layer's weight; a new tensor."""
-        dtype = self.layout.dtype
-        unpacked = self.packed.unpack(dtype if dtype.is_floating_point else torch.float32)
-        return unpacked.T if self.transposed else unpacked
+        """The weight with its zeros, in stored order and in the shape of the replaced layer's weight.
+
+        It is unpacked each time its numbers are used: many a model asks for its type alone, at every token.
+        """
+        dtype = self.layout.dtype if self.layout.dtype.is_floating_point else torch.float32
+
+        def unpack() -> Tensor:
+            unpacked = self.packed.unpack(dtype)
+            return unpacked.T if self.transposed else unpacked
+
+        if torch.compiler.is_compiling():
+            return unpack()
+        shape = torch.Size((self.out_features, self.in_features)[:: -1 if self.transposed else 1])
+        return UnpackedWeight(unpack, shape, dtype, self.blocks.device)
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
         """Return the dense layer that this one replaces, with its zeros, in type `dtype`; columns in stored order."""
