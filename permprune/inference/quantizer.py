@@ -115,7 +115,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             _, module = _find(model, name)
             reorder_output(module, torch.empty(width, dtype=torch.int64, device="meta"))
         replace_by_tables(model, config.tables)
-        replace_head(model, config.head, model.dtype)
+        headless = model.get_output_embeddings() is None  # such as what AutoModel makes of a language model
+        head = {part: name for part, name in config.head.items() if part == "embedding" or not headless}
+        replace_head(model, head, model.dtype)
         scales = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, Int8Table)}
         wide = model._keep_in_fp32_modules_strict or ()  # where Transformers loads scales of int8 tables as they are
         model._keep_in_fp32_modules_strict = {*wide, *scales}

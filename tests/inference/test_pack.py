@@ -388,6 +388,8 @@ def test_embedding_and_head_in_int8(tiny_llama: LlamaForCausalLM, tmp_path: Path
     assert ("lm_head.values" in names) == (not tied) and not any(name.endswith("embed_tokens.weight") for name in names)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert torch.equal(say(loaded, input_ids=TOKENS), found)
+    base = AutoModel.from_pretrained(tmp_path / "packed")  # without the head
+    assert torch.equal(say(base, input_ids=TOKENS), say(loaded.model, input_ids=TOKENS))
     many = torch.arange(80).view(1, 80)  # more rows than the kernels take
     assert torch.isfinite(say(loaded, input_ids=many)).all()
     assert len(loaded.generate(TOKENS[:1], max_new_tokens=3, do_sample=False)[0]) == TOKENS.shape[1] + 3
