@@ -22,6 +22,7 @@ from permprune.inference.quantizer import (
     tie_head,
 )
 from permprune.inference.solving import solve
+from permprune.kernels.product.int8 import Int8Table
 from permprune.kernels.product.layout import BLOCK, LARGEST_GROUP, Layout
 from permprune.kernels.product.module import PackedLinear
 from permprune.kernels.product.packed import PackedWeight
@@ -112,19 +113,21 @@ def _packable(
     for name, text in patterns.items():
         if name not in linears:
             raise PermpruneError(f"the model has no linear layer {name}: give the patterns of its own layers")
-        layer = linears[name]
-        if text == DENSE:
-            if not dtype.is_floating_point:
-                (tables if _can_be_table(layer) else left).append(name)
-        elif _has_packed_form(layer):
-            pattern = Pattern.parse(text)
-            try:
-                PackedWeight.layout_of(layer.weight, pattern, dtype)
-            except PermpruneError as error:
-                raise PermpruneError(f"{name}: {error}") from error
-            layers[name] = pattern
-        else:
+        layer, pattern = linears[name], None if text == DENSE else Pattern.parse(text)
+        if pattern is None and dtype.is_floating_point:
+            continue
+        if not (_can_be_table(layer) if pattern is None else _has_packed_form(layer)):
             left.append(name)
+            continue
+        try:
+            if pattern is None:
+                Int8Table.require(layer.weight)
+                tables.append(name)
+            else:
+                PackedWeight.layout_of(layer.weight, pattern, dtype)
+                layers[name] = pattern
+        except PermpruneError as error:
+            raise PermpruneError(f"{name}: {error}") from error
     if not layers:
         kind = f"; a {type(linears[left[0]].owner).__name__} has no packed form" if left else ""
         raise PermpruneError(f"no layer to pack: give a model whose linear layers were pruned to N:M{kind}")

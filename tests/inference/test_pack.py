@@ -250,7 +250,7 @@ class Adapted(nn.Module):
 
 def test_a_failure_leaves_the_model_as_it_was(tiny_llama: LlamaForCausalLM) -> None:
     patterns = prune_to(tiny_llama)
-    name = list(patterns)[4]
+    name, wide = list(patterns)[4], "model.layers.1.mlp.down_proj"
     weight = tiny_llama.get_submodule(name).weight.data
     order = list(reversed(range(weight.shape[1])))
     attach_gathers(tiny_llama, [Gather("site", "", [name], order)])
@@ -259,6 +259,11 @@ def test_a_failure_leaves_the_model_as_it_was(tiny_llama: LlamaForCausalLM) -> N
         (lambda: weight.fill_(1), {}, f"{name}: a weight to pack does not hold 2:4"),
         (lambda: weight[0].fill_(torch.nan), {}, f"{name}: a weight to pack is NaN"),
         (lambda: weight[0, 0].fill_(1e6), {"dtype": "fp16"}, f"{name}: a weight to pack is too large for float16"),
+        (
+            lambda: tiny_llama.get_submodule(wide).weight.data.fill_(torch.nan),
+            {"dtype": "int8", "patterns": {**patterns, wide: "dense"}},
+            f"{wide}: a weight to be int8 is NaN",
+        ),
         (lambda: None, {"head": "int8"}, "rows of 32 channels cannot be int8"),
         (lambda: None, {"patterns": {**patterns, name: "x"}}, "is not an N:M pattern"),
         (lambda: None, {"patterns": {**patterns, name: "5:24"}}, "M is at most 16"),
