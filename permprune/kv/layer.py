@@ -144,9 +144,10 @@ class PackedCacheLayer(StatesLayer):
         sinks = min(left, self.config.sinks)
         packed = min(left - sinks, self.packed[0].length)
         if self.places is not None:
-            self.places = self.places[:, :left]
-            if (self.places >= left).any():
+            places = self.places[:, :left]
+            if (places >= left).any():
                 raise PermpruneError("the cache is cropped into left padding: make a new one")
+            self.places = places
         for tokens in self.packed:
             tokens.truncate(packed)
         self.keys, self.values = (states[:, :, : left - packed].clone() for states in (self.keys, self.values))

@@ -285,6 +285,7 @@ def test_with_left_padding_the_first_tokens_that_are_read_stay_whole(exact: bool
     assert layer.places is not None and layer.places.shape == (2, 63)
     with pytest.raises(PermpruneError, match="cropped into left padding"):
         layer.crop(-20)
+    assert layer.places.shape == (2, 63) == (2, layer.get_seq_length())
     layer.reset()
     call(layer, random_states(1, 2, 1, 40, (16, 16)), None)
     assert layer.places is None
