@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -127,23 +127,13 @@ class States(ABC):
         )
 
 
-class StatesLayer(CacheLayerMixin):  # type: ignore[misc]
+class StatesLayer(DynamicLayer):  # type: ignore[misc]
     """A cache layer for any number of tokens, whose `update` returns `States`.
 
     `change_batch(change)` replaces every tensor by `change(tensor)`, which selects or repeats rows of the batch.
     """
 
-    is_croppable = True
-    is_sliding = False
     change_batch: Callable[[Callable[[Tensor], Tensor]], None]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of tokens after `query_length` more, and the position of the first."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Return -1: the number of tokens is not limited."""
-        return -1
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""

@@ -182,17 +182,11 @@ class _Layer(StatesLayer):
         super().__init__()
         self.observed = observed
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        pass
-
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> tuple[States, States]:
         view = _View(self.observed, key_states, value_states)
         return view, view
-
-    def get_seq_length(self) -> int:
-        return 0
 
 
 class _View(States):
