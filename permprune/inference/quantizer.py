@@ -130,7 +130,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         use_kernels(model)
         move_to_huge_pages(model)
         if model.device.type == "cpu":
-            from permprune.inference.decoding import use_native_decoding
+            from permprune.models.decoding import use_native_decoding
 
             keep_activations()
             use_native_decoding()

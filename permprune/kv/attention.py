@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from permprune.errors import PermpruneError
+from permprune.models import decoding
 
 ATTENTION = "permprune"
 
@@ -183,7 +183,7 @@ def attend_plain(call: Call, module: nn.Module, keys: Tensor, values: Tensor) ->
     """Return the attention to keys and values, (batch, key/value heads, tokens, width), in the layout of `States`."""
     count = call.query.shape[2]
     if call.ignores_constants:
-        output: Tensor = sdpa_attention_forward(
+        output, _ = decoding.attention(
             module,
             call.query,
             keys,
@@ -193,7 +193,7 @@ def attend_plain(call: Call, module: nn.Module, keys: Tensor, values: Tensor) ->
             scaling=call.scaling,
             is_causal=call.causal,
             position_bias=call.bias,
-        )[0]
+        )
         return output
     if call.causal and call.mask is None and count > 1:  # a static cache may hold memory for later tokens
         keys, values = keys[:, :, :count], values[:, :, :count]

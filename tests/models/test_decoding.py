@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from permprune.inference import decoding
-from permprune.inference.decoding import attention
 from permprune.inference.pack import pack
+from permprune.kv.cache import PrunedCache
+from permprune.models import decoding
+from permprune.models.decoding import attention
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 
@@ -81,8 +82,9 @@ def test_other_calls_go_to_pytorch(case: str, calls: list[tuple[int, ...]]) -> N
     assert found.shape == (1, count, 4, width) and not calls
 
 
+@pytest.mark.parametrize("pruned", [False, True])
 def test_a_packed_model_decodes_natively(
-    tiny_llama: LlamaForCausalLM, tmp_path: Path, calls: list[tuple[int, ...]]
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, calls: list[tuple[int, ...]], pruned: bool
 ) -> None:
     prunable = prunable_layers(tiny_llama, Pattern.parse("2:4"))
     for layer in prunable:
@@ -90,6 +92,8 @@ def test_a_packed_model_decodes_natively(
     pack(tiny_llama, {layer.name: "2:4" for layer in prunable}, dtype="bf16")
     tiny_llama.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    if pruned:  # later, other caches are read as before
+        PrunedCache(model)
     tokens = torch.arange(12).view(2, 6)
     written = model.generate(
         tokens, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
