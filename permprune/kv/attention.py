@@ -228,11 +228,13 @@ def _attend_block(call: Call, source: Source, first: int, others: Sums | None) -
     softmax = _OnlineSoftmax(call.sinks, batch, source.heads, count)
     if others is not None:
         softmax.merge(*others)
+    wide = torch.float32 if query.dtype == torch.float16 else query.dtype  # products of fp16 may exceed its largest
     block = min(SCORES // (batch * heads * count), STATES // (batch * source.heads * width))
     for segment in source.segments(first, count, max(block, LEAST_BLOCK)):
-        scores = (query @ segment.keys.transpose(-1, -2)).float().mul_(call.scaling)
+        keys, values = (states.to(wide) for states in (segment.keys, segment.values))
+        scores = (query.to(wide) @ keys.transpose(-1, -2)).float().mul_(call.scaling)
         scores = scores.view(batch, source.heads, -1, count, scores.shape[-1])
-        softmax.add(masked(scores, call, segment, first), segment.values)
+        softmax.add(masked(scores, call, segment, first), values)
     return softmax.result().to(call.query.dtype).view(batch, heads, count, -1)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -231,6 +232,17 @@ def test_keys_without_means_need_scores_that_may_all_change_alike() -> None:
     call(layer, random_states(1, 2, 1, 9, (8, 8)), None)
     with pytest.raises(PermpruneError, match="keys without their means"):
         call(layer, random_states(1, 2, 1, 1, (8, 8)), None, softcap=5.0)
+
+
+def test_scores_may_exceed_the_largest_fp16() -> None:
+    layer = PackedCacheLayer(PLAIN.replace(keys="dense", values="dense", window=8))
+    states = [(part + 100).half() for part in random_states(1, 2, 1, 60, (16, 16))]
+    call(layer, [part[:, :, :40] for part in states], None)
+    mask = causal_mask(torch.zeros(1), 40, 20)
+    read = call(layer, [part[:, :, 40:] for part in states], mask)
+    query, keys, values = (part.double() for part in states)
+    expected = F.scaled_dot_product_attention(query[:, :, 40:], keys, values, mask).transpose(1, 2)
+    torch.testing.assert_close(read.double(), expected, rtol=2e-3, atol=0)
 
 
 def test_dropout_is_refused() -> None:
