@@ -112,19 +112,32 @@ class Source(ABC):
         """Yield all tokens in segments of at most `size`, for `count` queries at positions from `first` on."""
 
 
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise PermpruneError(
+        "the model reads the cache by itself, not through Transformers' attention interface: "
+        "it cannot run with a pruned cache"
+    )
+
+
 class States(ABC):
-    """What `update` of a cache layer returns in place of the keys and of the values."""
+    """What `update` of a cache layer returns in place of the keys and of the values.
+
+    Whatever a model does with it but ask for its `shape`, that of the keys, raises `PermpruneError`.
+    """
+
+    shape: torch.Size
 
     @abstractmethod
     def attend(self, call: Call, module: nn.Module) -> Tensor:
         """Return the output of attention, (batch, queries, heads, width of the values)."""
 
-    @classmethod
-    def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:
-        raise PermpruneError(
-            "the model reads the cache by itself, not through Transformers' attention interface: "
-            "it cannot run with a pruned cache"
-        )
+    __torch_function__ = classmethod(_refuse)
+    __getitem__ = _refuse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # what Python looks for, such as to copy
+            raise AttributeError(name)
+        _refuse()
 
 
 class StatesLayer(DynamicLayer):  # type: ignore[misc]

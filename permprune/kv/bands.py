@@ -94,7 +94,7 @@ class MixedLayer(StatesLayer):
 
 
 class _Views(States):
-    """What the queries of one `update` attend to: a view for each band of key/value heads. `shape` is the keys'."""
+    """What the queries of one `update` attend to: a view for each band of key/value heads."""
 
     def __init__(self, views: list[States], heads: list[Tensor], shape: torch.Size) -> None:
         self.views, self.heads, self.shape = views, heads, shape

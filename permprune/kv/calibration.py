@@ -191,7 +191,7 @@ class _Layer(StatesLayer):
 
 class _View(States):
     def __init__(self, observed: ObservedLayer, keys: Tensor, values: Tensor) -> None:
-        self.observed, self.keys, self.values = observed, keys, values
+        self.observed, self.keys, self.values, self.shape = observed, keys, values, keys.shape
 
     def attend(self, call: Call, module: nn.Module) -> Tensor:
         self.observed.add(call.query, self.keys, self.values)

@@ -41,13 +41,9 @@ class View(Source, States):
     ) -> None:
         assert layer.packed is not None
         self.layer, self.packed, self.whole, self.before, self.plain = layer, layer.packed, whole, before, plain
-        self.heads, self.length = whole[0].shape[1], whole[0].shape[2] + before
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape of the keys."""
-        batch, heads, _, width = self.whole[0].shape
-        return torch.Size((batch, heads, self.length, width))
+        batch, self.heads, count, width = whole[0].shape
+        self.length = before + count
+        self.shape = torch.Size((batch, self.heads, self.length, width))
 
     def attend(self, call: Call, module: nn.Module) -> Tensor:
         if self.leaving and call.mask is not None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -82,3 +82,13 @@ def test_a_model_with_attention_of_its_own_is_refused(
     with pytest.raises(PermpruneError, match="LlamaForCausalLM computes attention in a way of its own"):
         observe_states(tiny_llama, Examples.of(TOKENS))
     assert tiny_llama.config._attn_implementation == "doubled"
+
+
+def test_a_model_that_caches_latents_is_refused() -> None:
+    config = DeepseekV2Config(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, first_k_dense_replace=1, kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    with pytest.raises(PermpruneError, match="the model reads the cache by itself"):
+        observe_states(DeepseekV2ForCausalLM(config).eval(), Examples.of(TOKENS))

@@ -1,6 +1,7 @@
 """The layer of a pruned cache, compared with one that keeps everything whole."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -251,10 +252,12 @@ def test_dropout_is_refused() -> None:
         call(layer, random_states(2, 2, 1, 1, (16, 16)), None, dropout=0.1)
 
 
-def test_a_model_that_reads_the_cache_by_itself_is_told_so() -> None:
+@pytest.mark.parametrize("read", [torch.relu, lambda keys: keys.transpose(1, 2), lambda keys: keys[:, 0], list])
+def test_a_model_that_reads_the_cache_by_itself_is_told_so(read: Callable[[Any], Any]) -> None:
     keys, _ = PackedCacheLayer(KVConfig()).update(*random_states(1, 2, 1, 3, (16, 16))[1:])
+    assert keys.shape == (1, 2, 3, 16)
     with pytest.raises(PermpruneError, match="attention interface"):
-        torch.matmul(torch.rand(3, 3), keys)  # type: ignore[arg-type]
+        read(keys)
 
 
 def test_tokens_may_come_in_inference_mode_and_after_it() -> None:
