@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.kv.attention import Call, States, StatesLayer, attend_plain, verify_attention
 from permprune.kv.cache import attention_layers
@@ -49,10 +50,10 @@ class AttentionProbe:
     values: Tensor
 
     @classmethod
-    def of(cls, call: Call, keys: Tensor, values: Tensor) -> AttentionProbe:
-        """Return the probe of the first row of a batch."""
+    def of(cls, call: Call, keys: Tensor, values: Tensor, skipped: int) -> AttentionProbe:
+        """Return the probe of the first row of a batch, with at most half of the tokens after the `skipped` ones."""
         count = call.query.shape[2]
-        part = call.rows(max(0, count - QUERIES), count)
+        part = call.rows(max((skipped + count) // 2, count - QUERIES), count)
         row = {name: tensor[:1].cpu() for name in ("mask", "bias") if (tensor := getattr(part, name)) is not None}
         query, keys, values = (states[:1].float().cpu().clone() for states in (part.query, keys, values))
         sinks = None if call.sinks is None else call.sinks.cpu()
@@ -133,11 +134,16 @@ def observe_states(
     """Run a model on examples and return what its layers with full attention read, by number.
 
     Of each example the first `skipped` tokens, which stay whole, are not held. Raises `PermpruneError` for a model that
-    cannot have a pruned cache (`verify_attention`).
+    cannot have a pruned cache (`verify_attention`), or if hardly more than the first tokens would be left.
     """
     layers, full = attention_layers(model)
     padded = examples.get("attention_mask")
     tokens = examples["input_ids"].numel() if padded is None else int(padded.sum())
+    longest = examples["input_ids"].shape[1] if padded is None else int(padded.sum(1).max())
+    if longest < skipped + 2:
+        raise PermpruneError(
+            f"calibration texts of up to {longest} tokens are too short for {skipped} sinks: raise --length"
+        )
     parts = examples.split(batch if padded is None else 1)  # one by one there is no padding
     stride = max(1, math.ceil(tokens / TOKENS))
     observed = {i: ObservedLayer(skipped, stride) for i in full}
@@ -197,5 +203,5 @@ class _View(States):
         self.observed.add(call.query, self.keys, self.values)
         self.observed.centres_keys &= call.softcap is None
         if len(self.observed.probes) < PROBES:
-            self.observed.probes.append(AttentionProbe.of(call, self.keys, self.values))
+            self.observed.probes.append(AttentionProbe.of(call, self.keys, self.values, self.observed.skipped))
         return attend_plain(call, module, self.keys, self.values)

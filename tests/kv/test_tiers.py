@@ -29,3 +29,11 @@ def test_heads_that_matter_get_more(tiny_llama: LlamaForCausalLM) -> None:
     assert 0.5 < spent / (2 * 2 * 2 * 16) <= 0.6
     with pytest.raises(PermpruneError, match="--bytes is 0"):
         measured.channels(0.1)
+
+
+@pytest.mark.parametrize("length", [6, 20])
+def test_bits_of_short_texts_are_chosen_by_their_errors(tiny_llama: LlamaForCausalLM, length: int) -> None:
+    observed = observe_states(tiny_llama, Examples.of(torch.randint(128, (4, length))), skipped=4)
+    assert all(error > 0 for head in measure_bits(observed).errors for error in head)
+    with pytest.raises(PermpruneError, match=f"up to {length} tokens are too short for {length - 1} sinks"):
+        observe_states(tiny_llama, Examples.of(torch.randint(128, (4, length))), skipped=length - 1)
