@@ -74,7 +74,7 @@ class CacheMeter:
             sizes.append((cache.nbytes, cache.dense_nbytes))
             return logits
 
-        result = perplexity(self.model, self.windows, EVALUATION_BATCH, logits_of)
+        result = perplexity(self.model, self.windows, 1, logits_of)
         return CachedPerplexity(result, *max(sizes))
 
     def compare(self, channels: LayerChannels) -> CacheMeasurement:

@@ -59,6 +59,7 @@ def test_a_cache_is_made_measured_and_used(whole: Path, folder: Path, tiny_check
     assert all(record["kept"][side]["found"] >= record["kept"][side]["natural"] for side in ("keys", "values"))
     measured = record["measured"]
     assert measured["pruned"] == pytest.approx(measured["dense"], rel=0.1) and measured["count"] == 126
+    assert measured["dense_bytes"] == 64 * 2 * 2 * 2 * 8 * 4  # one window: tokens, layers, sides, heads, width, fp32
     figures = tmp_path / "figures.json"
     text = whole.parent / "source" / "text.txt"
     options = ("--data", text, "--windows", "2", "--length", "64", "--json", figures)
