@@ -87,6 +87,7 @@ def calibrate_kv(
         require(name, number, hint)
     method = score_permuter(permute)
     config = _with_budget(config, budget, max_loss)
+    _require_effect(config, {"permute": method.name != "ria", "fold": fold is not None})
     for folder in (out, *([] if fold is None else [Path(fold)])):
         require_absent(folder)
         require_writable(folder)
@@ -124,7 +125,7 @@ def calibrate_kv(
         model=opened.name if fold is None else str(fold),
         shape=shape_of(opened.model),
         config=config,
-        permute=method.name,
+        permute=method.name if kept else "",
         calibration=source,
         kept=kept,
         seconds=seconds,
@@ -174,6 +175,17 @@ def _with_budget(config: KVConfig, budget: float | None, max_loss: float | None)
             "each head has bits of its own: leave out --pattern, --keys, --values, --dtype and --recovery"
         )
     return config.replace(keys=MIXED, values=MIXED) if mixes else config
+
+
+def _require_effect(config: KVConfig, given: Mapping[str, bool]) -> None:
+    """Raise `PermpruneError` for options that are `given` although they change nothing without an N:M pattern."""
+    coded = all(text == MIXED or bits_of(text) is not None for text in (config.keys, config.values))
+    changed = {name: getattr(config, name) != getattr(KVConfig, name) for name in ("dtype", "recovery")}
+    useless = [f"--{name}" for name, changes in {**given, **changed}.items() if coded and changes]
+    if useless:
+        raise PermpruneError(
+            f"states of few bits have no N:M groups: leave out {', '.join(useless)}, or give an N:M --pattern"
+        )
 
 
 def _least_bytes(measured: BitErrors, meter: CacheMeter, max_loss: float) -> tuple[float, CacheMeasurement]:

@@ -85,7 +85,7 @@ def test_each_head_gets_bits_within_a_budget(tiny_checkpoint: Path, tiny_text: P
     code, said, _ = run("kv", tiny_checkpoint, "--out", out, *text, *given, "--bytes", "0.42")
     assert code == 0 and "keys and values mixed: " in said
     record = read_record(out)
-    assert (record.config.keys, record.budget) == ("mixed", 0.42)
+    assert (record.config.keys, record.budget, record.permute) == ("mixed", 0.42, "")
     for keys, values in read_channels(out, record).values():
         assert all(own.bits is not None and own.bits.shape == (2,) for own in (keys, values))
     assert run("evaluate", tiny_checkpoint, "--kv", out, *text, "--json", figures)[0] == 0
@@ -103,6 +103,8 @@ def test_each_head_gets_bits_within_a_budget(tiny_checkpoint: Path, tiny_text: P
         ("--max-loss", "1 %%"): "give a share of the dense model's value",
         ("--pattern", "mixed", "--dtype", "bf16"): "leave out --pattern, --keys, --values, --dtype and --recovery",
         ("--values", "mixed", "--keys", "2:4"): "leave out --pattern, --keys, --values, --dtype and --recovery",
+        ("--permute", "cp"): "leave out --permute, or give an N:M --pattern",
+        ("--pattern", "4bit", "--dtype", "bf16", "--recovery", "zeros"): "leave out --dtype, --recovery, or give",
         ("--bytes", "0.4", "--dtype", "bf16"): "leave out --pattern, --keys, --values, --dtype and --recovery",
     }
     for options, line in refused.items():
@@ -143,7 +145,7 @@ def test_the_order_of_the_values_is_folded(tiny_checkpoint: Path, tiny_text: Pat
     out, folded = tmp_path / "kv", tmp_path / "folded"
     text = ("--calibration", tiny_text, "--data", tiny_text, "--samples", "1", "--windows", "1", "--length", "40")
     options = ("--out", out, "--fold", folded, *text, "--window", "8")
-    assert "values of the pattern mixed need no order: leave out --fold" in fails("kv", tiny_checkpoint, *options)
+    assert "leave out --fold, or give an N:M --pattern" in fails("kv", tiny_checkpoint, *options)
     code, said, _ = run("kv", tiny_checkpoint, *options, "--pattern", "2:4")
     assert code == 0 and f"the model that it is for to {folded}" in said.replace("\n", "")
     assert json.loads((out / "kv.json").read_text())["model"] == str(folded)
@@ -339,7 +341,7 @@ def test_bad_input_is_one_line(tiny_checkpoint: Path, tiny_text: Path, tiny_bert
 def test_values_of_a_pruned_model_are_not_folded(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     set_origin(tiny_llama, Origin("pruned", tiny_llama.dtype, record=Mock()))
     with pytest.raises(PermpruneError, match="the values of pruned have the order that prune gave them"):
-        calibrate_kv(tiny_llama, tmp_path / "kv", fold=tmp_path / "folded")
+        calibrate_kv(tiny_llama, tmp_path / "kv", KVConfig("2:4", "2:4"), fold=tmp_path / "folded")
 
 
 def test_channels_are_written_for_every_head(folder: Path) -> None:
