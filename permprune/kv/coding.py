@@ -73,11 +73,6 @@ def decode(parts: dict[str, Tensor], bits: int, width: int) -> Tensor:
     return numbered(bits, parts["scale"].device)[unpack_planes(parts["values"], width)] * parts["scale"].float()
 
 
-def token_bytes(bits: int, width: int) -> int:
-    """Return the bytes of a token of a head."""
-    return bits * (-(-width // 16) * 2) + 2
-
-
 @cache
 @torch.inference_mode(False)
 def _nearest(bits: int, device: torch.device) -> Tensor:

@@ -8,19 +8,16 @@ from typing import Any
 
 from permprune.errors import PermpruneError
 from permprune.options import Natural, replace_fields, require_choice, require_fields
-from permprune.pattern import MIXED, PAIRED, Pattern
+from permprune.pattern import DENSE, MIXED, PAIRED, Pattern
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
     import torch
 
-    from permprune.kernels.attention.states import part_sizes
+    from permprune.kernels.attention.states import token_bytes
 
 AUTO = "auto"
 """The pattern that is chosen by the width of the heads (`default_pattern`)."""
-
-DENSE = "dense"
-"""The pattern of states that keep all channels. With "mixed" (`MIXED`), each head keeps a number of its own."""
 
 SHARE = 45 / 128
 """The bytes of a token with the default pattern and int8 values, relative to bf16: those of 2:4 for 64 channels."""
@@ -115,11 +112,7 @@ def default_pattern(width: int) -> Pattern:
     values takes at most `SHARE` of its bytes in bf16: 29:64 and 62:128. The parts of fixed size weigh more in narrow
     heads, which keep less.
     """
-    fitting = (n for n in range(2, width) if token_bytes(n, width) <= 2 * width * SHARE)
-    return Pattern(max(fitting, default=1), width)
-
-
-def token_bytes(kept: int, width: int) -> int:
-    """Return the bytes of a token of a head that keeps `kept` of `width` channels, one group, as int8 with signs."""
-    sizes = part_sizes(torch.int8, width, Pattern(kept, width), recovers=True)
-    return sum(count * dtype.itemsize for count, dtype in sizes.values())
+    for kept in range(width - 1, 1, -1):
+        if token_bytes(torch.int8, width, Pattern(kept, width), recovers=True) <= 2 * width * SHARE:
+            return Pattern(kept, width)
+    return Pattern(1, width)

@@ -43,7 +43,7 @@ SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_val
 NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(keys|values)\.(order|weight|level|bits|mean|side|frequency)")
 """The names of tensors."""
 
-MOVING = ("mean", "side", "frequency")
+MOVING = tuple(field.name for field in dataclasses.fields(Moving))
 """The last parts of names of the tensors of `Moving`."""
 
 DTYPES = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
+from permprune.kernels.attention.states import token_bytes
 from permprune.kv import coding
 from permprune.kv.attention import Plain, attend
 from permprune.kv.calibration import SIDES, AttentionProbe, ObservedLayer
@@ -89,7 +90,7 @@ def measure_bits(observed: Mapping[int, ObservedLayer]) -> BitErrors:
             width, moving = layer.width_of(side), means[number] if side == "keys" else None
             by_bits = [_errors(layer, side, bits, moving, outputs) / energy for bits in coding.BITS]
             errors += torch.stack(by_bits, 1).tolist()
-            sizes += [[coding.token_bytes(bits, width) for bits in coding.BITS]] * layer.heads
+            sizes += [[token_bytes(coding.TYPES[bits], width) for bits in coding.BITS]] * layer.heads
             whole += 2 * width * layer.heads
     return BitErrors(observed, means, errors, sizes, whole)
 

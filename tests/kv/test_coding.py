@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from permprune.kernels import library
-from permprune.kv.coding import BITS, TYPES, balance, code, decode, hadamard, token_bytes
+from permprune.kernels.attention.states import token_bytes
+from permprune.kv.coding import BITS, TYPES, balance, code, decode, hadamard
 from permprune.kv.packing import Channels, StatesLayout
 from permprune.kv.tokens import PackedTokens
 
@@ -18,7 +19,7 @@ def test_numbers_come_back_from_every_kernel(kernel: str, bits: int, width: int)
     channels, states = Channels.natural(2, width, bits), torch.randn(2, 2, 37, width)
     tokens = PackedTokens(channels, StatesLayout(None, TYPES[bits], signs=True))
     tokens.append(states)
-    assert sum(part[0, 0, 0].nbytes for part in tokens.parts.values()) == token_bytes(bits, width)
+    assert sum(part[0, 0, 0].nbytes for part in tokens.parts.values()) == token_bytes(TYPES[bits], width)
     assert (tokens.native_states() is None) == (not library.available())
     found = tokens.read(3, 37, torch.float32)
     torch.testing.assert_close(found, decode(tokens.parts, bits, width)[:, :, 3:])

@@ -6,9 +6,10 @@ from transformers import LlamaForCausalLM
 
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
+from permprune.kernels.attention.states import token_bytes
 from permprune.kv.attention import Plain, attend
 from permprune.kv.calibration import observe_states
-from permprune.kv.coding import BITS, token_bytes
+from permprune.kv.coding import BITS, TYPES
 from permprune.kv.tiers import measure_bits
 
 
@@ -25,7 +26,7 @@ def test_heads_that_matter_get_more(tiny_llama: LlamaForCausalLM) -> None:
     for keys, values in measured.channels(0.6).values():
         assert keys.bits is not None and values.bits is not None
         assert values.bits[0] > values.bits[1] == min(BITS)
-        spent += sum(token_bytes(int(n), 8) for own in (keys, values) for n in own.bits)
+        spent += sum(token_bytes(TYPES[int(n)], 8) for own in (keys, values) for n in own.bits)
     assert 0.5 < spent / (2 * 2 * 2 * 16) <= 0.6
     with pytest.raises(PermpruneError, match="--bytes is 0"):
         measured.channels(0.1)

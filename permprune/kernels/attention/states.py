@@ -88,6 +88,11 @@ def part_sizes(
     return sizes
 
 
+def token_bytes(dtype: torch.dtype, width: int, pattern: Pattern | None = None, *, recovers: bool = False) -> int:
+    """Return the bytes of a token of a head of packed states. Arguments are those of `part_sizes`."""
+    return sum(count * kind.itemsize for count, kind in part_sizes(dtype, width, pattern, recovers=recovers).values())
+
+
 def is_reachable(tensor: Tensor) -> bool:
     """Return whether the library can read a tensor by its pointer alone."""
     return tensor.is_contiguous() and tensor.device.type == "cpu"
