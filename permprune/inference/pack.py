@@ -146,12 +146,10 @@ def _can_be_table(layer: Layer) -> bool:
     return layer.weight.shape[1] % BLOCK == 0 and _has_packed_form(layer)
 
 
-def packed_bytes(
-    model: nn.Module, patterns: Mapping[str, Pattern | str], gathers: Iterable[Gather] = (), *, dtype: str = "bf16"
-) -> int | None:
-    """Return the bytes of the tensors of a model that `pack` would make, from the shapes of `model` alone.
+def packed_bytes(model: nn.Module, patterns: Mapping[str, Pattern | str], gathers: Iterable[Gather] = ()) -> int | None:
+    """Return the bytes of the tensors of a model that `pack` would make in bf16, from the shapes of `model` alone.
 
-    `patterns` and `dtype` are as in `pack`; `gathers` are those of the pruned model, which need not be attached.
+    `patterns` are the N:M patterns of layers; `gathers` are those of the pruned model, which need not be attached.
     Returns None if no layer can be packed.
     """
     linears = linear_layers(model)
@@ -159,8 +157,8 @@ def packed_bytes(
     packable = [pattern for layer, pattern in layers if _has_packed_form(layer)]
     if not packable or any(pattern.m > LARGEST_GROUP for pattern in packable):
         return None
-    of_layers = sum(layer_bytes(model, layer, pattern, dtype=dtype) for layer, pattern in layers)
-    return of_layers + other_bytes(model, [layer for layer, _ in layers], gathers, dtype=dtype)
+    of_layers = sum(layer_bytes(model, layer, pattern) for layer, pattern in layers)
+    return of_layers + other_bytes(model, [layer for layer, _ in layers], gathers)
 
 
 def layer_bytes(model: nn.Module, layer: Layer, pattern: Pattern | None, *, dtype: str = "bf16") -> int:
