@@ -148,6 +148,10 @@ class Examples:
         """Return the tensor of that name; None if there is none."""
         return self._tensors.get(name)
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Examples:
+        """Return the examples with these tensors, of one row for each, added or in place of those of their names."""
+        return Examples({**self._tensors, **tensors}, self._rows)
+
     def split(self, sizes: int | list[int]) -> list[Examples]:
         """Split the examples, in order, into parts of `sizes` examples each, of which the last may be smaller.
 
@@ -160,6 +164,7 @@ class Examples:
         """Remove the columns at the end that are padding in all texts.
 
         Images, speech, texts without an "attention_mask" and texts with labels in these columns are returned unchanged.
+        A decoder's texts ("decoder_input_ids") stay as long as they are, with their labels.
         """
         mask, labels = self.get("attention_mask"), self.get("labels")
         if mask is None or "input_ids" not in self:
@@ -167,8 +172,7 @@ class Examples:
         longest = max(1, int((mask.any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()))
         if labels is not None and labels.dim() > 1 and labels[:, longest:].ne(IGNORED).any():
             return self
-        cut = {name: tensor[:, :longest] for name, tensor in self._tensors.items() if tensor.shape == mask.shape}
-        return Examples({**self._tensors, **cut}, self._rows)
+        return self.with_tensors({name: tensor[:, :longest] for name, tensor in self._beside(mask).items()})
 
     def cropped(self, generator: torch.Generator) -> Examples:
         """Cut each text to a random part of half of its tokens or more; the first and the last token stay.
@@ -186,9 +190,15 @@ class Examples:
         kept, start, end = kept[:, None], start[:, None], inner[:, None] + 1
         source = torch.where(place <= kept, place + start * (place > 0), torch.where(place == kept + 1, end, place))
         source = source.clamp_max(mask.shape[1] - 1).to(mask.device)
-        cut = {name: one.gather(1, source) for name, one in self._tensors.items() if one.shape == mask.shape}
+        cut = {name: tensor.gather(1, source) for name, tensor in self._beside(mask).items()}
         cut["attention_mask"] *= (place <= kept + 1).to(mask)
-        return Examples({**self._tensors, **cut}, self._rows)
+        return self.with_tensors(cut)
+
+    def _beside(self, mask: Tensor) -> dict[str, Tensor]:
+        """The tensors of the shape of a mask, without a decoder's texts, to which labels belong if there are any."""
+        decoder = {name for name in self if name.startswith("decoder_")}
+        others = decoder | {"labels"} if decoder else decoder
+        return {name: self[name] for name in self if name not in others and self[name].shape == mask.shape}
 
     def to(self, device: torch.device) -> Examples:
         """Return the examples on a device."""

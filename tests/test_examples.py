@@ -75,6 +75,9 @@ def test_batches_of_one_length_lose_their_padding() -> None:
     assert positions.trimmed() is positions
     ignored = Examples({**examples, "labels": mask.masked_fill(mask == 0, -100)})[1:3]
     assert ignored.trimmed()["labels"].shape == ignored.trimmed()["input_ids"].shape == (2, 4)
+    decoded = Examples({**ignored, "decoder_input_ids": mask[1:3]}).trimmed()
+    assert decoded["input_ids"].shape == (2, 4)
+    assert decoded["decoder_input_ids"].shape == decoded["labels"].shape == (2, 9)
 
 
 @pytest.fixture
@@ -89,8 +92,10 @@ def packed() -> Examples:
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), seed=st.integers(0, 1000))
 def test_cropped_texts_are_parts_between_their_first_and_last_tokens(lengths: list[int], seed: int) -> None:
     mask = (torch.arange(12) < torch.tensor(lengths)[:, None]).long()
-    texts = Examples({"input_ids": torch.arange(12).repeat(len(lengths), 1), "attention_mask": mask, "kind": mask * 3})
+    ids = torch.arange(12).repeat(len(lengths), 1)
+    texts = Examples({"input_ids": ids, "attention_mask": mask, "kind": mask * 3, "decoder_input_ids": ids})
     cropped = texts.cropped(torch.Generator().manual_seed(seed))
+    assert torch.equal(cropped["decoder_input_ids"], ids)
     for row, length in enumerate(lengths):
         kept = cropped["input_ids"][row][cropped["attention_mask"][row] > 0].tolist()
         assert cropped["attention_mask"][row].sum() == len(kept) and cropped["kind"][row, : len(kept)].eq(3).all()

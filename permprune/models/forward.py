@@ -21,6 +21,9 @@ from permprune.examples import IGNORED, SIZES, Examples
 from permprune.models.experts import Routed
 from permprune.system.device import compute_device
 
+DECODER_TEXTS = {"decoder_input_ids": 0, "decoder_attention_mask": 0, "labels": IGNORED}
+"""Names of the tensors of a decoder's texts, (batch, length), each with the value that pads it."""
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -169,22 +172,19 @@ def short_inputs(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor
 def run_model(model: nn.Module, batch: Examples) -> Any:
     """The model's output for a batch. Raises `PermpruneError` if the batch has no input for the model's decoder."""
     with without_caches(model):
-        return model(**forward_arguments(model, model_inputs(model, batch, _decoder_labels(model, batch))))
+        return model(**forward_arguments(model, model_inputs(model, _told_apart(model, batch))))
 
 
 def padding_of(model: nn.Module, batch: Examples) -> Padding:
     """The padded positions of a batch, in the encoder's and the decoder's sequence."""
-    mask, decoder, labels = (
-        _encoder_mask(model, batch),
-        batch.get("decoder_attention_mask"),
-        _decoder_labels(model, batch),
-    )
-    if decoder is None and labels is not None:
+    batch = _told_apart(model, batch)
+    labels, decoder = batch.get("labels"), batch.get("decoder_attention_mask")
+    if decoder is None and labels is not None and labels.dim() == 2 and is_encoder_decoder(model):
         decoder = labels != IGNORED
     readers: frozenset[nn.Module] | None = None
     if {"pixel_values", "input_ids"} <= set(batch) and not is_encoder_decoder(model):
         readers = frozenset(cast(PreTrainedModel, model).get_decoder().modules())
-    return Padding.of(mask, decoder, readers=readers)
+    return Padding.of(_encoder_mask(model, batch), decoder, readers=readers)
 
 
 def _encoder_mask(model: nn.Module, batch: Examples) -> Tensor | None:
@@ -197,28 +197,31 @@ def _encoder_mask(model: nn.Module, batch: Examples) -> Tensor | None:
     return frames
 
 
-def _decoder_labels(model: nn.Module, batch: Examples) -> Tensor | None:
-    """The labels (batch, length) from which the decoder's input is made; None if there are none or no decoder.
+def _told_apart(model: nn.Module, batch: Examples) -> Examples:
+    """The batch with a column of padding more in the decoder's texts that have the shape of the encoder's mask.
 
-    If the batch's labels have the shape of the encoder's attention mask, one ignored column is appended, so that the
-    two sequences can be told apart by shape (see `Padding`).
+    So the two sequences can be told apart by shape (see `Padding`).
     """
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if labels is None or labels.dim() != 2 or not is_encoder_decoder(model) or "decoder_attention_mask" in batch:
-        return None
-    return F.pad(labels, (0, 1), value=IGNORED) if mask is not None and mask.shape == labels.shape else labels
+    mask = _encoder_mask(model, batch) if is_encoder_decoder(model) else None
+    if mask is None:
+        return batch
+    alike = [name for name in DECODER_TEXTS if name in batch and batch[name].shape == mask.shape]
+    texts = {name: batch[name] for name in alike}
+    if alike == ["decoder_input_ids"]:
+        texts["decoder_attention_mask"] = torch.ones_like(mask)
+    padded = {name: F.pad(text, (0, 1), value=DECODER_TEXTS[name]) for name, text in texts.items()}
+    return batch.with_tensors(padded)
 
 
-def model_inputs(model: nn.Module, batch: Examples, labels: Tensor | None = None) -> dict[str, Tensor]:
+def model_inputs(model: nn.Module, batch: Examples) -> dict[str, Tensor]:
     """The arguments of the model's forward: the batch without its labels.
 
     For an encoder-decoder model, the labels (batch, length), shifted right by one, become `decoder_input_ids` unless
-    the batch has them; `labels` overrides the batch's labels. Raises `PermpruneError` if the batch has no input for the
-    decoder.
+    the batch has them. Raises `PermpruneError` if the batch has no input for the decoder.
     """
     inputs = {name: batch[name] for name in batch if name != "labels"}
     if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
-        labels = batch.get("labels") if labels is None else labels
+        labels = batch.get("labels")
         if labels is None and "input_ids" not in batch:
             raise PermpruneError("the decoder of this model needs text: give the examples labels")
         if labels is not None and labels.dim() == 2:

@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BartConfig, BartForSequenceClassification, LlamaForCausalLM, LlamaModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 from permprune.calibration.statistics import Statistics, calibrate
 from permprune.config import PruneConfig
@@ -100,12 +106,15 @@ def test_labels_cost_what_the_model_itself_says(data: str) -> None:
     assert float(said.loss()) / said.terms == pytest.approx(float(model(**examples).loss), rel=1e-5)
 
 
-@torch.no_grad()
-def test_a_classifier_with_a_decoder_reads_its_own_input() -> None:
+def bart_config() -> BartConfig:
     layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    config = BartConfig(vocab_size=64, d_model=32, max_position_embeddings=32, num_labels=3, **layers, **heads)
-    model = BartForSequenceClassification(config).eval()
+    return BartConfig(vocab_size=64, d_model=32, max_position_embeddings=32, num_labels=3, **layers, **heads)
+
+
+@torch.no_grad()
+def test_a_classifier_with_a_decoder_reads_its_own_input() -> None:
+    model = BartForSequenceClassification(config := bart_config()).eval()
     ids = draw(50, 4, 9) + 5
     ids[:, -1] = config.eos_token_id
     examples = Examples({"input_ids": ids, "labels": draw(3, 4)})
@@ -201,6 +210,26 @@ def test_a_decoder_whose_text_is_as_long_as_its_encoders_keeps_the_two_apart() -
     run_model(model, short)
     assert seen[0] is not None and int(seen[0].sum()) == int(examples["labels"].ne(-100).sum())
     assert labelled(model, short).terms == labelled(make("whisper"), examples).terms
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [("ids", "labels"), ("ids", "mask"), ("ids", "mask", "labels"), ("ids",)])
+def test_texts_of_one_length_have_the_padding_of_the_encoder_and_of_the_decoder(names: tuple[str, ...]) -> None:
+    model = BartForConditionalGeneration(bart_config()).eval()
+    lengths = {"encoder": torch.tensor([7, 5, 3]), "decoder": torch.tensor([2, 7, 4] if len(names) > 1 else [7, 7, 7])}
+    encoder, decoder = (torch.arange(7) < length[:, None] for length in lengths.values())
+    ids = draw(50, 3, 7) + 5
+    texts = {"ids": ids, "mask": decoder.long(), "labels": ids.masked_fill(~decoder, -100)}
+    arguments = {"ids": "decoder_input_ids", "mask": "decoder_attention_mask", "labels": "labels"}
+    given = {arguments[name]: texts[name] for name in names}
+    batch = Examples({"input_ids": ids, "attention_mask": encoder.long(), **given})
+    padding, seen = padding_of(model, batch), {}
+    for part in lengths:
+        layer = model.get_submodule(f"model.{part}.layers.0.fc1")
+        layer.register_forward_hook(lambda _, args, __, part=part: seen.update({part: padding.mask_of(args[0])}))
+    seen["logits"] = padding.mask_of(run_model(model, batch).logits)
+    for part, expected in (("encoder", encoder), ("decoder", decoder), ("logits", decoder)):
+        assert seen[part].sum(1).tolist() == expected.sum(1).tolist(), part
 
 
 def test_masks_are_told_by_their_shapes() -> None:
