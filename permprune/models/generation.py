@@ -41,9 +41,8 @@ def with_begun_text(model: nn.Module, examples: Examples) -> Examples:
     if not needs_decoder_inputs(model, examples):
         return examples
     config: Any = model.config
-    return Examples(
-        {**examples, "decoder_input_ids": torch.full((len(examples), BEGUN), config.decoder_start_token_id)}
-    )
+    ids = torch.full((len(examples), BEGUN), config.decoder_start_token_id)
+    return examples.with_tensors({"decoder_input_ids": ids})
 
 
 @torch.no_grad()
@@ -70,14 +69,16 @@ def with_decoder_inputs(
             made |= {key: texts[key] for key in keys}
     merged = distributed.merge(made)
     config: Any = model.config
+    generation: Any = model.generation_config
     padded = torch.nn.utils.rnn.pad_sequence(
         [merged[f"{name}{place}"] for place in range(len(examples))], True, config.pad_token_id or 0
     )
     start = torch.full((len(padded), 1), config.decoder_start_token_id)
     ids = padded if torch.equal(padded[:, :1], start) else torch.cat([start, padded], 1)
-    ended = ids[:, 1:].eq(config.eos_token_id).cumsum(1).bool()
+    ends = [] if generation.eos_token_id is None else generation.eos_token_id
+    ended = torch.isin(ids[:, 1:], torch.tensor(ends, dtype=ids.dtype)).cumsum(1).bool()
     mask = torch.cat([torch.ones_like(start), (~ended).long()], 1)
-    return Examples({**examples, "decoder_input_ids": ids, "decoder_attention_mask": mask})
+    return examples.with_tensors({"decoder_input_ids": ids, "decoder_attention_mask": mask})
 
 
 def decoder_positions(model: nn.Module) -> int | None:

@@ -27,17 +27,21 @@ def test_only_speech_without_text_lacks_it() -> None:
     assert not needs_decoder_inputs(make("vit"), images(labels=False))
 
 
-def test_texts_start_as_the_decoder_does_and_end_where_it_ends() -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_texts_start_as_the_decoder_does_and_end_where_it_ends(several: bool) -> None:
     model = make("whisper")
-    free = with_decoder_inputs(model, silent())["decoder_input_ids"]
-    assert (free[:, 0] == 1).all() and free.shape[1] <= 16
-    model.config.eos_token_id = model.generation_config.eos_token_id = int(free[0, 4])
+    model.generation_config.eos_token_id = None
+    endless = with_decoder_inputs(model, silent())
+    free = endless["decoder_input_ids"]
+    assert (free[:, 0] == 1).all() and free.shape[1] <= 16 and endless["decoder_attention_mask"].all()
+    ends = [int(free[0, 4]), int(free[1, 6])] if several else [int(free[0, 4])]
+    model.generation_config.eos_token_id = ends if several else ends[0]
     found = with_decoder_inputs(model, silent())
     ids, mask = found["decoder_input_ids"], found["decoder_attention_mask"]
     few = with_decoder_inputs(model, silent()[:5])["decoder_input_ids"]  # in other batches
     assert torch.equal(few, ids[:5, : few.shape[1]])
     for own, real in zip(ids[:, 1:].tolist(), mask[:, 1:].tolist(), strict=True):
-        end = own.index(model.config.eos_token_id) if model.config.eos_token_id in own else len(own)
+        end = next((place for place, token in enumerate(own) if token in ends), len(own))
         assert real == [1] * end + [0] * (len(own) - end)
     assert 0 < int(mask[0].sum()) <= 4
 
