@@ -119,7 +119,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The model's repeated blocks, in order.
 
     These are the elements of the outermost `ModuleList`s and `Sequential`s that have at least two elements, each of
-    which contains a linear.
+    which contains a linear and is none itself: lists of bare linears are heads. Heads of several layers each that are
+    listed, as by SegFormer, count as blocks.
     """
     return [block for chain in block_chains(model) for block in chain]
 
@@ -280,7 +281,8 @@ def require_finite(layer: Layer) -> None:
 
 
 def _has_linear(module: nn.Module) -> bool:
-    return any(isinstance(m, (nn.Linear, Conv1D)) for m in module.modules())
+    """Whether a module contains a linear, and is none itself."""
+    return any(isinstance(inner, (nn.Linear, Conv1D)) for inner in module.modules() if inner is not module)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

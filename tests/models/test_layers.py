@@ -17,13 +17,14 @@ def block(width: int = 8) -> nn.Module:
 
 
 class Classifier(nn.Module):
-    """A stem, two blocks, and a head that is itself a sequence of modules."""
+    """A stem, two blocks, a head that is itself a sequence of modules, and a list of heads."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Linear(8, 8)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList([block(), block()])})
         self.head = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))
+        self.classes = nn.ModuleList([nn.Linear(8, 2) for _ in range(3)])
 
 
 def names(model: nn.Module, exclude: tuple[str, ...] = ()) -> list[str]:
@@ -42,7 +43,7 @@ def test_takes_every_linear_of_the_blocks_and_no_head(tiny_llama):
     assert blocks(tiny_llama) == list(tiny_llama.model.layers)
 
 
-def test_a_head_of_several_modules_is_not_a_block():
+def test_a_head_of_several_modules_and_a_list_of_heads_are_no_blocks():
     model = Classifier()
     assert blocks(model) == list(model.encoder["layers"])
     assert names(model) == [f"encoder.layers.{i}.1.{name}" for i in range(2) for name in ("up", "down")]
