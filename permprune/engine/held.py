@@ -205,10 +205,13 @@ def prune(
     prepared = prepare(model, processor, config, examples=examples, fisher=permuter(config.permute).uses_fisher)
     prepared.dense.warn()
     weights = Held(prepared, processor)
-    run = replace(weights.plan.run, callbacks=tuple(callbacks))
-    natural = weights.natural()
-    solution = weights.search(permuter(prepared.config.permute), run)
-    return weights.finish(solution, natural)
+    try:
+        run = replace(weights.plan.run, callbacks=tuple(callbacks))
+        natural = weights.natural()
+        return weights.finish(weights.search(permuter(prepared.config.permute), run), natural)
+    except BaseException:  # also Ctrl-C in a notebook, whose traceback keeps the network
+        weights.restore()
+        raise
 
 
 class Held:

@@ -68,7 +68,8 @@ def replaced_while_running(
     `replacement` is called with the parameter before the module runs; if it returns None, the parameter stays. The
     gradient with respect to the replacement becomes that of the parameter. Outside the module's `forward` the parameter
     is unchanged, and only while the module runs, or until the backward pass, is the replacement in memory. Copies of
-    the module run with their own parameter. Of several replacements the last one is made.
+    the module run with their own parameter. Of several replacements the last one is made. If Ctrl-C interrupts the
+    module, the parameter is back when the handles are removed.
     """
     parameter: nn.Parameter = getattr(module, attribute)
 
@@ -85,7 +86,19 @@ def replaced_while_running(
             module._parameters[attribute] = parameter
 
     before = module.register_forward_pre_hook(enter, prepend=True)
-    return [before, module.register_forward_hook(leave, always_call=True)]
+    return [before, module.register_forward_hook(leave, always_call=True), _PutBack(module, attribute, parameter)]
+
+
+class _PutBack(RemovableHandle):
+    """A handle whose removal puts a parameter back: hooks that are always called are not if Ctrl-C ends a pass."""
+
+    def __init__(self, module: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
+        super().__init__(module._forward_hooks)
+        self._module, self._attribute, self._parameter = module, attribute, parameter
+
+    def remove(self) -> None:
+        if not isinstance(self._module._parameters[self._attribute], nn.Parameter):
+            self._module._parameters[self._attribute] = self._parameter
 
 
 class _InPlaceOf(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """Running a model leaves it as it was."""
 
+from typing import Any, NoReturn
+
 import pytest
 import torch
 from torch import nn
@@ -34,6 +36,18 @@ def test_pruning_leaves_the_mode_of_each_module(tiny_llama: LlamaForCausalLM) ->
     examples = torch.randint(128, (12, 8), generator=torch.Generator().manual_seed(1))
     permprune.prune(tiny_llama, examples=examples, permute="newton:rounds=1:examples=2", measured=4, held_out=2)
     assert [module.training for module in tiny_llama.modules()] == before
+
+
+def test_a_run_that_is_interrupted_leaves_the_dense_model(tiny_llama: LlamaForCausalLM) -> None:
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    examples = torch.randint(128, (12, 8), generator=torch.Generator().manual_seed(1))
+    dense = tiny_llama(examples).logits
+    settings: dict[str, Any] = {"permute": "newton:rounds=1:examples=2", "measured": 4, "held_out": 2}
+    with pytest.raises(KeyboardInterrupt) as caught:
+        permprune.prune(tiny_llama, examples=examples, callbacks=[interrupt], **settings)
+    assert torch.equal(tiny_llama(examples).logits, dense), caught  # while the traceback keeps what the run made
 
 
 def test_the_short_inputs_of_padded_text_are_as_short(tiny_llama: LlamaForCausalLM) -> None:

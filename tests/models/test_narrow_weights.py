@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from permprune.engine.measuring import Evaluation
 from permprune.examples import Examples
 from permprune.jobs.prune import prune_to_folder
 from permprune.losses.objective import Objective
+from permprune.models.hooks import attached
 from permprune.models.layers import prunable_layers
 from permprune.models.narrow_weights import NarrowWeights
 from permprune.models.narrow_weights import held_bytes as held_bytes_of_a_run
@@ -82,6 +84,20 @@ def test_fp32_is_back_when_the_holder_is_gone() -> None:
     model, expected = as_read(), as_read()
     held = NarrowWeights(model, prunable_layers(model, Pattern(2, 4)), torch.bfloat16)
     del held
+    assert all(map(torch.equal, model.parameters(), expected.parameters()))
+
+
+def test_an_interrupted_pass_leaves_no_other_weight() -> None:
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    model, expected = as_read(), as_read()
+    layers = prunable_layers(model, Pattern(2, 4))
+    held = NarrowWeights(model, layers, torch.bfloat16)
+    with pytest.raises(KeyboardInterrupt), attached([layers[2].module.register_forward_pre_hook(interrupt)]):
+        logits(model, torch.float32)
+    held.release()
+    assert all(isinstance(layer.stored, torch.nn.Parameter) for layer in layers)
     assert all(map(torch.equal, model.parameters(), expected.parameters()))
 
 
