@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -115,11 +117,10 @@ def typed_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Te
     """
     if not any(tensor.is_floating_point() for tensor in inputs.values()):
         return dict(inputs)
-    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
-    kept |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
-    dtypes = [
-        p.dtype for name, p in model.named_parameters() if p.is_floating_point() and kept.isdisjoint(name.split("."))
-    ]
+    # searched for in names, as Transformers does; (?!) is nowhere
+    lists = [getattr(model, f"_keep_in_fp32_modules{kind}", None) or () for kind in ("", "_strict")]
+    kept = re.compile("|".join(itertools.chain(*lists)).replace("*", ".*") or "(?!)")
+    dtypes = [p.dtype for name, p in model.named_parameters() if p.is_floating_point() and not kept.search(name)]
     dtype = max(dtypes, key=lambda one: one.itemsize, default=torch.float32)
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 

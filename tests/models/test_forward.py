@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 import permprune
 from permprune.examples import Examples
-from permprune.models.forward import evaluating, frozen, inference, short_inputs
+from permprune.models.forward import evaluating, frozen, inference, short_inputs, typed_inputs
 
 
 @pytest.mark.parametrize("context", [evaluating, frozen, inference])
@@ -48,6 +48,15 @@ def test_a_run_that_is_interrupted_leaves_the_dense_model(tiny_llama: LlamaForCa
     with pytest.raises(KeyboardInterrupt) as caught:
         permprune.prune(tiny_llama, examples=examples, callbacks=[interrupt], **settings)
     assert torch.equal(tiny_llama(examples).logits, dense), caught  # while the traceback keeps what the run made
+
+
+@pytest.mark.parametrize("kept", ["up_proj", "mlp.up_proj.weight", "layers.*.up_proj"])
+def test_images_have_the_type_of_weights_that_are_not_kept_in_fp32(tiny_llama: LlamaForCausalLM, kept: str) -> None:
+    model = tiny_llama.bfloat16()
+    model.model.layers[0].mlp.up_proj.float()
+    for expected in (torch.float32, torch.bfloat16):
+        assert typed_inputs(model, {"pixel_values": torch.ones(1)})["pixel_values"].dtype == expected
+        model._keep_in_fp32_modules_strict = {kept}
 
 
 def test_the_short_inputs_of_padded_text_are_as_short(tiny_llama: LlamaForCausalLM) -> None:
