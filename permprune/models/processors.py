@@ -116,7 +116,7 @@ def encode_pair(processor: Any, image: Image, prompt: str, answer: str) -> dict[
     turns = [{"role": "user", "content": user}]
     ended = [*turns, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
     try:
-        if processor.chat_template or processor.tokenizer.chat_template:
+        if processor.chat_template:
             asked = processor.apply_chat_template(turns, add_generation_prompt=True)
             text = processor.apply_chat_template(ended)
         else:

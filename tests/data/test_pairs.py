@@ -187,6 +187,13 @@ def test_faults_are_named_in_one_line(tmp_path: Path, fault: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_template_of_the_tokenizer_alone_is_none_of_images(tmp_path: Path) -> None:
+    model, processor = qwen()
+    processor.tokenizer.chat_template, processor.chat_template = processor.chat_template, None
+    examples = load(model, processor, write_pairs(tmp_path / "pairs", 2))
+    assert "im_end" not in processor.tokenizer.decode(examples["input_ids"][0])
+
+
 def test_models_without_images_or_their_processor_say_so(
     tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
