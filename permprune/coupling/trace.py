@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import traceback
 import warnings
 from collections.abc import Container, Mapping
@@ -139,11 +138,13 @@ def _freeze_overlaps(walk: Walk, model: nn.Module, canonical: Mapping[str, str])
             extent = 1 + sum((size - 1) * stride for size, stride in steps)
             start = parameter.data_ptr()
             ranges.append((str(parameter.device), start, start + extent * parameter.element_size(), name))
-    ranges.sort()
-    for (device, _, stop, name), (other_device, start, _, other) in itertools.pairwise(ranges):
-        if device == other_device and start < stop:
-            for axis in (*walk.parameters.get(name, ()), *walk.parameters.get(other, ())):
-                freeze(axis, f"{name} and {other} share memory")
+    before, end, furthest = "", 0, ""  # of the ranges so far, the one that ends last
+    for device, start, stop, name in sorted(ranges):
+        if device == before and start < end:
+            for axis in (*walk.parameters.get(furthest, ()), *walk.parameters.get(name, ())):
+                freeze(axis, f"{furthest} and {name} share memory")
+        if device != before or stop > end:
+            before, end, furthest = device, stop, name
 
 
 def _output(program: ExportedProgram) -> Any:

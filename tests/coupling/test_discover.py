@@ -380,18 +380,24 @@ def test_experts_have_their_own_orders():
     assert {member.parameter: member.dims for member in space.members} == {"up": (0, 2), "down": (0, 1)}
 
 
-def test_parameters_that_share_memory_are_frozen():
+@pytest.mark.parametrize("flat", [False, True])
+def test_parameters_that_share_memory_are_frozen(flat):
     class Shared(Mlp):
         def __init__(self) -> None:
             super().__init__(10)
-            memory = torch.randn(100, dtype=torch.float64)
+            memory = torch.randn(190, dtype=torch.float64)
             self.up.weight = nn.Parameter(memory[:60].view(10, 6))
-            self.down.weight = nn.Parameter(memory[50:].view(5, 10))
+            self.down.weight = nn.Parameter(memory[(start := 60 if flat else 50) : start + 50].view(5, 10))
+            if flat:
+                self.flat = nn.Parameter(memory)
+                self.plain_up.weight = nn.Parameter(memory[110:158].view(8, 6))
 
         def middle(self, h: Tensor) -> Tensor:
             return F.relu(h)
 
-    assert "share memory" in spaces_of(discover(Shared().double(), X))["down.input"].reason
+    spaces = spaces_of(discover(Shared().double(), X))
+    assert "share memory" in spaces["down.input"].reason
+    assert ("share memory" in spaces["plain_down.input"].reason) == flat
 
 
 def test_a_shared_module_makes_one_site():
