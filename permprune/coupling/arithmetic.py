@@ -71,9 +71,9 @@ def _grouped(walk: Walk, node: Node) -> Any:
 
     Each group of consecutive rows, which ends at an entry of `ends`, is multiplied by one matrix of `weight`.
     """
-    source, weight, ends, *rest = node.args
+    source, weight, ends, *rest = arguments(node).values()
     a, b = walk.label(source), walk.label(weight)
-    if a is None or b is None or len(a) != 2 or len(b) != 3 or rest or node.kwargs:
+    if a is None or b is None or len(a) != 2 or len(b) != 3 or rest != [None] * len(rest):
         return NotImplemented
     reason = f"rows are looked up by {place(node)}"
     freeze(b[0], reason)

@@ -362,6 +362,18 @@ def test_experts_multiplied_in_groups_have_their_own_orders():
     assert {member.parameter: member.dims for member in space.members} == {"up": (0, 2), "down": (0, 1)}
 
 
+def test_groups_without_ends_stay_as_they_are():
+    class Batched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(3, 16, 16)), nn.Parameter(torch.randn(3, 16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch._grouped_mm(torch.relu(torch._grouped_mm(x, self.up)), self.down)
+
+    assert not discover(Batched().bfloat16(), {"x": torch.randn(3, 4, 16).bfloat16()}).spaces
+
+
 def test_experts_have_their_own_orders():
     class Experts(nn.Module):
         def __init__(self) -> None:
