@@ -131,7 +131,7 @@ def verify_space(
         if not difference <= bound:
             raise PermpruneError(
                 f"permuting {space.name} changes the model's output by {difference:.3g} (of {scale:.3g}): "
-                "this is a bug in the coupling analysis: exclude the space, and report the model"
+                "this is a bug in the coupling analysis: prune with --mode gather, and report the model"
             )
         worst = max(worst, difference)
     return worst
