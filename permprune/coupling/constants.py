@@ -6,8 +6,8 @@ The code of vision-language models reads sizes from its inputs (image grids, mas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from permprune.models.hooks import computing
+
 _BUFFERS = frozenset({torch.empty, torch.full, torch.ones, torch.zeros})
 """Functions that make a constant if its values are integers; activations may be written into a floating-point one."""
 
@@ -24,22 +26,15 @@ _FACTORIES = _BUFFERS | {torch.arange, torch.as_tensor, torch.eye, torch.linspac
 """Functions that make a constant of no tensor."""
 
 
-@contextmanager
-def constant_inputs(model: nn.Module, arguments: Mapping[str, Any]) -> Iterator[None]:
+def constant_inputs(model: nn.Module, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
     """Context manager: the model's forward takes no arguments, and runs on these with its constants computed."""
-    forward, patched = model.forward, vars(model).get("forward")
+    forward = model.forward
 
     def closed() -> Any:
         with _Constants():
             return forward(**arguments)
 
-    model.forward = closed
-    try:
-        yield
-    finally:
-        del model.forward
-        if patched is not None:
-            model.forward = patched
+    return computing({model: closed})
 
 
 class _Constants(TorchFunctionMode):

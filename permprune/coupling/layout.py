@@ -12,6 +12,7 @@ from permprune.coupling.axes import Axis, Label, align, factor, freeze, product,
 from permprune.coupling.stack import stacked
 from permprune.coupling.walk import (
     IDENTITIES,
+    MOVES,
     ParameterView,
     Walk,
     arguments,
@@ -56,7 +57,7 @@ def _view(walk: Walk, node: Node) -> Any:
     return result
 
 
-@coupling_rule("transpose", "t", "permute", "movedim", "swapaxes", "numpy_T", "adjoint", "mT", "unsqueeze", "squeeze")
+@coupling_rule(*MOVES)
 def _move(walk: Walk, node: Node) -> Any:
     source: Any = node.args[0]
     label, order = walk.label(source) or (), moved_dims(node) or []

@@ -27,16 +27,13 @@ Rule = Callable[["Walk", Node], Any]
 RULES: dict[str, Rule] = {}
 """The rules by the name of the op (see `op_name`)."""
 
-IDENTITIES = frozenset(
-    {"alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy", "to", "type_as", "_to_copy"}
-)
+IDENTITIES = frozenset({"alias", "contiguous", "detach", "dropout", "lift_fresh_copy", "to", "type_as", "_to_copy"})
 """Ops whose result has the shape and, up to dtype and dropout, the values of their first argument."""
 
-_MOVES = frozenset(
-    {
-        "transpose", "t", "permute", "movedim", "swapaxes", "numpy_T", "adjoint", "mT", "unsqueeze", "squeeze", "slice",
-    }
-)  # fmt: skip
+MOVES = frozenset(
+    {"transpose", "t", "permute", "movedim", "swapaxes", "numpy_T", "adjoint", "mT", "unsqueeze", "squeeze"}
+)
+"""Ops that only move dimensions (`moved_dims`)."""
 
 _WITHOUT_VALUE = re.compile(r"_assert_\w+|sym_\w+|_check\w*")
 
@@ -248,7 +245,7 @@ def moved_dims(node: Node) -> list[int | None] | None:
     The entry of a new dimension is None. Returns None for every other op.
     """
     name = op_name(node)
-    if name not in _MOVES and name not in IDENTITIES:
+    if name not in MOVES | IDENTITIES | {"slice"}:
         return None
     bound, rank = arguments(node), len(shape_of(node.args[0]))
     order: list[int | None] = list(range(rank))
