@@ -44,6 +44,7 @@ from permprune.models.narrow_weights import end_weights, held_bytes, held_type, 
 from permprune.models.processors import takes_pairs
 from permprune.pattern import MIXED
 from permprune.permuters.registry import permuter
+from permprune.permuters.trust_region import TrustRegion
 from permprune.plan import Plan, calibration_count, shares_of
 from permprune.pruning.problem import Outline
 from permprune.system import distributed
@@ -133,10 +134,12 @@ class Forecast:
 
     @property
     def changes(self) -> str | None:
-        """What changes the weights that are kept: "training", the name of an update, or None if nothing does."""
-        change = update(self.config.update)
-        if permuter(self.config.permute).trains:
+        """What changes the weights that are kept: "training", "compensation", the name of an update, or None."""
+        method, change = permuter(self.config.permute), update(self.config.update)
+        if method.trains:
             return "training"
+        if isinstance(method, TrustRegion) and method.compensate:
+            return "compensation"
         return None if isinstance(change, NoUpdate) else change.name
 
     def to_json(self) -> dict[str, Any]:

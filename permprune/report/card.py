@@ -20,8 +20,10 @@ from permprune.report.words import kept_weights, overlap_note
 from permprune.system.files import write_whole
 from permprune.zoo.models import MODELS
 
-NAMED = re.compile(r'(?:from_pretrained|permprune\.load)\(("(?:[^"\\]|\\.)*")')
+NAMED = re.compile(r'(?:from_pretrained|permprune\.load|SentenceTransformer)\(("(?:[^"\\]|\\.)*")')
 """The folder in the loading code of a card, quoted."""
+
+TRAINED_LATER = "The table and the examples are those of the model before it was trained."
 
 FACTS = (
     "pattern",
@@ -54,18 +56,19 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: st
         title=f"{source if on_hub else _name(record['model'])}, {settings['pattern']}",
         base=record.get("base_model") or (kind if on_hub and record["model"] not in MODELS else _name(record["model"])),
         decision=decision(record),
-        kept=kept_weights(record["curve"], settings["update"]),
+        kept=kept_weights(record),
         overlap=overlap_note((measured or {}).get("overlap")),
-        on_hub=on_hub,
         source=json.dumps(source, ensure_ascii=False),
         packed=PACKED in record,
         loading=loading_code(record, config, source, on_hub=on_hub),
-        writes_text=kind.endswith("ForCausalLM"),
+        continues_text=kind.endswith("ForCausalLM"),
+        encodes=bool(config.get(POOLING)) and not record["gathers"],
+        generates=kind.endswith("ForConditionalGeneration"),
         facts=list(_facts(settings)),
         dense=dense_sentence(record.get("dense")),
         mix=mix_sentences(record),
         table=measured_rows(record),
-        measured=" ".join(filter(None, (on, speed_note(record)))),
+        measured=" ".join(filter(None, (on, speed_note(record), TRAINED_LATER if record.get("optimised") else ""))),
         titles=titles(settings["pattern"]),
         shown=shown,
         examples=[(one, map(plain, answers(shown, one))) for one in shown["examples"]] if shown else [],

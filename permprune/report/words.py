@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from permprune.data.overlap import QUOTED
@@ -15,6 +15,9 @@ DASH = "\N{EN DASH}"
 
 NONE = "none"
 """The permuter, and the update, that changes nothing."""
+
+CHANGING = {"compensation": "compensation", "blocks": "training", "training": "training"}
+"""What changes the weights that are kept, by the stage of the search."""
 
 
 def number(value: float | None) -> str:
@@ -79,13 +82,15 @@ def overlap_note(share: float | None) -> str:
     return f"{percent(share)} {note}"
 
 
-def kept_weights(curve: Iterable[Mapping[str, Any]], update: str) -> str:
-    """Say, as a sentence, whether the weights that were kept have changed, by training in the search or an update."""
-    changes = ["training"] if any(one.get("stage") == "training" and one["kept"] for one in curve) else []
-    changes += [] if update == NONE else [update]
+def kept_weights(record: Mapping[str, Any]) -> str:
+    """Say, as a sentence, whether the weights that were kept have changed: in the search, by an update or after it."""
+    kept = [point.get("stage") for point in record["curve"] if point["kept"]]
+    changes = [CHANGING[stage] for stage in kept if stage in CHANGING]
+    changes += [] if record["settings"]["update"] == NONE else [record["settings"]["update"]]
+    changes += ["training"] if (record.get("optimised") or {}).get("train") == "all" else []
     if not changes:
         return "The weights that are kept have the values that they have in the dense model."
-    return f"The weights that are kept were changed by {' and '.join(changes)}."
+    return f"The weights that are kept were changed by {' and '.join(dict.fromkeys(changes))}."
 
 
 def duration(seconds: float | None) -> str:

@@ -139,6 +139,19 @@ def test_a_search_without_rounds_measures_its_start_and_what_follows(config_fold
     assert none.work and one.work and none.work.products / one.work.products == pytest.approx(3 / 4.5)
 
 
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        ({"permute": "newton:rounds=0"}, None),
+        ({"permute": "newton:rounds=0:compensate=true"}, "compensation"),
+        ({"permute": "newton:rounds=0:compensate=true:train_steps=2"}, "training"),
+        ({"permute": "ria", "update": "admm"}, "admm"),
+    ],
+)
+def test_what_changes_weights_is_named(config_folder: Path, settings: dict[str, str], changes: str | None) -> None:
+    assert forecast(config_folder, gpu="h100", **settings).changes == changes
+
+
 def test_rounds_before_training_are_not_counted_as_training(config_folder: Path) -> None:
     def training(method: str) -> float:
         found = forecast(config_folder, gpu="h100", permute=method)

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import permprune
 from permprune.checkpoints.companions import base_model_of, licence_of
 from permprune.checkpoints.record import Record
-from permprune.report.card import loading_code, render_card
+from permprune.report.card import hub_card, loading_code, render_card, write_card
 
 from ..cli.running import run
 from ..faults.pruned import SETTINGS, WINDOWS, options, write_source
@@ -85,9 +85,20 @@ def test_what_the_hub_reads_is_what_is_known() -> None:
     assert 'AutoModelForCausalLM.from_pretrained("me/small", trust_remote_code=True)' in own.text
     encoder = card_of(config={"architectures": ["BertModel"], "sentence_pooling": "mean"})
     assert 'model = SentenceTransformer("out")' in encoder.text and "BertModel" not in encoder.text
+    assert "model.encode([" in encoder.text and "Processor" not in encoder.text
+    recogniser = card_of(config={"architectures": ["WhisperForConditionalGeneration"]})
+    assert "model.generate(**processor(" in recogniser.text and "model(**" not in recogniser.text
     strange = card_of(model="/home/me/a|`b`\n# <b>", settings={"pattern": "2:4", "permute": "a|`b", "update": "none"})
     assert strange.text.startswith("\n# a\\|\\`b\\` \\# \\<b\\>, 2:4\n") and "/home" not in strange.text
     assert "This is `a\\| b # <b>`, pruned" in strange.text and "| permute | `a\\| b` |" in strange.text
+
+
+def test_the_card_of_an_encoder_names_it_on_the_hub_by_its_id(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "sentence_pooling": "mean"}))
+    record = record_of().to_json()
+    write_card(record, tmp_path)
+    card = hub_card(record, tmp_path, "someone/encoder")
+    assert card is not None and 'SentenceTransformer("someone/encoder")' in card
 
 
 def test_licences_come_from_the_base_models_card_or_config(
@@ -116,10 +127,21 @@ def test_a_record_without_them_is_read() -> None:
 
 
 def test_a_card_says_whether_weights_changed() -> None:
-    point = {"round": 1, "loss": 1.0, "seconds": 1.0}
-    trained, rejected = ([{**point, "kept": kept, "stage": "training"}] for kept in (True, False))
-    for curve, said in ((trained, "were changed by training."), (rejected, "in the dense model"), ([], "in the dense")):
-        assert said in str(card_of(curve=curve))
+    dense = "have the values that they have in the dense model."
+    for stages, kept, text in (
+        (["training"], True, "were changed by training."),
+        (["training"], False, dense),
+        (["search"], True, dense),
+        (["blocks", "training"], True, "were changed by training."),
+        (["compensation", "blocks"], True, "were changed by compensation and training."),
+    ):
+        curve = [{"round": 1, "loss": 1.0, "seconds": 1.0, "kept": kept, "stage": stage} for stage in stages]
+        assert f"The weights that are kept {text}" in str(card_of(curve=curve))
+    tuned = {"metric": "perplexity", "before": 40.0, "after": 35.0, "stderr": None, "dense": None, "curve": []}
+    tuned |= {"examples": 9, "count": 99, "unit": "tokens"}
+    for train, text in (("all", "were changed by training."), ("norms", dense)):
+        card = str(card_of(optimised={**tuned, "train": train}, measured={**MEASURED, "unit": "tokens"}))
+        assert f"The weights that are kept {text}" in card and "of the model before it was trained." in card
 
 
 @pytest.mark.parametrize(
