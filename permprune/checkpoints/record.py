@@ -228,11 +228,15 @@ class Record:
         _check_unique("layers", [layer.name for layer in self.layers])
         _check_unique("gathers at the", [" of ".join(place) for gather in self.gathers for place in gather.places])
 
-    def unpacked(self) -> Record:
-        """Return the record of the same model with its weights unpacked; a record without packed weights as it is."""
-        values = self.to_json()
+    def unpacked(self, stored: int) -> Record:
+        """Return the record of the same model with its weights unpacked, which take so many bytes.
+
+        A record without packed weights is returned as it is.
+        """
+        shown = self.showcase and self.showcase.resized(stored)
+        values = dataclasses.replace(self, bench=None, showcase=shown).to_json()
         packed = values.pop(PACKED, {})
-        return Record.of({**values, "gathers": packed["gathers"], "bench": None}) if packed else self
+        return Record.of({**values, "gathers": packed["gathers"]}) if packed else self
 
     @classmethod
     def of(cls, values: object) -> Record:

@@ -160,6 +160,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         from permprune.checkpoints.gathers import attach_gathers
         from permprune.checkpoints.origin import origin_of, set_origin
+        from permprune.evaluation.size import weight_bytes
 
         for module in model.modules():
             vars(module).pop("save_pretrained", None)
@@ -168,7 +169,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         attach_gathers(model, gathers)
         origin = origin_of(model)
         if origin.record is not None:
-            set_origin(model, dataclasses.replace(origin, record=origin.record.unpacked()))
+            record = origin.record.unpacked(weight_bytes(model))
+            set_origin(model, dataclasses.replace(origin, record=record))
         return model
 
 

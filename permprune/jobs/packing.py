@@ -136,11 +136,12 @@ def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: boo
     unpack(model)
     difference = check_outputs(model, probe, f"the unpacked {folder}")
     tolerance = max(record.extra[PACKED].get(TOLERANCE, probe.tolerance), SLACK * difference)
-    require_space(out, weight_bytes(model))
+    size = weight_bytes(model)
+    require_space(out, size)
     stage(WRITE)
     with atomic_folder(out) as written:
         write_pruned(
-            record.unpacked(),
+            record.unpacked(size),
             dataclasses.replace(probe, tolerance=tolerance),
             lambda made: write_weights(model, processor, model.dtype, made),
             written,

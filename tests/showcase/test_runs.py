@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
+from permprune.checkpoints.io import load
 from permprune.checkpoints.record import SIDES, Record, Showcase, read_record
-from permprune.jobs.packing import pack_folder
+from permprune.evaluation.size import weight_bytes
+from permprune.jobs.packing import pack_folder, unpack_folder
 from permprune.report.run import measured_rows, render
 from permprune.report.showcase import SIGNS, answers, examples_shown, plain
 from permprune.report.words import DASH
@@ -49,6 +51,10 @@ def test_prune_shows_models_side_by_side(shown: None, options: list[Any], extra:
     assert isinstance(found["model"], LlamaForCausalLM)
     if "--pack" in extra:
         assert made.sides["pruned"].bytes == made.sides["pruned"].packed < made.sides["none"].bytes
+        unpack_folder(out, tmp_path / "unpacked")
+        again = read_record(tmp_path / "unpacked").showcase
+        assert again and again.sides["pruned"].bytes == weight_bytes(load(tmp_path / "unpacked"))
+        assert again.sides["pruned"].speed is again.sides["pruned"].dtype is None
     else:
         assert pack_folder(out, tmp_path / "packed", dtype="bf16").weights.packed == made.sides["pruned"].packed
         again = read_record(tmp_path / "packed").showcase
