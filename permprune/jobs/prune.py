@@ -236,6 +236,14 @@ def write_pruned_weights(
     if pack is None:
         return
     stage(PACK)
-    calibration = weights.plan.config if pack == "int4" else None
-    if dense := pack_folder(out, work.out, dtype=pack, head=head, calibration=calibration).left_dense:
+    config = weights.plan.config
+    packed = pack_folder(
+        out,
+        work.out,
+        dtype=pack,
+        head=head,
+        calibration=config if pack == "int4" else None,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if dense := packed.left_dense:
         log.warning("of a type that has no packed form, and so written with their zeros: %s", ", ".join(dense))

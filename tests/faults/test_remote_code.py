@@ -199,12 +199,13 @@ def test_with_consent_other_commands_run_on_such_a_model(command: str, coded: Pa
 
 
 def test_with_consent_such_a_model_is_packed_and_unpacked(coded: Path, tiny_text: Path, tmp_path: Path) -> None:
-    held, packed, again = (tmp_path / name for name in ("held", "packed", "again"))
-    assert run(*commands(coded, tiny_text)[0], "--permute", "none", TRUST)[0] == 0
+    held, packed, again, at_once = (tmp_path / name for name in ("held", "packed", "again", "at-once"))
+    pruned = [*commands(coded, tiny_text)[0], "--permute", "none", TRUST]
+    assert run(*pruned)[0] == run(*pruned, "--pack", "fp32", "--out", at_once)[0] == 0
     for command in (("pack", held, "--dtype", "fp32", "--out", packed), ("unpack", packed, "--out", again)):
         assert fails(*command) == f"permprune: {command[1]} does not load: {UNTRUSTED}"
         assert run(*command, TRUST)[0] == 0
-    assert run("verify", again, TRUST)[0] == 0
+    assert run("verify", again, TRUST)[0] == run("verify", at_once, TRUST)[0] == 0
 
 
 def test_every_command_that_reads_a_model_takes_the_consent() -> None:
