@@ -33,13 +33,16 @@ with on_first_use(globals()):
     from permprune.evaluation.dispatch import evaluate_model, has_targets
     from permprune.evaluation.size import weight_bytes
     from permprune.examples import Examples
+    from permprune.inference.pack import packed_type
     from permprune.jobs.packing import pack_folder
     from permprune.jobs.student import parameters_to_train, teacher_of, with_labels_head
+    from permprune.kernels.product.layout import require_packable
     from permprune.losses.choice import choose_task
     from permprune.losses.targets import Imitation
     from permprune.models.forward import is_causal_lm
     from permprune.models.layers import block_linears, require_changeable
     from permprune.models.processors import Processor
+    from permprune.pattern import Pattern
     from permprune.pruning.folder import require_probe, write_model
     from permprune.system import digests, distributed
     from permprune.system.search_state import Checkpoint
@@ -265,6 +268,9 @@ def _finetune(
                 f"{opened.name} has no record of permprune, so that it cannot be packed: prune it first"
             )
         model = with_labels_head(model, options)
+    elif options.pack is not None:
+        for layer in record.layers:
+            require_packable(Pattern.parse(layer.pattern), packed_type(options.pack))
     patterns = patterns_of(model)
     examples, held_out = options.examples(model, processor)
     if options.dev is not None:
@@ -291,6 +297,7 @@ def _finetune(
     identity = {
         "model": opened.name,
         **options.to_json(),
+        "pack": options.pack if options.pack == "int4" else None,  # training depends on no other
         **digests.model_digests(model, model.state_dict().items()),
         "training examples": examples.digest,
         "held-out examples": held_out.digest,
@@ -303,7 +310,8 @@ def _finetune(
     stored = {}
     if record is not None and options.pack == "int4":
         recorded = recorded_patterns(model, record.layers)
-        stored = packable([linear_layers(model)[name] for name in recorded], recorded)
+        linears = linear_layers(model)
+        stored = packable([linears[name] for name in recorded], recorded)
     with parameters_to_train(model, patterns, options, stored=stored, examples=examples) as weights:
         # Best weights, weights and two moments in fp32; the old state is kept until the new one is written.
         require_space(work.out, size + 28 * sum(weight.numel() for weight in weights.values()))
@@ -338,5 +346,5 @@ def _finetune(
     with atomic_folder(out, work.scratch, "free space, then repeat with --resume") as folder:
         write_model(model, processor, folder, optimised=decode(Optimised, result.to_json()), bench=None)
     if options.pack is not None:
-        pack_folder(out, work.out, dtype=options.pack, trust_remote_code=options.trust_remote_code)
+        pack_folder(out, work.out, dtype=options.pack, trust_remote_code=options.trust_remote_code).warn()
     return result

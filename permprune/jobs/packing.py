@@ -24,7 +24,7 @@ from permprune.plan import calibration_examples
 from permprune.pruning.folder import require_probe, write_pruned
 from permprune.system.failures import failures_reported
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
-from permprune.system.progress import stage, stages
+from permprune.system.progress import log, stage, stages
 from permprune.system.stages import PACK, READ, WRITE
 
 SLACK = 2.0
@@ -56,6 +56,12 @@ class Packed:
     before: float
     rounding: float
     largest: float
+
+    def warn(self) -> None:
+        """Log a warning that names the layers that were not packed, if there are any."""
+        if self.left_dense:
+            names = ", ".join(self.left_dense)
+            log.warning("of a type that has no packed form, and so written with their zeros: %s", names)
 
 
 @failures_reported()

@@ -237,13 +237,11 @@ def write_pruned_weights(
         return
     stage(PACK)
     config = weights.plan.config
-    packed = pack_folder(
+    pack_folder(
         out,
         work.out,
         dtype=pack,
         head=head,
         calibration=config if pack == "int4" else None,
         trust_remote_code=config.trust_remote_code,
-    )
-    if dense := packed.left_dense:
-        log.warning("of a type that has no packed form, and so written with their zeros: %s", ", ".join(dense))
+    ).warn()

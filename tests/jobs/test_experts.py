@@ -1,5 +1,6 @@
 """Mixtures of experts in folders: written, offloaded, trained and packed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,9 @@ def test_offloaded_experts_take_what_was_forecast(source: Path, tiny_text: Path,
 
 
 @pytest.mark.parametrize("family", ["mixtral"], indirect=True)
-def test_training_keeps_the_pattern(source: Path, tiny_text: Path, tmp_path: Path) -> None:
+def test_training_keeps_the_pattern(
+    source: Path, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "out"
     run(source, out, tiny_text, permute="none")
     options = FineTuning(str(tiny_text), epochs=1, rows=16, length=16, lr=1e-2, teacher=str(source))
@@ -123,6 +126,8 @@ def test_training_keeps_the_pattern(source: Path, tiny_text: Path, tmp_path: Pat
     for name, weight in old.items():
         if weight.dim() == 3:
             assert torch.equal(weight == 0, new[name] == 0) and not torch.equal(weight, new[name])
+    finetune(str(out), tmp_path / "packed", replace(options, pack="bf16", train="norms"))
+    assert "of a type that has no packed form" in caplog.text and "experts.*.down_proj" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"], indirect=True)

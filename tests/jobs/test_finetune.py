@@ -1,15 +1,18 @@
 """Fine-tuning to a folder: heads for the labels there are, zeros that stay, and the record."""
 
+import copy
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from permprune import prune
 from permprune.checkpoints.io import load, read_model
 from permprune.checkpoints.record import Epoch
 from permprune.config import PruneConfig
@@ -26,6 +29,8 @@ from permprune.losses.objective import Objective, block_outputs
 from permprune.losses.targets import labelled
 from permprune.models.forward import padding_of
 from permprune.training.loop import Trainer
+
+from ..faults.pruned import SETTINGS, WINDOWS
 
 pytestmark = pytest.mark.slow
 
@@ -226,6 +231,34 @@ def test_what_is_trained_through_int4_is_packed_as_it_is(
         finetune(str(tiny_checkpoint), tmp_path / "out", FineTuning(text, pack="int4"))
     with pytest.raises(PermpruneError, match="give --adapters or --pack int4"):
         FineTuning(text, adapters=2, pack="int4")
+
+
+def test_what_cannot_be_packed_is_not_trained_and_what_was_trained_is_packed_in_another_type(
+    tiny_llama: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    objectives: list[Objective],
+) -> None:
+    pruned = {pattern: tmp_path / pattern.replace(":", "-") for pattern in ("8:32", "2:4")}
+    for pattern, folder in pruned.items():
+        model = copy.deepcopy(tiny_llama)
+        prune(model, examples=WINDOWS, pattern=pattern, **SETTINGS).save_pretrained(folder, tiny_tokenizer)
+    options = FineTuning(str(tiny_text), epochs=1, rows=16, length=16, pack="fp16")
+    with pytest.raises(PermpruneError, match="8:32 cannot be packed: M is at most 16"):
+        finetune(str(pruned["8:32"]), tmp_path / "out", options)
+    assert not objectives
+
+    def overflow(*_: object, **__: object) -> None:
+        raise PermpruneError("too large for fp16")
+
+    with monkeypatch.context() as patch, pytest.raises(PermpruneError, match="too large for fp16"):
+        patch.setattr("permprune.jobs.packing.pack", overflow)
+        finetune(str(pruned["2:4"]), tmp_path / "out", options)
+    monkeypatch.setattr("permprune.training.loop.Trainer._epoch", overflow)  # nothing is trained again
+    finetune(str(pruned["2:4"]), tmp_path / "out", replace(options, pack="bf16"), resume=True)
+    assert verify(tmp_path / "out").layers == 14
 
 
 def test_what_cannot_be_learned_is_refused(encoder: str, tiny_bert: Path, tmp_path: Path) -> None:
