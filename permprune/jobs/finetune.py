@@ -29,6 +29,7 @@ with on_first_use(globals()):
     from permprune.checkpoints.schema import decode
     from permprune.data.load import load_examples
     from permprune.data.overlap import overlap, warn_of_overlap
+    from permprune.engine.measuring import transcriber
     from permprune.evaluation.agreement import dense_outputs
     from permprune.evaluation.dispatch import evaluate_model, has_targets
     from permprune.evaluation.size import weight_bytes
@@ -39,7 +40,7 @@ with on_first_use(globals()):
     from permprune.kernels.product.layout import require_packable
     from permprune.losses.choice import choose_task
     from permprune.losses.targets import Imitation
-    from permprune.models.forward import is_causal_lm
+    from permprune.models.forward import is_causal_lm, is_ctc
     from permprune.models.layers import block_linears, require_changeable
     from permprune.models.processors import Processor
     from permprune.pattern import Pattern
@@ -276,7 +277,7 @@ def _finetune(
     if options.dev is not None:
         warn_of_overlap(overlap([examples], held_out), "training")
     batch = evaluation_batch(model)
-    imitates = kind_of(model) == "embeddings"
+    imitates = kind_of(model) == "embeddings" or is_ctc(model)
     if not has_targets(model, examples) and not imitates:
         raise PermpruneError("the data have no labels: give data with labels")
     task = choose_task(model, examples, batch)
@@ -290,9 +291,10 @@ def _finetune(
             objective = dataclasses.replace(objective, hidden_states=options.hidden)
 
     dense = None if has_targets(model, held_out) else dense_outputs(teacher or model, held_out, batch)
+    tokenizer = transcriber(model, processor) if is_ctc(model) else None
 
     def measure(measured: PreTrainedModel = model) -> Result:
-        return evaluate_model(measured, held_out, dense=dense, batch=batch, metric=options.metric)[0]
+        return evaluate_model(measured, held_out, tokenizer, dense=dense, batch=batch, metric=options.metric)[0]
 
     identity = {
         "model": opened.name,

@@ -181,6 +181,19 @@ def test_every_kind_of_every_type_is_pruned_packed_and_measured(
         assert json.loads(figures.read_text())["metric"] == metric
 
 
+@pytest.mark.parametrize(("labelled", "metric"), [(True, "word error rate"), (False, "top-1 agreement")])
+def test_a_recogniser_by_ctc_learns_from_a_teacher(
+    labelled: bool, metric: str, tiny_ctc: Path, clips: Path, tmp_path: Path
+) -> None:
+    if not labelled:
+        (clips / "all.trans.txt").unlink()
+    teacher = shutil.copytree(tiny_ctc, tmp_path / "teacher")
+    command = ["finetune", tiny_ctc, "--data", clips, "--epochs", "1", "--out", tmp_path / "out"]
+    assert "learns from a dense model's outputs alone: name a --teacher" in run(*command)[2]
+    code, stdout, stderr = run(*command, "--teacher", teacher)
+    assert code == 0 and metric in " ".join(stdout.split()), stderr
+
+
 TRANSLATORS = {
     "marian": lambda: MarianMTModel(
         MarianConfig(**TEXTS, **ENCODER_DECODER)
