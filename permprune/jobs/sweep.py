@@ -99,6 +99,7 @@ def sweep(
                 opened = partial(Held.open, model, of_pattern(unlimited, group[0].pattern), processor)
                 with Session(opened, dataclasses.replace(evaluation, shown=0)) as session:
                     _measure_cells(session, group, work.path, asked)
+        distributed.wait()  # until the first process has written the last row
         dense, rows = _rows(cells, work.path)
         name = name_of(model)
         result = Sweep(model=name, note=note(name), config=config, evaluation=evaluation, dense=dense, rows=rows)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from permprune.cli import app
 from permprune.errors import PermpruneError
 from permprune.system import distributed
 from permprune.system.failures import OutOfMemory, failures_reported
-from permprune.system.files import WorkFolder
+from permprune.system.files import WorkFolder, write_sealed
 
 from ..cli.running import run
 from ..forked import forked
@@ -74,9 +76,15 @@ def launch(folder: Path) -> None:
 
 def commands_of_rank(folder: Path) -> None:
     """Run one command after the other; {rank} is replaced in their arguments."""
+
+    def write_late(*arguments: Any) -> None:
+        time.sleep(0.5)
+        write_sealed(*arguments)
+
     codes = []
     with distributed.processes(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("permprune.report.run._pictures", lambda _: {})
+        patch.setattr("permprune.jobs.sweep.write_sealed", write_late)  # while the other process goes on
         for arguments in json.loads((folder / "commands.json").read_text()):
             try:
                 app([argument.replace("{rank}", os.environ["RANK"]) for argument in arguments])
@@ -97,6 +105,7 @@ def test_two_processes_find_what_one_finds_and_say_an_error_once(
         [*shared, *case, "--out", str(out), "--shard" if case is DIVIDED else "--no-shard"]
         for case, out in zip(CASES, both, strict=True)
     ]
+    commands += [["sweep", *shared[1:], "--patterns", "2:4", "--methods", "none", "--out", str(tmp_path / "swept")]]
     faulty = [["--out", "held"], ["--out", "unlike", "--seed", "{rank}"]]
     commands += [[*shared, *options[:1], str(tmp_path / options[1]), *options[2:]] for options in faulty]
     (tmp_path / "commands.json").write_text(json.dumps(commands))
@@ -113,8 +122,8 @@ def test_two_processes_find_what_one_finds_and_say_an_error_once(
         "".join(path.read_text() for path in tmp_path.glob(f"logs/**/{name}.log")) for name in ("stdout", "stderr")
     )
     codes = [json.loads((tmp_path / f"codes-{rank}.json").read_text()) for rank in (0, 1)]
-    assert codes == [[0, 0, 2, 2]] * 2, stderr
-    assert stdout.count("written to") == 2
+    assert codes == [[0, 0, 0, 2, 2]] * 2, stderr
+    assert stdout.count("written to") == 3
     assert stderr.count("the 2 processes divide the rows of the weights") == 1
     assert stderr.count("another run is writing") == 1
     assert stderr.count("the processes of this run differ in seed: ") == 1
