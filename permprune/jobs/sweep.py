@@ -83,6 +83,7 @@ def sweep(
     with the result before it is written. Raises `PermpruneError`.
     """
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
+    config.require_no_limit("sweep")
     cells = plan_cells(patterns, methods, budgets)
     asked = _asked(name_of(model), config, evaluation)
     with WorkFolder(Path(out)).held("sweep", resume) as work:

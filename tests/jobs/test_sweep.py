@@ -66,6 +66,9 @@ def test_bad_cells_are_refused(patterns: list[str], methods: list[str], budgets:
 def test_what_would_fail_later_fails_at_once(setting: Setting, tmp_path: Path) -> None:
     with pytest.raises(PermpruneError, match="which 5 does not divide"):
         run_sweep(setting, tmp_path / "out", ["2:4", "1:5"])
+    limited = (setting[0], setting[1].replace(pattern="mixed", max_loss=0.1), setting[2])
+    with pytest.raises(PermpruneError, match="sweep measures no loss to limit"):
+        run_sweep(limited, tmp_path / "out", ["mixed"])
     assert list(tmp_path.glob("out*")) == []
 
 
