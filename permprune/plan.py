@@ -43,7 +43,7 @@ from permprune.system.digests import CALIBRATION, model_digests, versions
 from permprune.system.progress import log
 from permprune.system.search_state import Checkpoint
 
-FREE = ("effort", "permute", "minutes", "update", "batch", "recompute", "offload", "shard")
+FREE = ("effort", "permute", "minutes", "update", "batch", "recompute", "memory", "offload", "shard")
 """Fields of the config that may change before an interrupted search is resumed."""
 
 PASSES = 20

@@ -52,7 +52,7 @@ CELLS = "cells"
 
 AGAIN, ANEW = "remove it, and --resume measures it again", "remove its folder and start again"
 
-FREE = (*CELL_FIELDS, "batch", "recompute")
+FREE = (*CELL_FIELDS, "batch", "recompute", "memory")
 """Fields of the config that differ between cells, or that may change before an interrupted sweep is resumed."""
 
 

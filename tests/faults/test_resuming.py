@@ -165,7 +165,7 @@ def test_the_cells_of_another_sweep_are_refused(
             with changed(what, Path(source[0])):
                 assert f"was saved with another {what}: use the same, or remove" in fails(*command, "--resume")
     assert not runs
-    assert run(*command, "--resume")[0] == 0
+    assert run(*command, "--memory", "8GiB", "--resume")[0] == 0
 
 
 def test_a_damaged_file_of_a_sweep_is_named(source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_no_hint_is_given_where_nothing_was_found(
         assert not list(tmp_path.glob("out*"))
 
 
-def test_more_minutes_or_rounds_go_on_from_the_state(
+def test_more_minutes_or_rounds_and_less_memory_go_on_from_the_state(
     source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -255,7 +255,8 @@ def test_more_minutes_or_rounds_go_on_from_the_state(
     with monkeypatch.context() as patch:
         patch.setattr("permprune.engine.held.Held.finish", stop)
         assert run("prune", *source, "--permute", "newton:rounds=1", "--minutes", "9", "--out", out)[0] == 130
-    assert run("prune", *source, "--permute", "newton:rounds=2", "--out", out, "--resume")[0] == 0
+    more = ["--permute", "newton:rounds=2", "--memory", "8GiB"]
+    assert run("prune", *source, *more, "--out", out, "--resume")[0] == 0
     assert orders(whole) == orders(out)
 
 
