@@ -35,18 +35,24 @@ INPUTS, TOKENS = (1, 8, 32, 128), (128,)
 
 
 def cells(
-    model: PreTrainedModel, batches: Sequence[int] | None = None, contexts: Sequence[int] | None = None
+    model: PreTrainedModel,
+    batches: Sequence[int] | None = None,
+    contexts: Sequence[int] | None = None,
+    steps: int = STEPS,
 ) -> list[tuple[int, int]]:
     """Return the batch sizes and context lengths at which `measure` is called; None stands for the model's defaults.
 
-    Texts have as many tokens as the model has positions, at most; the context of images and speech is 0.
+    Texts, with the `steps` tokens that are generated after them, have as many tokens as the model has positions, at
+    most; the context of images and speech is 0.
     """
     generates = is_causal_lm(model)
     batches = batches or (BATCHES if generates else INPUTS)
     contexts = contexts or (CONTEXTS if generates else TOKENS)
-    if not generates:
-        reads = kind_of(model) not in ("images", "speech")
-        contexts = sorted({fitting_length(model, context) for context in contexts}) if reads else [0]
+    if generates or kind_of(model) not in ("images", "speech"):
+        steps = steps if generates else 0
+        contexts = sorted({max(1, fitting_length(model, context + steps) - steps) for context in contexts})
+    else:
+        contexts = [0]
     return [(batch, context) for context in contexts for batch in batches]
 
 

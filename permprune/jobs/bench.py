@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import logging
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -26,10 +26,11 @@ from permprune.checkpoints.benchmark import BenchedModel, Benchmark
 from permprune.checkpoints.io import load, read_model
 from permprune.checkpoints.offload import read_size
 from permprune.checkpoints.record import RECORD, read_record
-from permprune.errors import PermpruneError
+from permprune.errors import PermpruneError, first_line
 from permprune.evaluation.size import stored_bytes
 from permprune.evaluation.speed import STEPS, ImageSize, batch_inputs, cells, measure
 from permprune.inference.engines import EngineError, build, installed
+from permprune.jobs.speeds import TYPES
 from permprune.kv.cache import PrunedCache
 from permprune.kv.files import OtherModelError
 from permprune.kv.files import read_record as read_kv
@@ -42,9 +43,6 @@ from permprune.system.progress import console, log, quiet_libraries, track
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
-
-DENSE = ("fp32", "bf16")
-"""The data types in which the dense model is measured."""
 
 END = "end"
 """The request that ends a process."""
@@ -109,7 +107,7 @@ def bench(
     threads = threads or torch.get_num_threads()
     require("threads", threads, Count)
     reference = dense or _dense_of(folders)
-    entries = [_Entry(reference, dtype, threads, trust_remote_code, reference=True) for dtype in DENSE]
+    entries = [_Entry(reference, dtype, threads, trust_remote_code, reference=True) for dtype in TYPES]
     entries += [
         _Entry(str(folder), dtype, threads, trust_remote_code) for folder in folders for dtype in _types(Path(folder))
     ]
@@ -123,14 +121,14 @@ def bench(
         entries += [dataclasses.replace(entries[0], engine=engine) for engine in installed()]
     speeds: dict[tuple[int, int, int], Any] = {}
     with _served(entries) as (entries, servers):
-        measured_at: list[tuple[int, int]] = _ask(servers[0], (batches, contexts))
+        measured_at: list[tuple[int, int]] = _ask(servers[0], "cells", batches, contexts, steps)
         order = [(cell, place) for cell in measured_at for _ in range(turns) for place in range(len(servers))]
         for cell, place in track(order, "measuring", len(order)):
-            speed = _ask(servers[place], (*cell, steps))
+            speed = _ask(servers[place], "speed", *cell, steps)
             speeds[*cell, place] = speed.fastest(speeds.get((*cell, place)))
         rows = []
         for place, (entry, server) in enumerate(zip(entries, servers, strict=True)):
-            size, resident = _ask(server, None)
+            size, resident = _ask(server, "memory")
             measured = [speeds[*cell, place] for cell in measured_at]
             rows.append(BenchedModel(entry.name, entry.dense, size, resident, measured))
     return Benchmark(threads, "GPU" if torch.cuda.is_available() else "CPU", rows)
@@ -234,15 +232,16 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _ask(server: Connection, question: tuple[Any, ...] | None) -> Any:
-    server.send(question)
+def _ask(server: Connection, *request: Any) -> Any:
+    with contextlib.suppress(OSError):  # its process has ended: what it sent before says why, if anything
+        server.send(request)
     return _receive(server)
 
 
 def _receive(server: Connection) -> Any:
     try:
         reply = server.recv()
-    except EOFError:
+    except (EOFError, OSError):
         raise PermpruneError(
             "a process of the benchmark died, perhaps because memory ran out: measure fewer models, or smaller batches"
         ) from None
@@ -264,11 +263,10 @@ def _load(entry: _Entry) -> PreTrainedModel:
 
 
 def _serve(pipe: Connection, entry: _Entry) -> None:
-    """Load a model and answer the requests that arrive through the pipe.
+    """Load a model and reply to requests (`_reply`): for its cells, its speed in one of them, and its memory.
 
-    The answer to (batches, contexts) are the model's `cells`; that to (batch, context, steps) is its speed; that to
-    None is a pair of the bytes of its tensors and the resident memory of the process in bytes; `END` ends the process.
-    A `PermpruneError` is sent as the answer and ends the process.
+    The memory is a pair: the bytes of its tensors, and the resident memory of the process in bytes. An error is sent
+    as the reply, as a `PermpruneError`, and ends the process.
     """
     console.quiet = True
     quiet_libraries()
@@ -280,23 +278,29 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
         if entry.engine is not None:
             _serve_engine(pipe, entry, model, size)
             return
-        cache = None if entry.kv is None else functools.partial(PrunedCache.from_pretrained, entry.kv, model)
+        cache = None if entry.kv is None else partial(PrunedCache.from_pretrained, entry.kv, model)
         if cache is not None:
             cache()
-        pipe.send(None)
-        while True:
-            question = pipe.recv()
-            if question == END:
-                return
-            if question is None:
-                pipe.send((stored_bytes(model), psutil.Process().memory_info().rss))
-            elif len(question) == 2:
-                pipe.send(cells(model, *question))
-            else:
-                batch, context, steps = question
-                pipe.send(measure(model, batch=batch, context=context, steps=steps, cache=cache, size=size))
+        _reply(
+            pipe,
+            cells=partial(cells, model),
+            speed=lambda batch, context, steps: measure(
+                model, batch=batch, context=context, steps=steps, cache=cache, size=size
+            ),
+            memory=lambda: (stored_bytes(model), psutil.Process().memory_info().rss),
+        )
     except PermpruneError as error:
         pipe.send(error)
+    except Exception as error:  # a model's own code can raise any type
+        pipe.send(PermpruneError(f"{entry.name} cannot be measured: {first_line(error)}"))
+
+
+def _reply(pipe: Connection, **replies: Callable[..., Any]) -> None:
+    """Say that a model is ready, then reply to requests, each a name and arguments, until one is `END`."""
+    pipe.send(None)
+    while (request := pipe.recv()) != END:
+        name, *arguments = request
+        pipe.send(replies[name](*arguments))
 
 
 def _serve_engine(pipe: Connection, entry: _Entry, model: PreTrainedModel, size: ImageSize) -> None:
@@ -308,10 +312,8 @@ def _serve_engine(pipe: Connection, entry: _Entry, model: PreTrainedModel, size:
         logging.disable(logging.WARNING)  # advice of the engines to their users
         with contextlib.redirect_stdout(io.StringIO()):  # and their bars
             engine = build(model, entry.engine, inputs, threads=entry.threads, folder=Path(folder))
-        pipe.send(None)
-        while (question := pipe.recv()) != END:
-            if question is None:
-                pipe.send((engine.nbytes, psutil.Process().memory_info().rss - stored_bytes(model)))
-            else:
-                batch, context, _ = question
-                pipe.send(engine.measure(model, batch, context, size))
+        _reply(
+            pipe,
+            speed=lambda batch, context, _: engine.measure(model, batch, context, size),
+            memory=lambda: (engine.nbytes, psutil.Process().memory_info().rss - stored_bytes(model)),
+        )

@@ -23,8 +23,7 @@ from permprune.system.device import best_device, dtype_named, fast_dtype
 from permprune.system.progress import log
 
 TYPES = ("fp32", "bf16")
-"""The data types in which a dense model that generates is measured: the faster one counts. Of other models, where
-products are the limit, that with the faster products is known."""
+"""The data types in which dense models are measured."""
 
 FEW, STEPS = 4, 16
 """Generated tokens: a few to find the faster data type, then those that count."""
@@ -76,7 +75,10 @@ def add_speeds(folder: Path, dense: str, config: PruneConfig) -> Record:
 
 
 def _fastest_type(model: PreTrainedModel) -> str:
-    """The data type in which a model is fastest, of `TYPES`; the model is left in one of them."""
+    """The data type in which a model is fastest, of `TYPES`; the model is left in one of them.
+
+    Of models that do not generate, where products are the limit, it is known without a measurement.
+    """
     if not is_causal_lm(model):
         return "bf16" if fast_dtype(best_device()) == torch.bfloat16 else "fp32"
     rates = {name: _rate(nn.Module.to(model, dtype_named(name)), FEW) for name in TYPES}

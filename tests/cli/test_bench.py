@@ -58,6 +58,15 @@ def test_packed_weights_are_written_measured_and_shown(tiny_checkpoint: Path, ti
 
 
 @pytest.mark.slow
+def test_a_model_that_fails_is_named_in_one_line(tiny_vit: Path) -> None:
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 24}}
+    (tiny_vit / "preprocessor_config.json").write_text(json.dumps(settings))
+    small = ("--batch", "1", "--turns", "1", "--threads", "1")
+    line = fails("bench", tiny_vit, "--dense", tiny_vit, *small)
+    assert f"{tiny_vit} (fp32) cannot be measured: " in line and "8*24" in line
+
+
+@pytest.mark.slow
 def test_models_that_generate_nothing_are_measured_in_inputs_a_second(tiny_vit: Path, tmp_path: Path) -> None:
     figures = tmp_path / "bench.json"
     small = ("--batch", "1,3", "--turns", "1", "--threads", "1", "--json", figures)

@@ -62,6 +62,12 @@ def test_a_cache_of_ones_own_is_filled_and_its_bytes_are_counted(tiny_llama: Lla
     assert 0 < pruned.cache < measure_speed(tiny_llama, batch=2, context=60, steps=4).cache
 
 
+def test_a_prompt_and_what_follows_fit_into_the_positions(tiny_llama: LlamaForCausalLM) -> None:
+    assert cells(tiny_llama, [2], [2048, 100, 128], 28) == [(2, 100)]
+    assert cells(tiny_llama, [2], [2048], 500) == [(2, 1)]
+    assert cells(tiny_llama, [2]) == [(2, 112)]
+
+
 def test_models_that_write_nothing_are_refused() -> None:
     model = BertForSequenceClassification(
         BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
