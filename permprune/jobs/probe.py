@@ -56,7 +56,7 @@ def probe(
     examples = load_examples(source, headed, opened.processor, part="probe", count=count)
     fitted = fit_probe(headed, examples, classes=len(classes))
     # The record's measurements are those of the model with another head.
-    unmeasured = {"measured": None, "gap_closed": None, "optimised": None, "bench": None}
+    unmeasured = {"measured": None, "gap_closed": None, "optimised": None, "bench": None, "showcase": None}
     stage(WRITE)
     with atomic_folder(out) as folder:
         write_model(fitted.model, opened.processor, folder, **unmeasured)

@@ -1,6 +1,7 @@
 """Folders of pruned models: what is written computes what was pruned, and stays pruned whatever is done with it."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import shutil
@@ -14,8 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreT
 
 import permprune
 from permprune.checkpoints.origin import held_patterns
-from permprune.checkpoints.record import RECORD, read_record
+from permprune.checkpoints.record import RECORD, SIDES, Showcase, SizeAndSpeed, read_record
 from permprune.checkpoints.weights import GATHERED
+from permprune.pruning.folder import write_record
 
 from ..cli.running import fails, run
 from .pruned import SETTINGS, SMALL, TUNED, WINDOWS, commands, logits, options, write_pruned, write_source
@@ -259,6 +261,8 @@ def test_a_probe_of_a_pruned_model_keeps_it_pruned(tiny_vit: Path, tmp_path: Pat
     examples = permprune.Examples({"pixel_values": pixels})
     done = permprune.prune(model, examples=examples, mode=mode, **SETTINGS)
     done.save_pretrained(tmp_path / "pruned", processor)
+    shown = Showcase("neighbours", "", [], {side: SizeAndSpeed(9) for side in SIDES})
+    write_record(dataclasses.replace(read_record(tmp_path / "pruned"), showcase=shown), tmp_path / "pruned")
     photos = write_photos(tmp_path / "photos")
     out = tmp_path / "out"
     assert run("probe", tmp_path / "pruned", "--data", photos, "--classes", "cat,dog", "--out", out)[0] == 0
@@ -271,7 +275,7 @@ def test_a_probe_of_a_pruned_model_keeps_it_pruned(tiny_vit: Path, tmp_path: Pat
         expected = base(pixel_values=pixels).last_hidden_state
         torch.testing.assert_close(found.vit(pixel_values=pixels).last_hidden_state, expected)
     assert found.config.id2label == {0: "cat", 1: "dog"}
-    assert read_record(out).measured is None
+    assert read_record(out).measured is read_record(out).showcase is None
 
 
 def write_photos(folder: Path) -> Path:
