@@ -223,8 +223,16 @@ def beside(
     config: PruneConfig, evaluation: Evaluation, tasks: TaskList | None = None
 ) -> tuple[PruneConfig, Evaluation]:
     """Return the config and the evaluation of a run (`Evaluation.beside`), with the tasks if there are any."""
-    tasks = tasks if tasks and (tasks.names or tasks.files) else None
+    tasks = tasks if tasks and are_named(tasks) else None
     return dataclasses.replace(evaluation, tasks=tasks).beside(config)
+
+
+def are_named(tasks: TaskList) -> bool:
+    """Whether there are tasks. Raises `PermpruneError` if there are none, but settings of tasks."""
+    named = bool(tasks.names or tasks.files)
+    if not named and tasks != TaskList():
+        raise PermpruneError("--limit and the like are settings of tasks: name some with --tasks, or leave them out")
+    return named
 
 
 def show(*tables: RenderableType) -> None:

@@ -44,19 +44,19 @@ def evaluate(
     --tasks, --data is a folder with local files of the tasks.
     """
 
-    tasks = dataclasses.replace(tasks, data=evaluation.source)
+    scored = cli.are_named(tasks)
     pooling_asked(task)
-    scored = tasks.names or tasks.files
     if kv is not None and (scored or evaluation.metric or dense or task):
         raise PermpruneError("--kv measures perplexity on text: leave out --tasks, --metric, --dense and the like")
-    if scored and (dense or task):
-        raise PermpruneError("--tasks scores language models: leave out --dense and --task")
+    if scored and (evaluation.metric or dense or task):
+        raise PermpruneError("--tasks scores language models: leave out --metric, --dense and --task")
     yield
 
     from permprune.jobs.evaluate import evaluate_all
     from permprune.jobs.kv import evaluate_kv
 
     if scored:
+        tasks = dataclasses.replace(tasks, data=evaluation.source)
         results = evaluate_tasks(model, tasks, trust_remote_code=trust_remote_code)
         figures = {"model": model, **dataclasses.asdict(tasks), "results": [result.to_json() for result in results]}
         cli.show(_table(model, results))
