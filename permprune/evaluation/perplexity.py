@@ -16,12 +16,14 @@ from permprune.models.forward import frozen, is_encoder_decoder
 from permprune.options import Count, require
 from permprune.system import distributed
 from permprune.system.device import compute_device
+from permprune.system.failures import failures_reported
 from permprune.system.progress import track
 
 LogitsOf = Callable[[nn.Module, Examples], Logits]
 """A function that computes a model's logits of a batch."""
 
 
+@failures_reported()
 @torch.inference_mode()
 def perplexity(
     model: nn.Module, windows: Examples | Tensor, batch: int = 4, logits_of: LogitsOf | None = None

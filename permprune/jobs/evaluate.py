@@ -13,7 +13,6 @@ from permprune.system.progress import stage, stages
 from permprune.system.stages import MEASURE, READ
 
 
-@failures_reported()
 def evaluate(
     model: ModelSource,
     evaluation: Evaluation | None = None,
