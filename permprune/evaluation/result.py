@@ -23,6 +23,10 @@ class Metric:
     def __str__(self) -> str:
         return self.name
 
+    def cost(self, value: float) -> float:
+        """Return a value so that lower is better: negated if higher is."""
+        return -value if self.higher_is_better else value
+
 
 _KNOWN: dict[str, Metric] = {}
 

@@ -137,8 +137,7 @@ def compare(
 
 
 def _best(rows: Sequence[ComparisonRow]) -> ComparisonRow:
-    sign = 1 if rows[0].result.metric.higher_is_better else -1
-    return max(rows, key=lambda row: sign * row.result.value)
+    return min(rows, key=lambda row: row.result.metric.cost(row.result.value))
 
 
 def _rows(measurements: list[Measurement]) -> list[ComparisonRow]:

@@ -156,8 +156,7 @@ def pareto(points: Sequence[tuple[float, float]], metric: Metric) -> list[bool]:
 
     A point is on the front if its value is finite and no other point is at least as small and at least as good.
     """
-    sign = -1 if metric.higher_is_better else 1
-    costs = [(size, sign * value) for size, value in points]
+    costs = [(size, metric.cost(value)) for size, value in points]
     return [
         math.isfinite(loss) and not any(a <= size and b <= loss and (a, b) != (size, loss) for a, b in costs)
         for size, loss in costs

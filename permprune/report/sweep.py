@@ -82,7 +82,7 @@ def sweep_decision(result: Result) -> str:
     metric, rows = result["metric"], result["rows"]
     if not (front := _front(result)):
         return f"None of {count(len(rows), 'cell')} has a finite {metric}."
-    best = (max if metric_named(metric).higher_is_better else min)(front, key=lambda row: float(row[metric]))
+    best = min(front, key=lambda row: metric_named(metric).cost(row[metric]))
     none = next(row for row in rows if row["pattern"] == best["pattern"] and row["method"] == NONE)
     run = way(best["pattern"], best["method"], result["settings"]["update"])
     beside = None if best["method"] == NONE else none[metric]
@@ -200,14 +200,14 @@ def minutes(result: Result) -> Figure:
     """Draw the metric of every cell against the time of its search, with a line at the best so far for each pattern."""
     metric = result["metric"]
     rows = _finite(result, metric)
-    sign = -1 if metric_named(metric).higher_is_better else 1
     colors, markers = _keys(result)
     picture = figure(WIDTH, 3.6)
     axes = picture.subplots()
     axes.set_xscale("log")
     for pattern, marker in markers.items():
         cells = sorted((row for row in rows if row["pattern"] == pattern), key=lambda row: float(row["seconds"]))
-        best = [sign * min(sign * row[metric] for row in cells[: end + 1]) for end in range(len(cells))]
+        values = [row[metric] for row in cells]
+        best = [min(values[: end + 1], key=metric_named(metric).cost) for end in range(len(cells))]
         seconds = [max(1.0, row["seconds"]) for row in cells]
         axes.plot(seconds, best, color=GRAY, linewidth=0.8, drawstyle="steps-post", zorder=1)
         for row, second in zip(cells, seconds, strict=True):
