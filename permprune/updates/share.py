@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,12 +12,14 @@ from permprune.examples import Examples
 from permprune.losses.objective import Objective
 from permprune.pruning.network import PrunedNetwork
 from permprune.system.progress import log
+from permprune.system.shelf import Computed
 from permprune.updates.base import NoUpdate, Update
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """The shares that are tried of an update that keeps the network's masks."""
 
 
+@torch.no_grad()
 def update_network(update: Update, network: PrunedNetwork, examples: Examples, held_out: Examples) -> None:
     """Update the network's weights, as far as this lowers the loss on the `held_out` examples.
 
@@ -32,7 +35,8 @@ def update_network(update: Update, network: PrunedNetwork, examples: Examples, h
         return
     objective = Objective().suited(network.task, network.statistics.one_label_per_example)
     teacher_outputs = network.compute_teacher_outputs(held_out, objective)
-    least, label, best = float("inf"), "", dict[str, Tensor]()
+    least, label = float("inf"), ""
+    best: Mapping[str, Tensor] = {}
     for name, weights in _choices(update, network, examples):
         network.show(weights)
         loss = network.loss(held_out, objective, teacher_outputs)
@@ -43,15 +47,24 @@ def update_network(update: Update, network: PrunedNetwork, examples: Examples, h
     network.show(best)
 
 
-@torch.no_grad()
-def _choices(update: Update, network: PrunedNetwork, examples: Examples) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the candidates: (label, weights by layer)."""
-    masked = {name: (weight * network.masks[name]).float() for name, weight in network.weights.items()}
-    yield "masks alone", masked
+def _choices(update: Update, network: PrunedNetwork, examples: Examples) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Yield the candidates: (label, weights by layer), which what is shown later leaves as they are.
+
+    Only updated weights are in memory; the others are computed from them and the masked ones, layer by layer.
+    """
+
+    def masked(name: str) -> Tensor:
+        return (network.weights[name] * network.masks[name]).float()
+
+    yield "masks alone", Computed(network.layers, masked)
     update.run(network, examples)
-    yield "full update", dict(network.updated)
+    yield "full update", network.updated
     update.run(network, examples, network.masks)
-    whole = dict(network.updated)
+    whole = network.updated
+    network.show(whole)  # on its shelf, where the shares do not replace it
+
+    def part(share: float, name: str) -> Tensor:
+        return masked(name).lerp(whole[name].float(), share)
+
     for share in SHARES:
-        weights = {name: masked[name].lerp(weight.float(), share) for name, weight in whole.items()}
-        yield f"{share:.0%} of the update with fixed masks", weights
+        yield f"{share:.0%} of the update with fixed masks", Computed(whole, partial(part, share))

@@ -13,6 +13,7 @@ from permprune.examples import Examples
 from permprune.losses.objective import ONE_LABEL_DIVERGENCE, Objective, TeacherOutputs
 from permprune.permuters.identity import Random
 from permprune.pruning.network import PrunedNetwork
+from permprune.system.shelf import Place, Shelf
 from permprune.updates.admm import ADMM
 from permprune.updates.base import NoUpdate, Update
 from permprune.updates.share import SHARES, update_network
@@ -24,15 +25,15 @@ WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0
 
 
 class Towards(Update):
-    """Goes from the masked weights to `target` times them; with masks of its own all weights are zero."""
+    """Goes from the masked weights to `target` times them; with masks of its own to `alone` times them."""
 
     name = "towards"
 
-    def __init__(self, target: float) -> None:
-        object.__setattr__(self, "target", target)
+    def __init__(self, target: float, alone: float = 0.0) -> None:
+        object.__setattr__(self, "factors", (alone, target))
 
     def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
-        factor = 0.0 if masks is None else self.target
+        factor = self.factors[masks is not None]
         network.show({name: factor * weight * network.masks[name] for name, weight in network.dense.items()})
 
 
@@ -46,15 +47,21 @@ def shown(network: PrunedNetwork) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in network.shown.items()}
 
 
-def test_the_choice_with_the_least_held_out_loss_is_taken(tiny_llama: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("place", ["device", "disk"])
+@pytest.mark.parametrize(("alone", "target"), [(0.0, 1.5), (1.5, -1.5)])
+def test_the_choice_with_the_least_held_out_loss_is_taken(
+    tiny_llama: LlamaForCausalLM, place: Place, alone: float, target: float
+) -> None:
     prepared = ready(tiny_llama)
-    network, held_out, target = prepared.network, prepared.run.held_out, 1.5
+    network, held_out = prepared.network, prepared.run.held_out
+    network.shelf = Shelf(place)
+    network.set_weights({})
     masked = {name: weight * network.masks[name] for name, weight in network.dense.items()}
     losses = {}
-    for factor in (0.0, 1.0, *(1 + share * (target - 1) for share in SHARES)):
+    for factor in (alone, 1.0, *(1 + share * (target - 1) for share in SHARES)):
         network.show({name: factor * weight for name, weight in masked.items()})
         losses[factor] = network.loss(held_out, Objective())
-    update_network(Towards(target), network, prepared.measured, held_out)
+    update_network(Towards(target, alone), network, prepared.measured, held_out)
     best = min(losses, key=losses.__getitem__)
     for name, weight in shown(network).items():
         torch.testing.assert_close(weight, best * masked[name])
