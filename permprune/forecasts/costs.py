@@ -194,7 +194,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         rounds.append(Stage(f"{method.name}: compensation", parts, compensation_work(run, 4 * examples)))
     if method.block_steps:
         parts, work = block_training(run, method.block_steps)
-        rounds.append(Stage(f"{method.name}: blocks", (*parts, *([best] if changed > 1 else [])), work))
+        rounds.append(Stage(f"{method.name}: blocks", (*parts, *([best] if changed > 1 else [])), work, last=True))
     if method.trains_at_end:
         counted = step * method.train_steps if method.train_steps else None
         training = training_memory(method, run, batch, method.train_steps)

@@ -116,7 +116,7 @@ class Forecast:
         """The time of each stage; None where it is not known.
 
         If the rounds of a search need more than their share of a time limit, all its stages are shortened alike.
-        Training takes what is left of the limit, unless its steps need less.
+        Each training takes what is left of the limit, unless its steps need less.
         """
         times = {stage.name: None if stage.work is None else self.machine.seconds(stage.work) for stage in self.stages}
         if self.config.minutes is None:
@@ -128,8 +128,9 @@ class Forecast:
         times |= {name: own and own * searched / max(known, 1e-9) for name, own in rounds.items()}
         for stage in self.stages:
             if stage.last:
-                needed = times[stage.name]
-                times[stage.name] = limit - searched if needed is None else min(needed, limit - searched)
+                needed, left = times[stage.name], limit - searched
+                times[stage.name] = taken = left if needed is None else min(needed, left)
+                searched += taken
         return times
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,14 +41,23 @@ def after_rounds(
     if method.compensate:
         change = partial(compensate, landscape, examples=4 * method.examples)
         state = _timed(method.stage("compensation"), state, change)
-    if method.block_steps:
+    if method.block_steps and (left := _time_left(landscape, state, "blocks")) > 0:
         saved = Resumable(checkpoint, f"{method.name}.blocks", len(state.curve))
-        blocks = partial(train_blocks, landscape, steps=method.block_steps, saved=saved)
+        blocks = partial(train_blocks, landscape, steps=method.block_steps, limit=left, saved=saved)
         state = _timed(method.stage("blocks"), state, blocks)
     bits = landscape.network.bits if method.refine or method.compensate else {}
-    if method.trains_at_end:
-        state = _timed(method.stage("training"), state, partial(_train_at_end, method, landscape))
+    if method.trains_at_end and (left := _time_left(landscape, state, "training")) > 0:
+        state = _timed(method.stage("training"), state, partial(_train_at_end, method, landscape, left))
     return state, bits
+
+
+def _time_left(landscape: Landscape, state: TrustRegionState, what: str) -> float:
+    """The seconds that are left of the time limit of a run; if there are none, logs that `what` is left out."""
+    minutes = landscape.run.minutes
+    left = math.inf if minutes is None else 60 * minutes - state.seconds
+    if left <= 0:
+        log.warning("%s: no time is left of --minutes %g", what, minutes)
+    return left
 
 
 def _timed(
@@ -59,11 +69,10 @@ def _timed(
     return change(state).after(distributed.mean(time.monotonic() - began), points)
 
 
-def _train_at_end(method: TrustRegion, landscape: Landscape, state: TrustRegionState) -> TrustRegionState:
-    """Train the weights for the steps and the time that are left."""
-    minutes = landscape.run.minutes
+def _train_at_end(method: TrustRegion, landscape: Landscape, left: float, state: TrustRegionState) -> TrustRegionState:
+    """Train the weights for the steps and the seconds that are `left`."""
     schedules = [counted(method.train_steps)] if method.train_steps else []
-    schedules += [] if minutes is None else [timed(60 * minutes - state.seconds)]
+    schedules += [] if left == math.inf else [timed(left)]
     state, kept = train(method, landscape, state, first_ended(*schedules), first=0, int4=method.int4)
     if not kept:
         log.warning(

@@ -7,6 +7,7 @@ that many more are made in the same time than of training end to end, which then
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -66,11 +67,12 @@ class BlockDistance(Loss):
         return relative_distance([outputs_of(model, batch, outputs, self.reached[-1])], [target]), 1
 
 
-def train_blocks(landscape: Landscape, state: S, steps: int, saved: Resumable) -> S:
+def train_blocks(landscape: Landscape, state: S, *, steps: int, limit: float, saved: Resumable) -> S:
     """Train the weights of each block for so many steps, and keep them if the held-out loss falls.
 
     The network shows the state. Returns the state with the loss on its curve. A model that does not go on from one
-    block to the next (`continues`) is left as it is, with a warning. Progress is saved in `saved` after each block.
+    block to the next (`continues`) is left as it is, with a warning. After `limit` seconds no other block is trained.
+    Progress is saved in `saved` after each block.
     """
     network = landscape.network
 
@@ -83,11 +85,11 @@ def train_blocks(landscape: Landscape, state: S, steps: int, saved: Resumable) -
         log.warning("the model does not go on from one block to the next: its blocks are not trained one by one")
         return state
     state = replace(state, seconds=state.seconds + saved.before)
-    weights = trained_blocks(network, landscape.run, steps, saved)
+    weights = trained_blocks(network, landscape.run, steps, saved, limit)
     return keep_if_better(landscape, state, weights, "blocks")[0]
 
 
-def trained_blocks(network: PrunedNetwork, run: Run, steps: int, saved: Resumable) -> Shelf:
+def trained_blocks(network: PrunedNetwork, run: Run, steps: int, saved: Resumable, limit: float = math.inf) -> Shelf:
     """Return the weights by layer after the training of each block; the network itself keeps its own."""
     before, blocks = network.trained, layers_up_to_each(network.model, network.layers.values())
     before.put_aside()
@@ -105,6 +107,9 @@ def trained_blocks(network: PrunedNetwork, run: Run, steps: int, saved: Resumabl
 
     done = values["blocks"]
     for number, (reached, layers) in enumerate(track(blocks if done < len(blocks) else [], "training blocks")):
+        if distributed.mean(saved.seconds) > limit:
+            log.warning("blocks: no time is left of --minutes: %d of %d were trained", done, len(blocks))
+            break
         with network.dense_weights():
             dense.go_on(reached)
         if number >= done:
@@ -112,9 +117,10 @@ def trained_blocks(network: PrunedNetwork, run: Run, steps: int, saved: Resumabl
             names, loss = [layer.name for layer in layers], BlockDistance(reached, shown)
             train_block(network, run, steps, windows, loss=loss, names=names, weights=weights)
             network.set_weights(weights)
-            saved.offer(partial(state, number + 1))
+            done = number + 1
+            saved.offer(partial(state, done))
         pruned.go_on(reached)
-    saved.save(partial(state, len(blocks)))
+    saved.save(partial(state, done))
     network.set_weights(before)
     return weights
 

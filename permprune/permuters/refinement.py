@@ -160,6 +160,7 @@ def refine_masks(landscape: Landscape, state: S, *, rounds: int, examples: int, 
             state = record(state, loss, seconds)
     for number in track(range(len(made), rounds), "refining masks"):
         if state.seconds > limit:
+            log.warning("refinement: no time is left of --minutes for %d of %d rounds", rounds - number, rounds)
             break
         gradients = landscape.gradients(number, examples)
         with torch.no_grad():

@@ -134,7 +134,7 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     @property
     def search_share(self) -> float:
-        return 1 - (self.train or (TRAINED if self.train_steps else 0.0))
+        return 1 - (self.train or (TRAINED if self.train_steps or self.block_steps else 0.0))
 
     @property
     def step_examples(self) -> int:
@@ -142,7 +142,7 @@ class TrustRegion(Iterative[TrustRegionState]):
         return max(1, self.examples // 4)
 
     def require_minutes(self, minutes: float | None) -> None:
-        if not self.train_steps:
+        if self.train and not self.train_steps:
             super().require_minutes(minutes)
 
     def init(self, landscape: Landscape) -> TrustRegionState:

@@ -209,6 +209,15 @@ def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> N
     limit = 1e-3 * free / 60
     short, trained = seconds("newton:rounds=400:train=0.75", limit)
     assert short < 60 * limit / 4 and trained == pytest.approx(60 * limit * 3 / 4)
+    method = "newton:start=none:rounds=0:block_steps=400:train_steps=400"
+    free, after = (
+        forecast(config_folder, gpu="h100", permute=method).seconds[f"newton: {name}"]
+        for name in ("blocks", "training at the end")
+    )
+    assert free and after
+    for limit, expected in ((2 * free, free), (free / 2, free / 2)):
+        _, trained = seconds(method, limit / 60)
+        assert trained == pytest.approx(min(after, limit - expected), abs=1e-2 * free)
 
 
 def test_only_the_config_is_read(config_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,27 @@ def test_passes_go_on_from_block_to_block(prepared: Prepared) -> None:
         chain.go_on(every[:number])
         for window, (computed,) in zip(windows, chain.of(block), strict=True):
             torch.testing.assert_close(computed, outputs(network, window["input_ids"])[number - 1])
+
+
+def test_blocks_end_with_the_time_limit_and_go_on_with_a_longer_one(
+    prepared: Prepared, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Slow(Resumable):
+        """Each look at the clock takes an hour."""
+
+        hours = 0
+
+        @property
+        def seconds(self) -> float:
+            self.hours += 1
+            return 3600.0 * self.hours
+
+    network, run, whole = prepared.network, prepared.run, trained(prepared, 3)
+    part = trained_blocks(network, run, 3, Slow(Checkpoint(tmp_path, {}), "blocks"), limit=5000.0)
+    assert caplog.messages[-1] == "blocks: no time is left of --minutes: 1 of 2 were trained"
+    assert {name for name in part if torch.equal(part[name], whole[name])} == {name for name in whole if ".0." in name}
+    rest = trained_blocks(network, run, 3, Resumable(Checkpoint(tmp_path, {}), "blocks"))
+    assert all(torch.equal(rest[name], weight) for name, weight in whole.items())
 
 
 def test_a_search_keeps_what_lowers_the_held_out_loss(prepared: Prepared) -> None:

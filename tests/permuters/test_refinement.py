@@ -127,9 +127,12 @@ def test_a_solution_has_the_masks(prepared: Prepared, tmp_path: Path, monkeypatc
     assert network.loss(run.held_out, Objective()) == pytest.approx(solution.curve[-1].loss, abs=1e-5)
 
 
-def test_the_time_limit_ends_the_rounds(prepared: Prepared) -> None:
-    solution = METHOD.solve(prepared.network, dataclasses.replace(prepared.run, minutes=1e-9))
+def test_the_time_limit_ends_the_rounds_and_what_follows(prepared: Prepared, caplog: pytest.LogCaptureFixture) -> None:
+    method = dataclasses.replace(METHOD, block_steps=2, train_steps=2)
+    solution = method.solve(prepared.network, dataclasses.replace(prepared.run, minutes=1e-9))
     assert [point.stage for point in solution.curve] == ["search"]
+    left_out = [line.split(":")[0] for line in caplog.messages if "no time is left of --minutes" in line]
+    assert left_out == ["refinement", "blocks", "training"]
 
 
 def test_a_refined_model_is_verified(

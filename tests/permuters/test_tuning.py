@@ -171,7 +171,9 @@ def test_the_time_of_an_interrupted_training_counts(
     assert saved().before > spent and Resumable(Checkpoint(tmp_path, {}), "training", key=4).take() is None
 
 
-def test_training_takes_what_the_rounds_leave_of_the_time(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_takes_what_the_rounds_leave_of_the_time(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     limits: list[float] = []
     place = "permprune.permuters.after_rounds.timed"
     monkeypatch.setattr(place, lambda seconds: limits.append(seconds) or counted(3))
@@ -185,7 +187,8 @@ def test_training_takes_what_the_rounds_leave_of_the_time(prepared: Prepared, mo
     assert prepared.network.loss(run.held_out, Objective()) == pytest.approx(trained.loss, abs=1e-5)
     assert any(not torch.equal(weight, prepared.network.dense[name]) for name, weight in solution.weights.items())
     short = method.solve(prepared.network, dataclasses.replace(run, minutes=1e-9))
-    assert [point.stage for point in short.curve] == ["search", "training"] and limits[1] < 0
+    assert [point.stage for point in short.curve] == ["search"] and len(limits) == 1
+    assert "training: no time is left of --minutes 1e-09" in caplog.messages
 
 
 def test_a_training_of_a_number_of_steps_keeps_a_time_limit(
@@ -206,7 +209,8 @@ def test_a_training_of_a_number_of_steps_keeps_a_time_limit(
         method = Newton(rounds=1, train_steps=3)
         solution = method.solve(prepared.network, dataclasses.replace(prepared.run, minutes=minutes))
         assert len(steps) == made and [point.stage for point in solution.curve] == ["search", "search", "training"]
-    assert 100 < limits[0] <= 120 and Newton(train_steps=3).search_share == pytest.approx(0.3)
+    assert 100 < limits[0] <= 120
+    assert Newton(train_steps=3).search_share == Newton(block_steps=3).search_share == pytest.approx(0.3)
     assert Newton(train=0.9, train_steps=3).search_share == pytest.approx(0.1)
     PruneConfig(permute="newton:train=0.9:train_steps=3")  # without a limit only the steps count
 
