@@ -16,7 +16,7 @@ from permprune.permuters.block_tuning import train_blocks
 from permprune.permuters.iterate import Landscape
 from permprune.permuters.refinement import compensate, refine_masks
 from permprune.permuters.trust_region_state import TrustRegionState, Visit
-from permprune.permuters.tuning import Schedule, counted, first_ended, timed, train_further
+from permprune.permuters.tuning import Schedule, counted, first_ended, keep_if_better, timed, train_weights
 from permprune.system import distributed
 from permprune.system.progress import log, stage
 from permprune.system.search_state import Resumable
@@ -42,13 +42,18 @@ def after_rounds(
         change = partial(compensate, landscape, examples=4 * method.examples)
         state = _timed(method.stage("compensation"), state, change)
     if method.block_steps and (left := _time_left(landscape, state, "blocks")) > 0:
-        saved = Resumable(checkpoint, f"{method.name}.blocks", len(state.curve))
+        saved = Resumable(checkpoint, f"{method.name}.blocks", _stages_before(method, state))
         blocks = partial(train_blocks, landscape, steps=method.block_steps, limit=left, saved=saved)
         state = _timed(method.stage("blocks"), state, blocks)
     bits = landscape.network.bits if method.refine or method.compensate else {}
     if method.trains_at_end and (left := _time_left(landscape, state, "training")) > 0:
         state = _timed(method.stage("training"), state, partial(_train_at_end, method, landscape, left))
     return state, bits
+
+
+def _stages_before(method: TrustRegion, state: TrustRegionState) -> list[int]:
+    """What the weights that a training starts from depend on: each follows more points of the curve."""
+    return [len(state.curve), method.refine, method.compensate, method.block_steps]
 
 
 def _time_left(landscape: Landscape, state: TrustRegionState, what: str) -> float:
@@ -94,17 +99,17 @@ def train(
     first: int,
     int4: float = 0.0,
 ) -> tuple[TrustRegionState, bool]:
-    """Train the remaining weights (see `train_further`); gradients at other weights do not count any more."""
-    # each training follows more points of the curve
-    saved = Resumable(method.checkpoint(landscape.run), method.name + TRAINING, len(state.curve))
-    state, kept = train_further(
-        landscape,
-        state,
-        schedule,
-        first=first,
-        examples=method.step_examples,
-        rate=state.rate,
-        int4=int4,
-        saved=saved,
+    """Train the remaining weights of a state (see `train_weights`), and keep them if the held-out loss falls.
+
+    Returns the state, with the loss of the trained weights on the curve, and whether they were kept: gradients at other
+    weights do not count any more then. The network shows the state.
+    """
+    network, loss = landscape.network, landscape.loss.for_training(landscape.network.task)
+    saved = Resumable(method.checkpoint(landscape.run), method.name + TRAINING, _stages_before(method, state))
+    state = replace(state, seconds=state.seconds + saved.before)
+    examples, rate = method.step_examples, state.rate
+    weights = train_weights(
+        network, landscape.run, loss, schedule, first=first, examples=examples, rate=rate, int4=int4, saved=saved
     )
+    state, kept = keep_if_better(landscape, state, weights, "training")
     return (replace(state, visits=(Visit(state.orders),), slopes={}) if kept else state), kept

@@ -215,6 +215,31 @@ def test_a_training_of_a_number_of_steps_keeps_a_time_limit(
     PruneConfig(permute="newton:train=0.9:train_steps=3")  # without a limit only the steps count
 
 
+@pytest.mark.parametrize("before", [{"refine": 1}, {"block_steps": 2}])
+def test_a_training_after_other_stages_does_not_go_on_from_an_interrupted_one(
+    prepared: Prepared, before: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_state, "EVERY", 0.0)
+    method = Newton(rounds=1, examples=4, train_steps=4, rate=0.05)
+    run = dataclasses.replace(prepared.run, checkpoint=Checkpoint(tmp_path, {}), held_out=prepared.run.train)
+
+    def stop(steps: int) -> Schedule:
+        def place(done: int, _: float) -> float:
+            if done == 2:
+                raise KeyboardInterrupt
+            return 0.5
+
+        return place
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("permprune.permuters.after_rounds.counted", stop)
+        dataclasses.replace(method, **before).solve(prepared.network, run)
+    other = dataclasses.replace(method, **({"compensate": True} if "refine" in before else {"block_steps": 4}))
+    resumed = other.solve(prepared.network, run)
+    whole = other.solve(prepared.network, dataclasses.replace(run, checkpoint=Checkpoint(None, {}), solved={}))
+    assert all(torch.equal(weight, resumed.weights[name]) for name, weight in whole.weights.items())
+
+
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_training_through_int4_ends_with_values_that_packing_keeps(tiny_llama: LlamaForCausalLM, mode: str) -> None:
     config = PruneConfig(mode=mode, precision="fp32", measured=6, held_out=4)
