@@ -227,30 +227,6 @@ class KeptWeights:
         return whole
 
 
-def train_further(
-    landscape: Landscape,
-    state: S,
-    schedule: Schedule,
-    *,
-    first: int,
-    examples: int,
-    rate: float,
-    int4: float,
-    saved: Resumable,
-) -> tuple[S, bool]:
-    """Train the weights of a state (see `train_weights`), and keep them if the held-out loss falls.
-
-    Returns the state, with the loss of the trained weights on the curve, and whether they were kept. The network shows
-    the state.
-    """
-    network, loss = landscape.network, landscape.loss.for_training(landscape.network.task)
-    state = replace(state, seconds=state.seconds + saved.before)
-    weights = train_weights(
-        network, landscape.run, loss, schedule, first=first, examples=examples, rate=rate, int4=int4, saved=saved
-    )
-    return keep_if_better(landscape, state, weights, "training")
-
-
 def keep_if_better(landscape: Landscape, state: S, weights: Shelf, stage: str) -> tuple[S, bool]:
     """Keep these weights if the held-out loss falls; returns the state, with the loss on its curve, and if they are.
 
