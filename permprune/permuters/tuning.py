@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
@@ -97,9 +96,9 @@ class Progress:
 
 
 def has_risen(first: float, loss: float, spread: float) -> bool:
-    """Whether the mean loss of `LOGGED` steps, with this standard deviation, is above that of the first ones."""
+    """Whether the mean loss of `LOGGED` steps, with this standard deviation, is NaN or above that of the first ones."""
     error = spread * math.sqrt(1 / FIRST + 1 / LOGGED)
-    return loss - first > max((RISEN - 1) * abs(first), ERRORS * error)
+    return not loss - first <= max((RISEN - 1) * abs(first), ERRORS * error)
 
 
 class KeptWeights:
@@ -155,11 +154,11 @@ class KeptWeights:
         The rounding of int4 raises the loss as well, and is no reason, nor are losses that differ as much from step to
         step, as those of a few short answers.
         """
-        progress = self.progress
-        loss, spread = distributed.mean(fmean(progress.losses)), distributed.mean(stdev(progress.losses))
+        progress, losses = self.progress, torch.tensor(self.progress.losses, dtype=torch.float64)
+        loss, spread = distributed.mean(float(losses.mean())), distributed.mean(float(losses.std()))
         log.info("training step %d, %.0f %% of the schedule: loss %.4f", progress.steps, 100 * place, loss)
-        first = distributed.mean(fmean(progress.losses[:FIRST])) if progress.first is None else progress.first
-        self.progress = progress = replace(progress, first=first, losses=())
+        first = distributed.mean(float(losses[:FIRST].mean())) if progress.first is None else progress.first
+        self.progress = progress = replace(progress, first=first if math.isfinite(first) else None, losses=())
         if self._int4.scales or not has_risen(first, loss, spread):
             return
         share = progress.share * SLOWER

@@ -239,7 +239,7 @@ class PrunedNetwork(MaskedLayers):
             for number, (shown, dense) in enumerate(shares, 1):
                 with received(parameters, complete if alone and number == len(shares) else sums.add):
                     value, terms = self._backward(shown, loss, dense, count)
-                losses.append(value / terms)
+                losses.append(value / max(1, terms))
             if not alone:
                 gradients = sums.mean(1, ran=bool(shares))
                 for name, parameter in parameters.items():
@@ -271,7 +271,7 @@ class PrunedNetwork(MaskedLayers):
             value, terms = loss(self.model, shown, self.task, teacher_outputs)
         if not value.requires_grad:
             raise PermpruneError(f"{loss} has no gradient: compute it from the model's outputs")
-        (value if count is None else value / (terms * count)).backward()
+        (value if count is None else value / (max(1, terms) * count)).backward()  # a batch may have no labels
         return float(value.detach()), terms
 
     def _no_fisher(self, layer: Layer) -> Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.errors import PermpruneError
+from permprune.examples import IGNORED, Examples
 from permprune.forecasts.costs import state_bytes
 from permprune.kernels.product.int4 import exact_scale
 from permprune.kernels.product.layout import BLOCK
-from permprune.losses.objective import Objective
+from permprune.losses.objective import Loss, Objective, as_loss
 from permprune.permuters.newton import Newton
 from permprune.permuters.ria import RIAPermuter
 from permprune.permuters.tuning import (
@@ -52,9 +55,10 @@ def train(
     rate: float = 1e-3,
     int4: float = 0.0,
     saved: Resumable | None = None,
+    loss: Loss | None = None,
 ) -> dict[str, torch.Tensor]:
     saved = saved or Resumable(Checkpoint(None, {}), "training")
-    own = (prepared.network, prepared.run, Objective(), schedule)
+    own = (prepared.network, prepared.run, loss or Objective(), schedule)
     return train_weights(*own, first=first, examples=4, rate=rate, int4=int4, saved=saved)
 
 
@@ -119,6 +123,32 @@ def test_losses_of_few_tokens_that_differ_from_step_to_step_have_not_risen() -> 
     assert not has_risen(0.2925, 0.5132, 0.25)  # of two short answers a step
     assert has_risen(4.8, 8.8, 1.3) and has_risen(-4.8, -2.0, 0.1)
     assert not has_risen(4.8, 5.9, 0.1)
+    assert has_risen(4.8, math.nan, math.nan) and has_risen(math.nan, 4.8, 0.1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_after_losses_that_are_no_numbers_training_goes_back(
+    prepared: Prepared, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    def loss(model: nn.Module, batch: Examples) -> torch.Tensor:
+        mean: torch.Tensor = model(**batch, labels=batch["input_ids"]).loss
+        return mean * value
+
+    weights = train(prepared, counted(LOGGED), loss=as_loss(loss))
+    assert any("the loss rose" in line for line in caplog.messages)
+    assert all(torch.equal(weights[name], weight) for name, weight in prepared.network.dense.items())
+
+
+def test_a_batch_without_labels_changes_nothing(tiny_llama: LlamaForCausalLM) -> None:
+    answers = Examples({"input_ids": WINDOWS, "labels": WINDOWS.clone()})
+    answers["labels"][::2] = IGNORED
+    config = PruneConfig(mode="gather", precision="fp32", measured=6, held_out=4, batch=1)
+    prepared = prepare(tiny_llama, None, config, examples=answers)
+    assert all(weight.isfinite().all() for weight in train(prepared, counted(2)).values())
+    none = prepared.run.train[prepared.run.train["labels"][:, 0] == IGNORED]
+    gradients: list[torch.Tensor] = []
+    loss = prepared.network.take_gradients(none, Objective(), lambda _, gradient: gradients.append(gradient))
+    assert loss == 0 and len(gradients) == len(prepared.network.layers) and not any(map(torch.any, gradients))
 
 
 def test_training_shows_its_progress_on_a_terminal(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
