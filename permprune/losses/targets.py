@@ -205,17 +205,18 @@ def labelled(model: nn.Module, batch: Examples) -> Predictions:
 
 
 def scored(model: nn.Module, batch: Examples) -> Features:
-    """Predict the score of each example; the target scores are "labels" (batch,), of a floating type.
+    """Predict the score of each example; the target scores are "labels" (batch,) or (batch, 1), of a floating type.
 
-    Raises `PermpruneError` unless the model returns one number for each example.
+    Raises `PermpruneError` unless there is one number for each example of both.
     """
     labels = batch["labels"]
     logits = run_model(model, batch).logits
-    if logits.shape != (len(labels), 1):
+    if logits.shape != (len(labels), 1) or labels.numel() != len(labels):
         raise PermpruneError(
-            f"labels that are not classes, but logits of shape {tuple(logits.shape)}: give class numbers, or no labels"
+            f"labels of shape {tuple(labels.shape)} that are not classes, but logits of shape {tuple(logits.shape)}: "
+            "give a score for each example, class numbers, or no labels"
         )
-    return Features(logits.float(), labels[:, None].to(logits))
+    return Features(logits.float(), labels.reshape(-1, 1).to(logits.device, torch.float32))
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,19 @@ def test_scores_cost_their_squared_error_and_have_a_gaussian_fisher_information(
     assert isinstance(found, Imitation) and list(found.variances or {}) == ["logits"]
 
 
+@torch.no_grad()
+def test_scores_may_stand_in_a_column_and_are_not_rounded() -> None:
+    model, data = scorer(), sentences(labels=False)
+    labels = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        said, column = (scored(model, Examples({**data, "labels": given})) for given in (labels, labels[:, None]))
+    assert float(said.loss()) == float(column.loss())
+    for found in (said, column):
+        assert found.labels is not None and torch.equal(found.labels[:, 0], labels)
+    with pytest.raises(PermpruneError, match=r"labels of shape \(1, 2\) that are not classes"):
+        choose_task(model, Examples({**data, "labels": labels[:, None].expand(12, 2)}), 4)
+
+
 @pytest.mark.parametrize("labels", [torch.full((12,), 5), torch.zeros(12, 4, dtype=torch.long)])
 def test_labels_of_another_shape_or_beyond_the_classes_are_refused(labels: torch.Tensor) -> None:
     with pytest.raises(PermpruneError, match="do not fit logits"):
