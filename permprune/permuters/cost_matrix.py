@@ -96,7 +96,7 @@ class CostMatrixLearner(Iterative[CostMatrixState]):
         return self.steps
 
     def init(self, landscape: Landscape) -> CostMatrixState:
-        network, start = landscape.network, self.start.solve(landscape.network, landscape.run)
+        network, start = landscape.network, landscape.begin(self.start)
         costs = {}
         for problem in network.problems:
             size = self.part_size(problem.size, network.pattern_of(problem))

@@ -52,6 +52,13 @@ class Landscape:
         """The dense model's outputs for the held-out examples, if the loss needs them."""
         return self.network.compute_teacher_outputs(self.run.held_out, self.loss)
 
+    def begin(self, start: Permuter) -> Solution:
+        """Return the solution of a permuter, of which the network shows the orders, without weights and masks."""
+        solution = start.solve(self.network, self.run)
+        self.network.set_weights({})
+        self.network.set_bits({})
+        return solution
+
     def held_out_loss(self) -> float:
         """Return the loss on the held-out examples."""
         return self.network.loss(self.run.held_out, self.loss, self.teacher_outputs)

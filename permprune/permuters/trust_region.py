@@ -147,7 +147,7 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     def init(self, landscape: Landscape) -> TrustRegionState:
         """Start from the orders of `start`, or from the natural ones if their held-out loss is lower."""
-        network, start = landscape.network, self.start.solve(landscape.network, landscape.run)
+        network, start = landscape.network, landscape.begin(self.start)
         best = landscape.held_out_loss()
         network.set_orders(network.identity())
         natural = landscape.held_out_loss()

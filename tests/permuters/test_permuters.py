@@ -353,6 +353,21 @@ def test_a_search_begins_in_natural_order_where_its_start_is_worse(tiny_llama: L
     assert max(started.values()) == started["none"]
 
 
+@pytest.mark.parametrize("method", [Newton(rounds=0), LearnedPaper(steps=0)], ids=repr)
+def test_of_a_start_that_changes_weights_and_masks_the_orders_count(
+    tiny_llama: LlamaForCausalLM, method: Newton | LearnedPaper
+) -> None:
+    prepared = ready(tiny_llama)
+    run = dataclasses.replace(prepared.run, held_out=prepared.run.train)
+    start = Newton(rounds=0, start=permuter("ria"), compensate=True, train_steps=4, rate=0.05)
+    solution = dataclasses.replace(method, start=start).solve(prepared.network, run)
+    assert start.solve(prepared.network, run).weights and not solution.weights
+    prepared.network.set_weights({})
+    prepared.network.set_bits({})
+    prepared.network.set_orders(solution.orders)
+    assert solution.curve[0].loss == prepared.network.loss(run.held_out, method.objective)
+
+
 def test_an_unknown_permuter_lists_the_names() -> None:
     with pytest.raises(PermpruneError, match=r"reconstruction, .*newton"):
         permuter("hungarian")
