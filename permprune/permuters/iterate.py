@@ -153,7 +153,8 @@ class Iterative(Permuter, Generic[S]):
 
     def done(self, landscape: Landscape, state: S) -> bool:
         """Whether no other step follows."""
-        return not state.midway and (state.number >= self.total or state.seconds > self.time_limit(landscape.run))
+        ended = state.number >= self.total or not landscape.network.problems
+        return not state.midway and (ended or state.seconds > self.time_limit(landscape.run))
 
     def finish(self, landscape: Landscape, state: S) -> Solution:
         """Return the solution, after what follows the last round."""
@@ -165,6 +166,8 @@ class Iterative(Permuter, Generic[S]):
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         self.require_minutes(run.minutes)
+        if not network.problems:
+            log.warning("%s: there is no order to search for", self.name)
         landscape = Landscape.of(network, run, self.objective)
         return iterate(self, landscape)
 

@@ -29,6 +29,8 @@ from permprune.pruning.gradients import Gradients
 from permprune.pruning.problem import Orders
 from permprune.system.search_state import Checkpoint
 
+from ..modalities import make, sentences
+
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 
 
@@ -366,6 +368,17 @@ def test_of_a_start_that_changes_weights_and_masks_the_orders_count(
     prepared.network.set_bits({})
     prepared.network.set_orders(solution.orders)
     assert solution.curve[0].loss == prepared.network.loss(run.held_out, method.objective)
+
+
+@pytest.mark.parametrize("method", [Newton(rounds=2, examples=2), LearnedPaper(steps=2)], ids=repr)
+def test_without_an_order_to_search_for_there_are_no_rounds(method: Permuter, caplog: pytest.LogCaptureFixture) -> None:
+    config = PruneConfig(mode="fold", exclude=("*dense*",), precision="fp32", measured=4, held_out=2)
+    encoder = make("bert").bert  # which returns what the layers read that are left
+    prepared = prepare(encoder, None, config, examples=sentences(labels=False))
+    assert prepared.network.layers and not prepared.network.problems
+    solution = method.solve(prepared.network, prepared.run)
+    assert not solution.orders and len(solution.curve) == 1
+    assert f"{method.name}: there is no order to search for" in caplog.messages
 
 
 def test_an_unknown_permuter_lists_the_names() -> None:
