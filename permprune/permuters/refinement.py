@@ -14,7 +14,7 @@ are considered, of which those with the largest predicted gain are made, as many
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels.search.masks import pack_mask, write_mask
+from permprune.pattern import Pattern
 from permprune.permuters.iterate import Landscape, S
 from permprune.permuters.tuning import keep_if_better
 from permprune.pruning.gradients import Gradients
@@ -62,11 +63,16 @@ class Swaps:
     change: Tensor
 
 
+def require_single_weights(patterns: Iterable[Pattern]) -> None:
+    """Raise `PermpruneError` for a pattern whose masks cannot be refined."""
+    for pattern in patterns:
+        if pattern.unit > 1:
+            raise PermpruneError(f"refine chooses single weights, and {pattern} keeps pairs: leave refine out")
+
+
 def find_swaps(network: PrunedNetwork, name: str, gradients: Gradients, damping: float) -> Swaps:
     """Return the significant swaps of a layer that are predicted to lower the loss, the best of each row of a group."""
     weight, mask, pattern = network.weights[name], network.masks[name], network.patterns[name]
-    if pattern.unit > 1:
-        raise PermpruneError(f"refine chooses single weights, and {pattern} keeps pairs: leave refine out")
     moments = network.statistics.moments[network.sites[name]]
     columns = network.stored_columns()[name].view(-1, pattern.m).to(moments.device)
     energy = moments[columns[:, :, None], columns[:, None, :]].to(weight.device)  # of each group

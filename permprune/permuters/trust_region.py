@@ -9,7 +9,7 @@ from statistics import median
 from typing import ClassVar
 
 from permprune.options import Count, Natural, Positive, Share
-from permprune.permuters.base import Permuter, Solution
+from permprune.permuters.base import Permuter, Run, Solution
 from permprune.permuters.iterate import TOLERANCE, Iterative, Landscape, SearchState
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.reconstruction import Reconstruction
@@ -22,8 +22,10 @@ with on_first_use(globals()):
     from torch import Tensor
 
     from permprune.permuters.after_rounds import after_rounds, train
+    from permprune.permuters.refinement import require_single_weights
     from permprune.permuters.tuning import counted
     from permprune.pruning.gradients import Gradients
+    from permprune.pruning.network import PrunedNetwork
     from permprune.pruning.problem import Problem
 
 ATTEMPTS = 4
@@ -144,6 +146,11 @@ class TrustRegion(Iterative[TrustRegionState]):
     def require_minutes(self, minutes: float | None) -> None:
         if self.train and not self.train_steps:
             super().require_minutes(minutes)
+
+    def search(self, network: PrunedNetwork, run: Run) -> Solution:
+        if self.refine:
+            require_single_weights(network.patterns.values())
+        return super().search(network, run)
 
     def init(self, landscape: Landscape) -> TrustRegionState:
         """Start from the orders of `start`, or from the natural ones if their held-out loss is lower."""

@@ -1,5 +1,7 @@
 """Patterns of pairs: their orders, what else takes them, and what does not."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -11,6 +13,7 @@ from permprune.errors import PermpruneError
 from permprune.inference.pack import pack
 from permprune.kv.config import pattern_of
 from permprune.pattern import Pattern
+from permprune.permuters.base import Round
 from permprune.permuters.kept import ria_order
 from permprune.permuters.registry import permuter
 
@@ -60,9 +63,11 @@ def test_the_sample_of_a_report_shows_the_masks_of_pairs(tiny_llama: LlamaForCau
 
 def test_what_keeps_single_weights_is_refused(tiny_llama: LlamaForCausalLM) -> None:
     prepared = prepare(tiny_llama, None, PruneConfig(pattern="4:8p", precision="fp32"), examples=WINDOWS)
-    held = Held(prepared, None)
-    for method, message in (("cp", "cp keeps single weights"), ("newton:rounds=0:refine=1", "refine chooses single")):
+    held, told = Held(prepared, None), list[Round]()
+    run = dataclasses.replace(held.plan.run, callbacks=(told.append,))
+    for method, message in (("cp", "cp keeps single weights"), ("newton:rounds=2:refine=1", "refine chooses single")):
         with pytest.raises(PermpruneError, match=message):
-            held.search(permuter(method), held.plan.run)
+            held.search(permuter(method), run)
+    assert not told  # before the first round
     with pytest.raises(PermpruneError, match="pairs of weights"):
         pattern_of("4:8p", 64)
