@@ -92,6 +92,10 @@ class CostMatrixLearner(Iterative[CostMatrixState]):
         return pattern.mask(score.detach())
 
     @property
+    def uses_fisher(self) -> bool:
+        return self.start.uses_fisher
+
+    @property
     def total(self) -> int:
         return self.steps
 

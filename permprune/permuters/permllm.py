@@ -35,7 +35,6 @@ class PermLLM(CostMatrixLearner):
     start: Permuter = RIAPermuter()
     objective: Loss | LossFunction = Objective(0.0, cosine=1.0)
     block: Count = 64
-    weight_decay: NonNegative = 0.01
     learning_rate: NonNegative = 0.05
     epsilon: Epsilon = Cosine(1.0, 0.1)
 

@@ -15,6 +15,7 @@ from permprune.permuters.identity import Random
 from permprune.permuters.iterate import Landscape
 from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.permllm import PermLLM
+from permprune.permuters.reconstruction import Reconstruction
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 
@@ -64,6 +65,17 @@ def test_training_moves_channels_and_keeps_the_best(prepared: Prepared, method: 
     assert len(losses) == 7 and len(set(losses)) > 2
     assert prepared.network.loss(prepared.run.held_out, learner.objective) == pytest.approx(min(losses), rel=1e-5)
     assert min(losses) < losses[0]
+
+
+@pytest.mark.parametrize("method", [LearnedPaper(steps=2), PermLLM(steps=2)], ids=repr)
+def test_the_fisher_information_of_the_calibration_is_read_by_the_start_alone(
+    prepared: Prepared, method: CostMatrixLearner
+) -> None:
+    assert not method.uses_fisher and dataclasses.replace(method, start=Reconstruction()).uses_fisher
+    expected = method.solve(prepared.network, prepared.run)
+    prepared.network.statistics.fisher.clear()
+    found = method.solve(prepared.network, dataclasses.replace(prepared.run, solved={}))
+    assert [point.loss for point in found.curve] == [point.loss for point in expected.curve]
 
 
 def test_widths_that_do_not_divide_are_one_part(prepared: Prepared) -> None:
