@@ -21,6 +21,7 @@ OF_FORECASTS = {
     "calibrate": CALIBRATE,
     PATTERNS: ALLOCATE,
     "update": UPDATE,
+    "update: accept": UPDATE,
     "write": WRITE,
 }
 """The stages of a run to which those of a forecast belong, beside the stages of a search."""

@@ -23,6 +23,7 @@ from permprune.forecasts.weights import (
     teacher_outputs,
     trained_weights,
     training_memory,
+    update_share,
 )
 from permprune.matching.assignment import groups_in, part_count
 from permprune.permuters import cp, kept, quadratic
@@ -89,7 +90,11 @@ def _nothing(method: NoUpdate | Identity | Random, run: Workload) -> list[Stage]
 
 @stages_of.register(Update)
 def _update(method: Update, run: Workload) -> list[Stage]:
-    return [Stage("update", (Memory("updated weights", 4 * run.outline.weights),), None)]
+    updated = Memory("updated weights", 2 * run.outline.dtype.itemsize * run.outline.weights)  # for both masks
+    return [
+        Stage("update", (updated, *block_update(run, run.measured)), None),
+        Stage("update: accept", (updated, update_share(run), *run.loss.parts), None),
+    ]
 
 
 @stages_of.register(RIAPermuter)

@@ -23,7 +23,7 @@ KEPT = {"weights in training", "sums of gradients"}
 
 RESTING = KEPT | {
     "sums of moments", "gradients", "Adam's moments", "slopes of the largest problem", "compensated weights",
-    "trained weights",
+    "trained weights", "updated weights", "share of the update",
 }  # fmt: skip
 """The parts of stages that rest elsewhere, by name, beside the weights of blocks."""
 

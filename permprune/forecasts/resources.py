@@ -92,10 +92,11 @@ class Workload:
 
     `threads` problems are solved at a time, one on each thread. A pass forward over an example is the work `forward`. A
     batch has `batch` examples, and activations have type `dtype`. `gradient` are its activations with gradients of the
-    weights, and `loss` those of a batch of a pass without gradients, which may be larger. `held_out` is the number of
-    examples of the accept test, and `examples_per_window` as in `Run`. `labelled` is whether each position predicts one
-    of the labels, as in text, and `one_label` whether an example has only one. `on_device` is whether it runs on a
-    device with memory of its own, and `rests` where weights and sums are while they are not used.
+    weights, and `loss` those of a batch of a pass without gradients, which may be larger. `held_out` and `measured` are
+    the numbers of examples of the accept test and of an update, and `examples_per_window` is as in `Run`. `labelled` is
+    whether each position predicts one of the labels, as in text, and `one_label` whether an example has only one.
+    `on_device` is whether it runs on a device with memory of its own, and `rests` where weights and sums are while they
+    are not used.
     """
 
     outline: Outline
@@ -106,6 +107,7 @@ class Workload:
     loss: Activations
     dtype: torch.dtype
     held_out: int
+    measured: int
     examples_per_window: int
     recompute: bool
     labelled: bool = True

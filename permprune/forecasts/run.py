@@ -27,7 +27,7 @@ from permprune.forecasts.mixing import stages_of_limit, stages_of_mix
 from permprune.forecasts.offloading import FILES, Offload, module_sizes
 from permprune.forecasts.passes import TYPICAL, Shapes, batch_pass, example_pass, uncounted
 from permprune.forecasts.resources import Memory, Stage, Work, Workload
-from permprune.forecasts.weights import trained_weights
+from permprune.forecasts.weights import trained_weights, update_share
 from permprune.models.generation import needs_decoder_inputs
 from permprune.models.modality import (
     BATCH_MULTIPLIER,
@@ -205,7 +205,7 @@ def forecast_held(
     """
     model, machine, stored, processes = subject.model, subject.machine, subject.stored, subject.processes
     outline = replace(subject.outline, dtype=held_type(stored), shards=shards)
-    method, kind = permuter(config.permute), kind_of(model)
+    method, change, kind = permuter(config.permute), update(config.update), kind_of(model)
     per_window = EXAMPLES_PER_WINDOW[kind]
     dtype, batch = dtype_named(config.precision) or machine.dtype, config.batch * BATCH_MULTIPLIER[kind]
     counted: Callable[..., Activations] = partial(
@@ -227,6 +227,7 @@ def forecast_held(
         loss=counted("none", batch=LIGHT * config.batch),
         dtype=dtype,
         held_out=held_out,
+        measured=measured,
         examples_per_window=per_window,
         recompute=config.recompute,
         labelled=kind == "text",
@@ -237,7 +238,8 @@ def forecast_held(
     whole, checkpoint = weight_bytes(model, torch.float32) // shards, weight_bytes(model, stored)
     weights = Memory("weights", held_bytes(model, stored) // shards)
     network = (weights, Memory("masks", outline.weights // 8), Memory("second moments", _moments_bytes(outline)))
-    held = (*network, *([trained_weights(run)] if method.trains else []))
+    searched = (*network, *([trained_weights(run)] if method.trains else []))
+    held = searched if isinstance(change, NoUpdate) else (*searched, update_share(run))
     passes: float = EVALUATED + (kind == "embeddings")  # which are compared with the dense model's
     if kind == "speech" and model.can_generate():
         passes = UNENDED + TRANSCRIBED * (EVALUATED - 1)
@@ -246,7 +248,7 @@ def forecast_held(
     searching = [
         *(stage.beside(network) for stage in stages_of_mix(config, run)),
         *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),
-        *(stage.beside(network) for stage in stages_of(update(config.update), run)),
+        *(stage.beside(searched) for stage in stages_of(change, run)),
     ]
     limit = config.memory if config.offload == "none" else None
     texts = Stage("transcribe", (weights,), measuring.forward * (TRANSCRIBED * subject.transcribed))

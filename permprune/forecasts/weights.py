@@ -40,6 +40,11 @@ def block_update(run: Workload, examples: int) -> tuple[Memory, ...]:
     return Memory("activations", run.block_outputs(examples)), Memory("update of a block", round(4 * size))
 
 
+def update_share(run: Workload) -> Memory:
+    """The memory of weights that went a share of the way to an update, in fp32."""
+    return Memory("share of the update", 4 * run.outline.weights)
+
+
 def compensation_work(run: Workload, examples: int) -> Work:
     """An inverse costs about as much as an iteration."""
     method = ADMM()

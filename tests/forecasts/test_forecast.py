@@ -85,11 +85,21 @@ def test_the_parts_are_the_tensors_of_a_run(tiny_llama: LlamaForCausalLM, tiny_c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["none", "ria", "cp:escapes=1", "reconstruction", "newton:rounds=1"])
+@pytest.mark.parametrize(
+    ("method", "update"),
+    [
+        ("none", "none"),
+        ("ria", "none"),
+        ("cp:escapes=1", "none"),
+        ("reconstruction", "none"),
+        ("newton:rounds=1", "none"),
+        ("none", "admm"),
+    ],
+)
 def test_the_peak_is_within_15_percent(
-    method: str, tmp_path: Path, tiny_text: Path, tiny_tokenizer: PreTrainedTokenizerFast
+    method: str, update: str, tmp_path: Path, tiny_text: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    config = SETTINGS.replace(permute=method, calibration=str(tiny_text))
+    config = SETTINGS.replace(permute=method, update=update, calibration=str(tiny_text))
     source = tmp_path / "source"
     LlamaForCausalLM(LlamaConfig(vocab_size=128, **SIZES)).save_pretrained(source)
     tiny_tokenizer.save_pretrained(source)

@@ -55,13 +55,13 @@ def test_nothing_but_the_memory_changes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "saliency", "mode"),
+    ("method", "saliency", "mode", "update"),
     [
-        ("none", "wanda", "gather"),
-        ("ria", "ria", "fold"),
-        ("cp:escapes=1", "wanda", "gather"),
-        ("random", "obs", "gather"),
-        ("reconstruction", "magnitude", "fold"),
+        ("none", "wanda", "gather", "admm"),
+        ("ria", "ria", "fold", "none"),
+        ("cp:escapes=1", "wanda", "gather", "none"),
+        ("random", "obs", "gather", "sparsegpt"),
+        ("reconstruction", "magnitude", "fold", "none"),
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -70,6 +70,7 @@ def test_no_method_finds_or_writes_anything_else(
     method: str,
     saliency: str,
     mode: str,
+    update: str,
     tmp_path: Path,
     tiny_text: Path,
     tiny_tokenizer: PreTrainedTokenizerFast,
@@ -87,7 +88,7 @@ def test_no_method_finds_or_writes_anything_else(
             torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
     tiny_tokenizer.save_pretrained(tmp_path / "source")
-    settings = {"permute": method, "saliency": saliency, "mode": mode, "exclude": ("*.1.mlp.*",)}
+    settings = {"permute": method, "saliency": saliency, "mode": mode, "update": update, "exclude": ("*.1.mlp.*",)}
     records = same_offloaded(tmp_path / "source", tmp_path, tiny_text, **settings)
     assert len(records[0].layers) == {"llama": 11, "gpt2": 6}[family]
 
@@ -95,12 +96,17 @@ def test_no_method_finds_or_writes_anything_else(
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
-    ("method", "mode"),
-    [(Newton(start=Identity(), rounds=1, swaps=1, examples=4, train_steps=1), "fold"), ("ria", "gather")],
+    ("method", "mode", "update"),
+    [
+        (Newton(start=Identity(), rounds=1, swaps=1, examples=4, train_steps=1), "fold", "none"),
+        ("ria", "gather", "none"),
+        ("ria", "gather", "admm"),
+    ],
 )
 def test_memory_is_what_was_forecast(
     method: str | Newton,
     mode: str,
+    update: str,
     tmp_path: Path,
     tiny_text: Path,
     tiny_tokenizer: PreTrainedTokenizerFast,
@@ -109,12 +115,12 @@ def test_memory_is_what_was_forecast(
     monkeypatch.setattr("permprune.forecasts.machine._measured_rates", lambda *_: Rates(1e12, 1e12, 1e12, 1e12))
     sizes = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 512}
     source = small_checkpoint(tmp_path / "source", tiny_tokenizer, torch.float32, **sizes)
-    settings = {"permute": method, "mode": mode, "batch": 1, "offload": "disk"}
+    settings = {"permute": method, "mode": mode, "update": update, "batch": 1, "offload": "disk"}
     found = permprune.forecast(str(source), SETTINGS.replace(**settings), windows=4)
     with Held() as held:
         prune(source, tmp_path / "out", tiny_text, **settings)
     assert held.peak == pytest.approx(found.tensors, rel=0.1)
-    given = SETTINGS.replace(permute=method, mode=mode)
+    given = SETTINGS.replace(permute=method, mode=mode, update=update)
     for memory, place in ((2**30, "none"), (found.tensors, "disk")):
         assert permprune.forecast(str(source), given.replace(memory=memory), windows=4).config.offload == place
 
