@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -202,7 +202,7 @@ class Objective(Loss):
         return bool(self.divergence or (self.task and isinstance(task, Imitation)))
 
     def compute_teacher_outputs(self, model: nn.Module, batch: Examples, task: Task) -> TeacherOutputs:
-        with block_outputs(model, padding_of(model, batch)) as outputs:
+        with self._block_outputs(model, batch) as outputs:
             predictions = task(model, batch)
         compared = outputs if self.compares_blocks else outputs[-1:] if self.cosine else []
         target = predictions.lazy_target() if self._compares_predictions(task) else None
@@ -211,16 +211,19 @@ class Objective(Loss):
     def __call__(
         self, model: nn.Module, batch: Examples, task: Task, teacher_outputs: TeacherOutputs | None
     ) -> tuple[Tensor, int]:
-        with block_outputs(model, padding_of(model, batch)) as outputs:
+        with self._block_outputs(model, batch) as outputs:
             predictions = task(model, batch)
-        dense = teacher_outputs or TeacherOutputs(None, [])
-        divergence = self.divergence or 0.0 if teacher_outputs is not None else 0.0
+        dense, divergence = teacher_outputs or TeacherOutputs(None, []), self.divergence or 0.0
         losses = []
         if self.task or divergence:
             losses.append(predictions.weighted_loss(dense.predictions, task=self.task, divergence=divergence))
-        if teacher_outputs is not None:
-            losses += self._distances(outputs, dense.block_outputs, predictions.terms)
+        losses += self._distances(outputs, dense.block_outputs, predictions.terms)
         return torch.stack(losses).sum(), predictions.terms
+
+    def _block_outputs(self, model: nn.Module, batch: Examples) -> AbstractContextManager[list[Tensor]]:
+        """The context of `block_outputs`, which holds nothing if no loss compares them."""
+        compared = self.compares_blocks or self.cosine
+        return block_outputs(model, padding_of(model, batch)) if compared else nullcontext([])
 
     def _distances(self, outputs: list[Tensor], dense: list[Tensor], terms: int) -> list[Tensor]:
         """Return the weighted distances of the blocks' outputs to the dense model's."""

@@ -45,6 +45,16 @@ def test_a_hidden_state_of_zeros_has_a_finite_distance() -> None:
     assert found.isfinite()
 
 
+@pytest.mark.parametrize("objective", [Objective(), Objective(divergence=1.0), Objective(0.0, cosine=1.0)], ids=repr)
+def test_outputs_of_blocks_are_held_if_they_are_compared(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, collect = [], block_outputs
+    monkeypatch.setattr("permprune.losses.objective.block_outputs", lambda *given: asked.append(1) or collect(*given))
+    examples, model = EXAMPLES["vit"]()[:2], make("vit")
+    task = choose_task(model, examples, 2)
+    value, _ = objective(model, examples, task, objective.compute_teacher_outputs(model, examples, task))
+    assert value.isfinite() and len(asked) == (2 if objective.cosine else 0)
+
+
 def test_training_compares_hidden_states_where_few_positions_have_labels() -> None:
     text = Objective().for_training(next_token)
     assert text == Objective(divergence=1.0)
