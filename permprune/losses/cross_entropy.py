@@ -207,15 +207,15 @@ def compute_logits(model: nn.Module, batch: Examples) -> Logits:
 def project(model: nn.Module, batch: Examples) -> Projected | None:
     """Run a model up to its output layer, and return its logits (batch, length, classes).
 
-    Returns None if they are not the products of a plain linear layer without gradients; the model may have run in vain
-    then, the first time.
+    Returns None if they are not the products of a plain linear layer without gradients, or if the model changes them;
+    it may have run in vain then, the first time.
     """
     head = _output_layer(model)
     if head is None or model in _OTHERWISE:
         return None
     with _skipped(head) as calls:
         logits = run_model(model, batch).logits
-    if len(calls) != 1 or calls[0][1] is not logits:
+    if len(calls) != 1 or calls[0][1] is not logits or calls[0][2] != logits._version:
         _OTHERWISE.add(model)
         return None
     return calls[0][0]
@@ -237,19 +237,21 @@ def _output_layer(model: nn.Module) -> nn.Linear | None:
 
 
 @contextmanager
-def _skipped(head: nn.Linear) -> Iterator[list[tuple[Projected, Tensor]]]:
+def _skipped(head: nn.Linear) -> Iterator[list[tuple[Projected, Tensor, int]]]:
     """A context in which a linear layer computes nothing; yields what it would have computed, and what it returned.
 
-    Its hooks run as ever: one that changes what is returned shows, as the model's logits are then another tensor.
+    What changes that shows: the model's logits are then another tensor, or have another version than the one yielded.
+    Hooks run as ever.
     """
-    calls: list[tuple[Projected, Tensor]] = []
+    calls: list[tuple[Projected, Tensor, int]] = []
     weight, bias = head.weight, head.bias  # as the model holds them: while the layer runs, hooks may show copies
 
     def forward(hidden: Tensor) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        returned = hidden.new_zeros((*hidden.shape[:-2], 1, len(weight)), dtype=dtype)
-        calls.append((Projected(hidden.to(dtype), weight, bias), returned))
+        with torch.inference_mode(False):  # whose tensors have no version
+            returned = hidden.new_zeros((*hidden.shape[:-2], 1, len(weight)), dtype=dtype)
+        calls.append((Projected(hidden.to(dtype), weight, bias), returned, returned._version))
         return returned
 
     head.forward = forward  # type: ignore[assignment,method-assign]

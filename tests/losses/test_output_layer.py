@@ -116,11 +116,20 @@ def wrap(head: nn.Linear) -> None:
     head.forward = lambda hidden: 3 * plain(hidden)  # type: ignore[assignment,method-assign]
 
 
-@pytest.mark.parametrize("change", [widen, train, wrap])
-def test_output_layers_that_do_more_run_as_they_are(change: Callable[[nn.Linear], None]) -> None:
+def hide(head: nn.Linear) -> None:
+    def change(_module: nn.Module, _args: object, output: Tensor) -> None:
+        output[..., :2] = -1e4
+
+    head.register_forward_hook(change)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("change", [widen, train, wrap, hide])
+def test_output_layers_that_do_more_run_as_they_are(change: Callable[[nn.Linear], None], inference: bool) -> None:
     model = build(PLAIN["untied"])
     change(model.lm_head)  # type: ignore[arg-type]
-    assert project(model, examples()) is None
+    with torch.inference_mode(inference):
+        assert project(model, examples()) is None
     torch.testing.assert_close(next_token(model, examples()).logits, plain_logits(model))
 
 
