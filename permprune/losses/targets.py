@@ -39,6 +39,8 @@ class Outputs(ABC):
     Losses are summed over the terms. `dense` is what `target` or `lazy_target` returned for the dense model's outputs.
     """
 
+    labels: Tensor | None
+
     @property
     @abstractmethod
     def terms(self) -> int:
@@ -62,6 +64,8 @@ class Outputs(ABC):
 
     def weighted_loss(self, dense: Logits | None, *, task: float, divergence: float) -> Tensor:
         """The sum of `loss` and `distance` with these weights, of which one may be 0."""
+        if self.labels is None:
+            return (task + divergence) * self.distance(dense)
         if not divergence:
             return task * self.loss(dense)
         distance = divergence * self.distance(dense)

@@ -18,6 +18,7 @@ from permprune.engine.held import prepare
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.choice import choose_task
+from permprune.losses.embeddings import Embeddings
 from permprune.losses.objective import Objective
 from permprune.losses.targets import Features, Imitation, Predictions, Task, labelled, next_token, scored
 from permprune.models.forward import Padding, padding_of, run_model
@@ -299,6 +300,20 @@ def test_features_are_told_apart_by_their_variance() -> None:
     pooled = said[:, :32]  # the first of the two kinds
     away = Features(pooled.mean(0).expand_as(pooled)).distance(pooled) / len(pooled)
     assert float(away) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Predictions, Features, Embeddings])
+def test_without_labels_the_distance_is_computed_once(
+    kind: type[Predictions] | type[Features], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, dense = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    losses, calls, distance = [], [], kind.distance
+    own.requires_grad_(True)
+    monkeypatch.setattr(kind, "distance", lambda *given: calls.append(1) or distance(*given))
+    for weights in ({"task": 1.0, "divergence": 1.0}, {"task": 1.0, "divergence": 0.0}):
+        loss = kind(own).weighted_loss(dense, **weights)
+        losses.append((loss, *torch.autograd.grad(loss, own)))
+    assert len(calls) == 2 and all(torch.equal(both, 2 * one) for both, one in zip(*losses, strict=True))
 
 
 @torch.no_grad()
