@@ -54,6 +54,8 @@ def inverse_factor(moments: Float[Tensor, "channels channels"], damping: float) 
             factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
             if torch.isfinite(factor).all() and factor.diagonal().all():
                 return factor
+    if not damping:
+        raise PermpruneError(f"{NO_FACTOR}: give a damping above 0")
     raise PermpruneError(f"{NO_FACTOR} even with more damping: {ADVICE}")
 
 

@@ -44,3 +44,5 @@ def test_more_damping_where_little_gives_no_factor() -> None:
 def test_no_damping_mends_such_moments(value: float) -> None:
     with pytest.raises(PermpruneError, match="no Cholesky factor even with more damping"):
         inverse_factor(torch.full((4, 4), value), 0.01)
+    with pytest.raises(PermpruneError, match="no Cholesky factor: give a damping above 0"):
+        inverse_factor(torch.full((4, 4), value), 0.0)
