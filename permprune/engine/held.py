@@ -33,7 +33,7 @@ from permprune.forecasts.efforts import resolve
 from permprune.losses.choice import choose_task
 from permprune.models.autocast import autocast
 from permprune.models.dummy_inputs import processed_size
-from permprune.models.forward import computed_in, frozen, short_inputs
+from permprune.models.forward import computed_in, frozen, kept_in_fp32, short_inputs
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.models.narrow_weights import NarrowWeights
@@ -308,7 +308,8 @@ class Held:
         measures = beside_natural(network.measures(), natural)
         shown = sample(network, measures)
         network.write()
-        _round(model.parameters(), self.stored)
+        wide = kept_in_fp32(model, self.stored)
+        _round([weight for name, weight in model.named_parameters() if not wide.search(name)], self.stored)
         with nullcontext() if network.holds_narrow else computed_in(model, torch.float32):
             probe = make_probe(model, short_inputs(model, plan.run.held_out))
         pruned = stored_form(plan, model, solution, layers=measures, probe=probe, sample=shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from permprune.kernels.product.int8 import Int8Table
 from permprune.kernels.product.layout import BLOCK, LARGEST_GROUP, Layout
 from permprune.kernels.product.module import PackedLinear
 from permprune.kernels.product.packed import PackedWeight
+from permprune.models.forward import kept_in_fp32
 from permprune.models.layers import Layer, require_changeable
 from permprune.options import PACKED
 from permprune.pattern import DENSE, Pattern
@@ -171,7 +173,7 @@ def layer_bytes(model: nn.Module, layer: Layer, pattern: Pattern | None, *, dtyp
         return rows * Layout(pattern, stored, width).row_bytes
     if pattern is None and not stored.is_floating_point and _can_be_table(layer):
         return _table_bytes(rows * width)
-    return rows * width * _item(model, stored)
+    return rows * width * _item(model, stored, layer.parameter)
 
 
 def other_bytes(
@@ -183,16 +185,18 @@ def other_bytes(
     head: str | None = None,
 ) -> int:
     """Return the bytes of a model's tensors, packed as `dtype` and `head`, but for the weights of some layers."""
-    item = _item(model, packed_type(dtype))
-    total = sum(parameter.numel() for parameter in model.parameters()) * item
-    for module in model.modules():
+    item = partial(_item, model, packed_type(dtype))
+    total = sum(parameter.numel() * item(name) for name, parameter in model.named_parameters())
+    for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set and name not in BUFFERS.values():
-                total += buffer.numel() * (item if buffer.is_floating_point() else buffer.dtype.itemsize)
+                size = item(f"{path}.{name}") if buffer.is_floating_point() else buffer.dtype.itemsize
+                total += buffer.numel() * size
     named = head_names(model, head)  # type: ignore[arg-type]
-    for table in (model.get_parameter(f"{name}.weight") for part, name in named.items() if part != "tied"):
-        total -= table.numel() * item - _table_bytes(table.numel())
-    total -= sum(layer.weight.numel() for layer in layers) * item
+    for name in (f"{module}.weight" for part, module in named.items() if part != "tied"):
+        table = model.get_parameter(name)
+        total -= table.numel() * item(name) - _table_bytes(table.numel())
+    total -= sum(layer.weight.numel() * item(layer.parameter) for layer in layers)
     return total + sum(len(gather.places) * len(gather.order) * torch.int64.itemsize for gather in gathers)
 
 
@@ -200,10 +204,10 @@ def _table_bytes(weights: int) -> int:
     return weights + weights // BLOCK * torch.float32.itemsize
 
 
-def _item(model: nn.Module, stored: torch.dtype) -> int:
-    """The bytes of an element that is not packed, where packed ones are `stored`."""
+def _item(model: nn.Module, stored: torch.dtype, name: str) -> int:
+    """The bytes of an element of a tensor of this name that is not packed, where packed ones are `stored`."""
     kept: torch.dtype = stored if stored.is_floating_point else model.dtype  # type: ignore[assignment]
-    return kept.itemsize
+    return (torch.float32 if kept_in_fp32(model, kept).search(name) else kept).itemsize
 
 
 def head_names(model: PreTrainedModel, head: str | None) -> dict[str, str]:
@@ -242,12 +246,18 @@ def _token_table(model: PreTrainedModel) -> nn.Embedding:
 
 
 def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Convert floating-point tensors to `dtype`, except for buffers that are not saved, as loading in `dtype` would."""
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
+    """Convert floating-point tensors to `dtype`, as loading in `dtype` would.
+
+    Buffers that are not saved keep their type, and so do modules that Transformers keeps in fp32.
+    """
+    wide = kept_in_fp32(model, dtype)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not wide.search(f"{path}.{name}"):
+                parameter.data = parameter.data.to(dtype)
         for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+            saved = name not in module._non_persistent_buffers_set and not wide.search(f"{path}.{name}")
+            if buffer.is_floating_point() and saved:
                 module._buffers[name] = buffer.to(dtype)
 
 

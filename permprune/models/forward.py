@@ -76,9 +76,20 @@ def without_caches(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
+def kept_in_fp32(model: nn.Module, *dtypes: torch.dtype) -> re.Pattern[str]:
+    """What is found in the names of the tensors that Transformers keeps in fp32 in a model of one of these types."""
+    kinds = ("", "_strict") if torch.float16 in dtypes else ("_strict",) if torch.bfloat16 in dtypes else ()
+    lists = [getattr(model, f"_keep_in_fp32_modules{kind}", None) or () for kind in kinds]
+    return re.compile("|".join(itertools.chain(*lists)).replace("*", ".*") or "(?!)")  # which is nowhere
+
+
 def stored_as(model: nn.Module, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Context manager: the floating-point tensors of the model's state dict are cast to `dtype`; restored on exit."""
-    return _cast(model.state_dict(keep_vars=True).values(), dtype)
+    """Context manager: floating-point tensors of the state dict are in the types of a checkpoint; restored on exit.
+
+    These are `dtype`, and for some modules fp32 (`kept_in_fp32`).
+    """
+    wide, named = kept_in_fp32(model, dtype), model.state_dict(keep_vars=True).items()
+    return _cast([tensor for name, tensor in named if not wide.search(name)], dtype)
 
 
 def computed_in(model: nn.Module, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -117,9 +128,7 @@ def typed_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Te
     """
     if not any(tensor.is_floating_point() for tensor in inputs.values()):
         return dict(inputs)
-    # searched for in names, as Transformers does; (?!) is nowhere
-    lists = [getattr(model, f"_keep_in_fp32_modules{kind}", None) or () for kind in ("", "_strict")]
-    kept = re.compile("|".join(itertools.chain(*lists)).replace("*", ".*") or "(?!)")
+    kept = kept_in_fp32(model, torch.float16, torch.bfloat16)
     dtypes = [p.dtype for name, p in model.named_parameters() if p.is_floating_point() and not kept.search(name)]
     dtype = max(dtypes, key=lambda one: one.itemsize, default=torch.float32)
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}

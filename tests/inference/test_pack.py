@@ -29,7 +29,7 @@ from transformers import (
 
 import permprune
 from permprune.checkpoints.gathers import Gather, attach_gathers
-from permprune.checkpoints.origin import linear_layers
+from permprune.checkpoints.origin import Origin, linear_layers, set_origin
 from permprune.checkpoints.weights import PACKED_WEIGHTS
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes
@@ -495,3 +495,21 @@ def test_scales_stay_fp32_beside_bf16(tiny_llama: LlamaForCausalLM, tmp_path: Pa
     scales = [module.scale for module in loaded.modules() if isinstance(module, Int8Table)]
     assert loaded.dtype == torch.bfloat16 and {scale.dtype for scale in scales} == {torch.float32}
     assert_close(say(loaded, input_ids=TOKENS), found, "bf16")
+
+
+def test_modules_that_transformers_keeps_in_fp32_stay_so(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (norm := tiny_llama.model.norm).weight.data.fill_(1 + 2**-12)  # bf16 does not have it
+    narrow = other_bytes(tiny_llama, [])
+    for one in (LlamaForCausalLM, tiny_llama):  # a model has a copy
+        monkeypatch.setattr(one, "_keep_in_fp32_modules_strict", {"model.norm"})
+    assert other_bytes(tiny_llama, []) == narrow + 2 * norm.weight.numel()
+    set_origin(tiny_llama, Origin("tiny", torch.bfloat16, None))
+    pruned = permprune.prune(tiny_llama, examples=TOKENS.view(4, 5), permute="ria")
+    permprune.save(tiny_llama, tmp_path / "pruned")
+    pack(tiny_llama, {row.name: row.pattern for row in pruned.layers}, dtype="bf16")
+    tiny_llama.save_pretrained(tmp_path / "packed")
+    for folder in ("pruned", "packed"):
+        weight = AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype="bfloat16").model.norm.weight
+        assert weight.dtype == torch.float32 and torch.equal(weight, norm.weight) and weight[0] == 1 + 2**-12
