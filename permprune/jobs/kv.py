@@ -88,6 +88,8 @@ def calibrate_kv(
     method = score_permuter(permute)
     config = _with_budget(config, budget, max_loss)
     _require_effect(config, {"permute": method.name != "ria", "fold": fold is not None})
+    if fold is not None and Path(fold).resolve() == out.resolve():
+        raise PermpruneError(f"the cache and the folded model are both to be {out}: give --fold another folder")
     for folder in (out, *([] if fold is None else [Path(fold)])):
         require_absent(folder)
         require_writable(folder)
@@ -281,6 +283,7 @@ def _kept(score: Tensor, order: Tensor, pattern: Pattern) -> Tensor:
     return (kept / score.flatten(1).sum(1)).mean()
 
 
+@failures_reported()
 @stages(READ, MEASURE)
 def evaluate_kv(
     model: ModelSource,

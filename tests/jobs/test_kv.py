@@ -146,6 +146,8 @@ def test_the_order_of_the_values_is_folded(tiny_checkpoint: Path, tiny_text: Pat
     text = ("--calibration", tiny_text, "--data", tiny_text, "--samples", "1", "--windows", "1", "--length", "40")
     options = ("--out", out, "--fold", folded, *text, "--window", "8")
     assert "leave out --fold, or give an N:M --pattern" in fails("kv", tiny_checkpoint, *options)
+    same = ("--out", out, "--fold", out, *text, "--pattern", "2:4")
+    assert "are both to be" in fails("kv", tiny_checkpoint, *same)
     code, said, _ = run("kv", tiny_checkpoint, *options, "--pattern", "2:4")
     assert code == 0 and f"the model that it is for to {folded}" in said.replace("\n", "")
     assert json.loads((out / "kv.json").read_text())["model"] == str(folded)
