@@ -43,7 +43,11 @@ from ..kv.reference import coded_channels
 from ..permuters.test_permuters import FOLDED, WINDOWS, brief
 from ..simulated_device import CPU, SIMULATED, SimulatedTensor, allocated, simulated_device
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("traced_on_cpu", "torch_only")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("traced_on_cpu", "torch_only"),
+    pytest.mark.filterwarnings("ignore:permprune has no kernels for simulated here"),
+]
 
 DEVICES = (CPU, SIMULATED)
 
