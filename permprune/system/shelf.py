@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -26,6 +27,12 @@ from permprune.system.files import reported
 
 Place = Literal["device", "host", "disk"]
 """Where tensors rest: on the device that computes, in the memory of the host, or on the disk."""
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by their bytes."""
+
+PLACED = 1 << 20
+"""Elements that are spread at a time: their places are numbers of 8 bytes."""
 
 TYPES = {
     torch.float64: "F64",
@@ -104,6 +111,33 @@ class Room:
                 self._left[place] += size
 
 
+def picked(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return the elements that a mask keeps, (count,), as `tensor[mask]`; on a CPU NumPy is ten times as fast."""
+    if not tensor.is_cpu:
+        return tensor[mask]
+    return torch.from_numpy(np.compress(_flat(mask), _flat(tensor))).view(tensor.dtype)
+
+
+def spread(elements: Tensor, mask: Tensor) -> Tensor:
+    """Undo `picked`, with zeros for the others; on a CPU NumPy takes half of the time of `masked_scatter_`."""
+    tensor = elements.new_zeros(mask.shape)
+    if not elements.is_cpu:
+        return tensor.masked_scatter_(mask, elements)
+    flat, kept, values, begin = _flat(tensor), _flat(mask), _flat(elements), 0
+    for start in range(0, len(flat), PLACED):
+        places = np.flatnonzero(kept[start : start + PLACED])
+        flat[start : start + PLACED][places] = values[begin : begin + len(places)]
+        begin += len(places)
+    return tensor
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    """The numbers of a tensor on the CPU by their bits, since NumPy has no bf16; bool stays bool."""
+    if tensor.dtype != torch.bool:
+        tensor = tensor.detach().contiguous().view(BITS[tensor.itemsize])
+    return tensor.contiguous().view(-1).numpy()
+
+
 @dataclass(frozen=True)
 class Lease:
     """A place for a tensor, which is held as long as this object is."""
@@ -174,14 +208,13 @@ class Shelf(MutableMapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.resting(name).to(self._held[name].device)
         if self._masks is not None:
-            mask = self._masks[name]
-            return tensor.new_zeros(mask.shape).masked_scatter_(mask, tensor)
+            return spread(tensor, self._masks[name])
         self._lent[name] = weakref.ref(tensor)
         return tensor
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         if self._masks is not None:
-            tensor = tensor[self._masks[name]]
+            tensor = picked(tensor, self._masks[name])
         if self.place == "device" or (self.place == "host" and tensor.is_cpu):
             self._held[name] = _Held(tensor.device, tensor)
             return

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from permprune.errors import PermpruneError
-from permprune.system.shelf import Place, Room, Shelf, empty_on_host, read_tensors, write_tensors
+from permprune.system.shelf import Place, Room, Shelf, empty_on_host, picked, read_tensors, spread, write_tensors
 
 from ..simulated_device import CPU, SIMULATED, simulated_device
 
@@ -111,3 +111,17 @@ def test_pinned_memory_is_as_large_as_its_tensor(monkeypatch: pytest.MonkeyPatch
     assert not registered
     with pytest.raises(PermpruneError, match="--offload disk"):
         empty_on_host(torch.ones(2**12), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_elements_are_picked_and_spread_as_by_torch(
+    dtype: torch.dtype, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("permprune.system.shelf.PLACED", 7)
+    tensor, mask = torch.randn(9, 11).to(dtype), torch.rand(9, 11) > 0.4
+    if transposed:
+        tensor, mask = tensor.T, mask.T
+    elements = picked(tensor, mask)
+    assert torch.equal(elements, tensor[mask])
+    assert torch.equal(spread(elements, mask), torch.where(mask, tensor, 0))
