@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -79,10 +78,16 @@ def fit_memory(name: str, config: PruneConfig, windows: int = EVALUATION_WINDOWS
 
     def decide() -> Forecast:
         model = read_skeleton(name, task=config.task, trust_remote_code=config.trust_remote_code)
-        counts: Any = {"windows": windows, "processes": distributed.world()}
-        size = read_size(name, model, trust_remote_code=config.trust_remote_code)
-        outline = outline_model(model, config)
-        fitting = Fitting(name, model, outline, this_machine(), stored=model.dtype, size=size, **counts)
+        fitting = Fitting(
+            name,
+            model,
+            outline_model(model, config),
+            this_machine(),
+            windows=windows,
+            stored=model.dtype,
+            processes=distributed.world(),
+            size=read_size(name, model, trust_remote_code=config.trust_remote_code),
+        )
         fitting.require_offloadable(config)
         if config.memory is not None:
             return fitting.within(config, config.memory)
@@ -146,8 +151,8 @@ class Fitting(Subject):
             if fitting is not None:
                 whole = "" if config.shard else f"the whole model would take {needed} in each process: "
                 return replace(fitting, advice=self._dividing(whole) + _with(config, fitting.config))
-            least_each = f"about {gib(least.tensors, up=True)} in each process"
-            needed = f"{least_each}, where they divide it{_with(config, least.config)}"
+            each = f"about {gib(least.tensors, up=True)} in each process"
+            needed = f"{each}, where they divide it{_with(config, least.config)}"
         if config.shard:
             raise PermpruneError(f"the divided model takes {needed}: raise --memory to that, or start more processes")
         if whole := self._whole(config):

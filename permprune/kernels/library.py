@@ -61,7 +61,7 @@ _TYPES: dict[str, Any] = {
     "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32, "float": ctypes.c_float,
 }  # fmt: skip
 
-_READ = {
+_POINTED = {
     "float": (torch.float32,),
     "double": (torch.float64,),
     "uint8_t": (torch.uint8, torch.bool),
@@ -249,7 +249,7 @@ def _structures() -> dict[str, type[ctypes.Structure]]:
 @cache
 def _pointer(kind: str) -> Any:
     """Return the type of a pointer to a C type."""
-    return type("Pointer", (ctypes.c_void_p,), {"read": _READ.get(kind)})
+    return type("Pointer", (ctypes.c_void_p,), {"dtypes": _POINTED.get(kind)})
 
 
 def _value(value: Any, kind: Any) -> Any:
@@ -257,7 +257,7 @@ def _value(value: Any, kind: Any) -> Any:
     if value is None or isinstance(value, int | float):  # most are
         return value
     if isinstance(value, Tensor):
-        if not value.is_cpu or (kind.read and value.dtype not in kind.read):
+        if not value.is_cpu or (kind.dtypes and value.dtype not in kind.dtypes):
             raise TypeError(f"the native library does not read {value.dtype} on {value.device} here")
         return value.data_ptr()
     if isinstance(value, tuple):
