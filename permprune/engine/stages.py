@@ -6,25 +6,33 @@ from collections.abc import Iterable
 
 from permprune.budget.shares import ATTEMPTS
 from permprune.config import PruneConfig
-from permprune.forecasts.mixing import OTHERS, PATTERNS
+from permprune.forecasts.resources import Phase, Stage
 from permprune.forecasts.run import EVALUATED, Forecast
 from permprune.pattern import MIXED
 from permprune.permuters.base import Permuter
+from permprune.permuters.iterate import Iterative
 from permprune.permuters.registry import permuter
 from permprune.system.stages import ALLOCATE, CALIBRATE, DENSE, MEASURE, NATURAL, PACK, READ, SPEED, UPDATE, WRITE
 from permprune.updates.base import NoUpdate
 from permprune.updates.registry import update
 
-OF_FORECASTS = {
-    "load": READ,
-    "transcribe": CALIBRATE,
-    "calibrate": CALIBRATE,
-    PATTERNS: ALLOCATE,
-    "update": UPDATE,
-    "update: accept": UPDATE,
-    "write": WRITE,
+OF_PHASES = {
+    Phase.LOAD: READ,
+    Phase.TRANSCRIBE: CALIBRATE,
+    Phase.CALIBRATE: CALIBRATE,
+    Phase.PATTERNS: ALLOCATE,
+    Phase.UPDATE: UPDATE,
+    Phase.WRITE: WRITE,
 }
-"""The stages of a run to which those of a forecast belong, beside the stages of a search."""
+"""The stages of a run to which the phases of a forecast belong, beside those of a search."""
+
+OF_SEARCH = {
+    Phase.REFINEMENT: "refinement",
+    Phase.COMPENSATION: "compensation",
+    Phase.BLOCKS: "blocks",
+    Phase.TRAINING_AT_END: "training",
+}
+"""The stages of a search that follow its rounds."""
 
 
 def stages_of_pruning(config: PruneConfig, *, packed: bool, timed: bool) -> list[str]:
@@ -44,28 +52,30 @@ def stages_of_attempts(methods: Iterable[Permuter], config: PruneConfig) -> list
 
 def expected(forecast: Forecast) -> tuple[dict[str, float | None], tuple[str, ...]]:
     """Return the seconds of the stages of `Session.prune`, as far as known, and those that a time limit may end."""
-    method, seconds = permuter(forecast.config.permute), dict(forecast.seconds)
-    each = None if (evaluating := seconds.pop("evaluate")) is None else evaluating / EVALUATED
-    by_stage: dict[str, float | None] = dict.fromkeys((DENSE, NATURAL, MEASURE), each)
-    seconds.pop(OTHERS, None)  # stages that are made several times count as often
-    by_stage |= dict.fromkeys(
-        (*OF_FORECASTS.values(), PACK, SPEED), 0.0
-    )  # to pack and to measure the speed take seconds
-    for name, added in seconds.items():
-        stage = OF_FORECASTS.get(name) or _stage_of(method, name)
-        before = by_stage.get(stage, 0.0)
-        by_stage[stage] = None if added is None or before is None else before + added
+    method, seconds = permuter(forecast.config.permute), forecast.seconds
+    # those of a search that are not forecast do nothing, and to pack and to measure the speed takes seconds
+    by_stage: dict[str, float | None] = dict.fromkeys((*method.stages, PACK, SPEED), 0.0)
+    for stage in forecast.stages:
+        taken = seconds[stage.name]
+        if stage.phase == Phase.EVALUATE:
+            by_stage |= dict.fromkeys((DENSE, NATURAL, MEASURE), taken and taken / EVALUATED)
+        elif stage.phase != Phase.OTHER_SHARES:  # stages that are made several times count as often
+            name = _stage_of(method, stage)
+            before = by_stage.get(name, 0.0)
+            by_stage[name] = None if taken is None or before is None else before + taken
     return by_stage, method.stages if forecast.config.minutes else ()
 
 
-def _stage_of(method: Permuter, name: str) -> str:
-    """The stage of a search that a stage of its forecast belongs to."""
+def _stage_of(method: Permuter, stage: Stage) -> str:
+    """The stage of a run, with this search, that a stage of its forecast belongs to."""
+    if not stage.method:
+        return OF_PHASES[stage.phase]
+    if stage.method == Phase.UPDATE:
+        return UPDATE
     start, *others = method.stages
-    after, _, what = name.partition(": ")
-    if after != method.name or not others:
+    if stage.method != method.name or not others or not isinstance(method, Iterative):
         return start
-    named = [stage for stage in others[1:] if what.startswith(stage.rpartition(", ")[2]) and what != "training"]
-    return named[0] if named else others[0]
+    return method.stage(OF_SEARCH[stage.phase]) if stage.phase in OF_SEARCH else others[0]
 
 
 def _searched(method: Permuter, config: PruneConfig) -> list[str]:

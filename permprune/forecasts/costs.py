@@ -6,20 +6,21 @@ A method without a registered function runs as any other, and its time is not kn
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import singledispatch
 from typing import Any
 
 import torch
 
-from permprune.forecasts.resources import Memory, Stage, Work, Workload
+from permprune.forecasts.resources import Memory, Phase, Stage, Work, Workload
 from permprune.forecasts.weights import (
-    STEPPED,
     block_training,
     block_update,
     compensation_work,
     masked_weights,
     solving_work,
+    step_work,
     teacher_outputs,
     trained_weights,
     training_memory,
@@ -66,7 +67,7 @@ def stages_of(method: Permuter | Update, run: Workload) -> list[Stage]:
 
     By default there is one stage, of which neither is known.
     """
-    return [Stage(method.name, (), None)]
+    return [Stage(Phase.SEARCH, (), None, method.name)]
 
 
 @singledispatch
@@ -92,8 +93,8 @@ def _nothing(method: NoUpdate | Identity | Random, run: Workload) -> list[Stage]
 def _update(method: Update, run: Workload) -> list[Stage]:
     updated = Memory("updated weights", 2 * run.outline.dtype.itemsize * run.outline.weights)  # for both masks
     return [
-        Stage("update", (updated, *block_update(run, run.measured)), None),
-        Stage("update: accept", (updated, update_share(run), *run.loss.parts), None),
+        Stage(Phase.UPDATE, (updated, *block_update(run, run.measured)), None),
+        Stage(Phase.ACCEPT, (updated, update_share(run), *run.loss.parts), None, Phase.UPDATE),
     ]
 
 
@@ -108,7 +109,7 @@ def _ria(method: RIAPermuter, run: Workload) -> list[Stage]:
         weights = problem.size * outline.rows_of(problem)
         read += weights * (1 if weights <= kept.HELD else 1 + kept.PASSES * outline.pattern.m)
     work = run.each_problem(assignment_work) + run.carrying(read * outline.dtype.itemsize)
-    return [Stage(method.name, (Memory("largest problem's scores", scores),), work)]
+    return [Stage(Phase.SEARCH, (Memory("largest problem's scores", scores),), work, method.name)]
 
 
 @stages_of.register(CP)
@@ -116,7 +117,7 @@ def _cp(method: CP, run: Workload) -> list[Stage]:
     outline = run.outline
     scores = Memory("largest problem's scores", 4 * outline.largest_weights(run.threads))
     tables = sum(pairs_bytes(problem.size, outline.pattern.m) for problem in outline.largest(run.threads))
-    return [Stage(method.name, (scores, Memory("tables of pairs", tables)), None)]
+    return [Stage(Phase.SEARCH, (scores, Memory("tables of pairs", tables)), None, method.name)]
 
 
 @stages_of.register(Reconstruction)
@@ -128,11 +129,12 @@ def _reconstruction(method: Reconstruction, run: Workload) -> list[Stage]:
 
     weights = run.outline.largest_weights(run.threads)
     scores = 4 * weights + 12 * min(weights, run.threads * BLOCK)  # with the noise of a block
-    losses = 1 + method.shares * (method.candidates - 1)
+    models = model_parts(run, torch.float32, model_bytes(run, torch.float32))
+    losses = run.loss_work((1 + method.shares * (method.candidates - 1)) * run.held_out)
     return [
-        Stage(f"{method.name}: scores", (Memory("largest problem's scores", scores),)),
-        Stage(method.name, model_parts(run, torch.float32, model_bytes(run, torch.float32)), run.each_problem(work)),
-        Stage(f"{method.name}: accept", run.loss.parts, run.loss_work(losses * run.held_out)),
+        Stage(Phase.SCORES, (Memory("largest problem's scores", scores),), method=method.name),
+        Stage(Phase.SEARCH, models, run.each_problem(work), method.name),
+        Stage(Phase.ACCEPT, run.loss.parts, losses, method.name),
     ]
 
 
@@ -143,12 +145,13 @@ def _cost_matrix(method: CostMatrixLearner, run: Workload) -> list[Stage]:
     relaxed = Memory("relaxed weights", 4 * outline.weights)
     gradients = relaxed, run.summed("gradients", examples, method.steps), *_pass(method, run, examples)
     graph = Memory("largest problem's graph", 32 * outline.largest_weights(1))  # both matrices, permuted, and put back
+    relaxing = (costs, Memory("gradients", 2 * run.gradient_bytes), graph)
     losses = run.loss_work(run.held_out) * (1 + math.ceil(method.steps / method.check))
     return [
         *stages_of(method.start, run),
-        Stage(f"{method.name}: gradients", (costs, *gradients), run.gradient_work(examples) * method.steps),
-        Stage(f"{method.name}: relaxation", (costs, Memory("gradients", 2 * run.gradient_bytes), graph), None),
-        Stage(f"{method.name}: accept", (costs, *_pass(method, run)), losses),
+        Stage(Phase.GRADIENTS, (costs, *gradients), run.gradient_work(examples) * method.steps, method.name),
+        Stage(Phase.RELAXATION, relaxing, None, method.name),
+        Stage(Phase.ACCEPT, (costs, *_pass(method, run)), losses, method.name),
     ]
 
 
@@ -159,57 +162,74 @@ def _cost_matrix_state(method: CostMatrixLearner, outline: Outline) -> int:
 
 @stages_of.register(TrustRegion)
 def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
-    outline, examples = run.outline, method.examples * run.examples_per_window
-    gradients, (model, proposing) = Memory("gradients", run.gradient_bytes), proposals(method, run)
+    return [*stages_of(method.start, run), *_rounds(method, run), *_after_rounds(method, run)]
 
-    def stage(what: str, *parts: Memory, work: Work | None, summed: int = 0, times: float = method.rounds) -> Stage:
-        held = run.summed("gradients", summed, times)
-        return Stage(f"{method.name}: {what}", (*parts, held), None if work is None else work * times)
 
-    losses = TRIED * method.rounds + START + method.compensate + bool(method.block_steps) + method.trains_at_end
+def _rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
+    """Yield the stages of all rounds, and of those of refinement; the accept test also follows other changes."""
+    rounds, examples = method.rounds, method.examples * run.examples_per_window
     backward = (*_pass(method, run, examples), *masked_weights(run))
-    batch = method.step_examples * run.examples_per_window
-    trained = trained_weights(run)
-    best = replace(trained, name="best trained weights", travels=2.0 * trained.bytes)  # put aside, and read at the end
-    during = [*([gradients] if method.rounds else []), *([trained] if method.tune else [])]
-    changed = bool(method.tune) + method.compensate + bool(method.block_steps)
-    after = [trained] if changed or method.trains_at_end else []
-    after += [replace(best, travels=0.0)] if changed + method.trains_at_end > 1 else []
-    held = max(during, after, key=lambda parts: sum(part.bytes for part in parts))
-    accept = Stage(f"{method.name}: accept", (*_pass(method, run), *held), run.loss_work(run.held_out) * losses)
-    step = run.step_work(batch) + Work(moved=STEPPED * outline.dtype.itemsize * outline.weights)
-    rounds = [accept]
-    if method.rounds:
-        rounds = [
-            stage("gradients", *backward, work=run.gradient_work(examples), summed=examples),
-            stage("proposals", *model_parts(run, outline.dtype, model), work=proposing),
-            accept,
-        ]
-    if method.rounds and method.tune:
-        steps = method.tune * max(0, method.rounds - method.wait)
-        training = training_memory(method, run, batch, steps)
-        rounds.append(stage("training", *training, best, work=step * (steps / method.rounds)))
+    if rounds:
+        summed = run.summed("gradients", examples, rounds)
+        yield Stage(Phase.GRADIENTS, (*backward, summed), run.gradient_work(examples) * rounds, method.name)
+        size, work = proposals(method, run)
+        models = (*model_parts(run, run.outline.dtype, size), _gradients(run))
+        yield Stage(Phase.PROPOSALS, models, work and work * rounds, method.name)
+    losses = TRIED * rounds + START + method.compensate + bool(method.block_steps) + method.trains_at_end
+    accepting = (*_pass(method, run), *_held_to_accept(method, run))
+    yield Stage(Phase.ACCEPT, accepting, run.loss_work(run.held_out) * losses, method.name)
+    if rounds and method.tune:
+        steps, batch = method.tune * max(0, rounds - method.wait), method.step_examples * run.examples_per_window
+        parts = (*training_memory(method, run, batch, steps), _best_trained(run), _gradients(run))
+        yield Stage(Phase.TRAINING, parts, step_work(run, batch) * steps, method.name)
     if method.refine:
+        summed = run.summed("gradients", 2 * examples, method.refine)
         work = run.gradient_work(2 * examples) + run.loss_work(run.held_out) * TRIED_SHARES
-        rounds.append(stage("refinement", *backward, work=work, summed=2 * examples, times=method.refine))
+        yield Stage(Phase.REFINEMENT, (*backward, summed), work * method.refine, method.name)
+
+
+def _after_rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
+    """Yield the stages that change weights at the orders found; all but the first put the best ones aside."""
+    size, before = run.outline.dtype.itemsize * run.outline.weights, bool(method.tune) + method.compensate
     if method.compensate:
-        size = outline.dtype.itemsize * outline.weights  # written, read by blocks that run again, and replaced
-        updated = Memory("compensated weights", size, travels=4.0 * size)
-        parts = (updated, *([trained_weights(run)] if method.tune else []), *block_update(run, 4 * examples))
-        rounds.append(Stage(f"{method.name}: compensation", parts, compensation_work(run, 4 * examples)))
+        updated = Memory("compensated weights", size, travels=4.0 * size)  # written, read by blocks, and replaced
+        tuned = [trained_weights(run)] if method.tune else []
+        examples = 4 * method.examples * run.examples_per_window
+        parts = (updated, *tuned, *block_update(run, examples))
+        yield Stage(Phase.COMPENSATION, parts, compensation_work(run, examples), method.name)
     if method.block_steps:
         parts, work = block_training(run, method.block_steps)
-        rounds.append(Stage(f"{method.name}: blocks", (*parts, *([best] if changed > 1 else [])), work, last=True))
+        best = [_best_trained(run)] if before else []
+        yield Stage(Phase.BLOCKS, (*parts, *best), work, method.name, last=True)
     if method.trains_at_end:
-        counted = step * method.train_steps if method.train_steps else None
-        training = training_memory(method, run, batch, method.train_steps)
+        batch = method.step_examples * run.examples_per_window
+        parts = training_memory(method, run, batch, method.train_steps)
+        known = step_work(run, batch) * method.train_steps if method.train_steps else None
         if method.int4:
-            training = (*training, Memory("int4 weights", outline.dtype.itemsize * outline.weights))
-            counted = counted and counted + solving_work(run, SOLVED * run.examples_per_window)
-        if changed:
-            training = (*training, best)
-        rounds.append(Stage(f"{method.name}: training at the end", training, counted, last=True))
-    return [*stages_of(method.start, run), *rounds]
+            parts = (*parts, Memory("int4 weights", size))
+            known = known and known + solving_work(run, SOLVED * run.examples_per_window)
+        best = [_best_trained(run)] if before + bool(method.block_steps) else []
+        yield Stage(Phase.TRAINING_AT_END, (*parts, *best), known, method.name, last=True)
+
+
+def _held_to_accept(method: TrustRegion, run: Workload) -> list[Memory]:
+    """The memory that accept tests need beside their passes: of rounds, or of the changes of weights after them."""
+    changed = bool(method.tune) + method.compensate + bool(method.block_steps)
+    during = [*([_gradients(run)] if method.rounds else []), *([trained_weights(run)] if method.tune else [])]
+    after = [trained_weights(run)] if changed or method.trains_at_end else []
+    after += [replace(_best_trained(run), travels=0.0)] if changed + method.trains_at_end > 1 else []
+    return max(during, after, key=lambda parts: sum(part.bytes for part in parts))
+
+
+def _gradients(run: Workload) -> Memory:
+    """The memory of the mean gradients."""
+    return Memory("gradients", run.gradient_bytes)
+
+
+def _best_trained(run: Workload) -> Memory:
+    """The memory of the best weights so far, which are put aside, and read at the end."""
+    trained = trained_weights(run)
+    return replace(trained, name="best trained weights", travels=2.0 * trained.bytes)
 
 
 @state_bytes.register(TrustRegion)

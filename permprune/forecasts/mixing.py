@@ -9,11 +9,8 @@ from permprune.budget.asked import parse_candidates
 from permprune.budget.shares import ATTEMPTS
 from permprune.config import PruneConfig
 from permprune.forecasts.costs import stages_of
-from permprune.forecasts.resources import Stage, Work, Workload
+from permprune.forecasts.resources import Phase, Stage, Work, Workload
 from permprune.pattern import MIXED
-
-PATTERNS, OTHERS = "patterns", "other shares of the weights"
-"""The names of the stages: the choice of patterns, and the runs that a limit of the loss needs beside the last one."""
 
 
 def stages_of_mix(config: PruneConfig, run: Workload) -> list[Stage]:
@@ -28,7 +25,7 @@ def stages_of_mix(config: PruneConfig, run: Workload) -> list[Stage]:
         *run.gradient.parts,
         run.summed("gradients", EXAMPLES * run.examples_per_window, len(differentiated(candidates))),
     )
-    return [Stage(PATTERNS, parts, sum(work, Work()))]
+    return [Stage(Phase.PATTERNS, parts, sum(work, Work()))]
 
 
 def stages_of_limit(config: PruneConfig, stages: Sequence[Stage]) -> list[Stage]:
@@ -38,7 +35,7 @@ def stages_of_limit(config: PruneConfig, stages: Sequence[Stage]) -> list[Stage]
     """
     if config.max_loss is None:
         return []
-    works = [stage.work for stage in stages if stage.name != PATTERNS]
+    works = [stage.work for stage in stages if stage.phase != Phase.PATTERNS]
     known = [work for work in works if work is not None]
     total = sum(known, Work()) * (ATTEMPTS - 1) if len(known) == len(works) else None
-    return [Stage(OTHERS, max((stage.parts for stage in stages), key=lambda parts: sum(p.bytes for p in parts)), total)]
+    return [Stage(Phase.OTHER_SHARES, max(stages, key=lambda stage: stage.bytes()).parts, total)]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from permprune.calibration.symmetric import stored_elements
 from permprune.errors import PermpruneError
-from permprune.forecasts.resources import Memory, Stage, Work, Workload
+from permprune.forecasts.resources import Memory, Phase, Stage, Work, Workload
 from permprune.models.layers import block_linears, blocks
 from permprune.models.narrow_weights import end_weights
 from permprune.system.files import gib
@@ -47,11 +47,8 @@ mask's groups, and the mask."""
 FILES = 4
 """Half the number of files of weights that a run writes, at least."""
 
-BACKWARD = {"gradients", "blocks", "training", "training at the end", "refinement"}
-"""What stages with gradients are called, beside a calibration with Fisher information."""
-
-UPDATE = ": compensation"
-"""How the names of stages end in which blocks are updated."""
+BACKWARD = {Phase.GRADIENTS, Phase.BLOCKS, Phase.TRAINING, Phase.TRAINING_AT_END, Phase.REFINEMENT}
+"""The phases with gradients, beside a calibration with Fisher information."""
 
 ONE_BLOCK = {"sums of a block", "outputs"}
 """The parts of a calibration by blocks, by name, which are freed before its backward passes."""
@@ -99,10 +96,10 @@ class Offload:
         small for what always is there.
         """
         bare = [replace(stage, parts=tuple(self._held(stage))) for stage in stages]
-        smaller = {stage.name for stage in stages if stage.name.endswith(UPDATE) and not stage.holds("trained weights")}
+        smaller = [stage.phase == Phase.COMPENSATION and not stage.holds("trained weights") for stage in stages]
 
         def spare(inside: bool) -> float:
-            taken = (stage.bytes("device") for stage in bare if (stage.name in smaller) is inside)
+            taken = (stage.bytes("device") for stage, own in zip(bare, smaller, strict=True) if own is inside)
             return max(0.0, memory - MARGIN * max(taken, default=0))
 
         device = spare(False)
@@ -110,7 +107,7 @@ class Offload:
         left = host - (needed := max(stage.bytes("host") for stage in bare))
         if left < 0:
             raise PermpruneError(f"the host needs {gib(needed)} beside the program: give --offload host more, or disk")
-        room = [updating if stage.name in smaller else device for stage in stages]
+        room = [updating if own else device for own in smaller]
         offloaded = (self._at_rest(*each, left) for each in zip(bare, stages, room, strict=True))
         return tuple(offloaded), (device, left, device - updating)
 
@@ -145,18 +142,18 @@ class Offload:
     def _in_hand(self, stage: Stage) -> int:
         outline, named = self.run.outline, {part.name for part in stage.parts}
         largest, held = max(layer.shape.numel() for layer in outline.layers), outline.dtype.itemsize
-        if stage.name == "load":
+        if stage.phase == Phase.LOAD:
             return largest * (held + 4)
-        if stage.name == "write":  # a layer is masked, converted and copied; or an end runs in fp32
+        if stage.phase == Phase.WRITE:  # a layer is masked, converted and copied; or an end runs in fp32
             return max(largest * (3 * held + 4), 4 * self.end) if self.run.on_device else largest * (held + 4)
-        accepts = stage.name.endswith(": accept") and self.run.dtype != torch.float32
+        accepts = stage.phase == Phase.ACCEPT and self.run.dtype != torch.float32
         layer = self.module * (held + (1 if accepts else 4))  # as held, and masked, or the mask beside activations
         sums = 4 * stored_elements(max(outline.widths.values())) if "sums of moments" in named else 0
         freed = sum(part.bytes for part in stage.parts if part.name in ONE_BLOCK)
         beside = sum(part.bytes for part in stage.parts if part.name in PASSING) + freed
-        moves = "gradients" in named or stage.name.endswith(": proposals")
-        compared = max(self._compared(stage.name, moves, *layer.shape) for layer in outline.layers) - beside
-        if stage.name.rpartition(": ")[2] not in BACKWARD and "Fisher information" not in named:
+        moves = "gradients" in named or stage.phase == Phase.PROPOSALS
+        compared = max(self._compared(stage.phase, moves, *layer.shape) for layer in outline.layers) - beside
+        if stage.phase not in BACKWARD and "Fisher information" not in named:
             return max(layer + sums, compared)
         changed = 1 + (outline.pattern.density if "Adam's moments" in named else 0)  # the weight and moments, or a sum
         gradient = round(largest * (4 + changed * held))
@@ -165,14 +162,14 @@ class Offload:
         step = round(largest * (STEP if self.run.on_device else on_host)) if "Adam's moments" in named else 0
         return max(layer, masked + gradient + step + sums - freed, compared)
 
-    def _compared(self, stage: str, moves: bool, rows: int, channels: int) -> int:
+    def _compared(self, phase: Phase, moves: bool, rows: int, channels: int) -> int:
         """The bytes of a layer's weights, and of its moments, where it is scored or compared with the dense one.
 
         `moves` is whether orders change in the stage.
         """
         held = self.run.outline.dtype.itemsize
-        if stage == "calibrate":
+        if phase == Phase.CALIBRATE:
             return 4 * channels * (rows + channels) + held * stored_elements(channels)
         if moves:
             return (held + SCORED) * rows * channels
-        return 4 * channels * (MEASURED * rows + channels) if stage == "evaluate" else 0
+        return 4 * channels * (MEASURED * rows + channels) if phase == Phase.EVALUATE else 0

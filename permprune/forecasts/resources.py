@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from permprune.models.modality import LIGHT
@@ -60,18 +61,49 @@ class Work:
         return Work(**{name: amount * factor for name, amount in vars(self).items()} | {"largest": self.largest})
 
 
+class Phase(StrEnum):
+    """What a stage of a run does, in the words that are shown."""
+
+    LOAD = "load"
+    TRANSCRIBE = "transcribe"
+    CALIBRATE = "calibrate"
+    PATTERNS = "patterns"  # of a mix are chosen
+    SEARCH = ""  # in one stage: it is named after the method alone
+    SCORES = "scores"
+    GRADIENTS = "gradients"
+    RELAXATION = "relaxation"
+    PROPOSALS = "proposals"
+    ACCEPT = "accept"
+    TRAINING = "training"
+    REFINEMENT = "refinement"
+    COMPENSATION = "compensation"
+    BLOCKS = "blocks"
+    TRAINING_AT_END = "training at the end"
+    UPDATE = "update"
+    OTHER_SHARES = "other shares of the weights"  # are tried for a limit of the loss
+    EVALUATE = "evaluate"
+    WRITE = "write"
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage of a run: the parts that it holds at its peak, and its work; None if the work is not known.
 
-    `limited` is whether the time limit of a run covers it, and `last` whether it may take all that is left of it.
+    Those of a search or an update have the name of the `method`. `limited` is whether the time limit of a run covers
+    it, and `last` whether it may take all that is left of it.
     """
 
-    name: str
+    phase: Phase
     parts: tuple[Memory, ...]
     work: Work | None = field(default_factory=Work)
+    method: str = ""
     limited: bool = False
     last: bool = False
+
+    @property
+    def name(self) -> str:
+        """The method and the phase, in the words that are shown."""
+        return ": ".join(filter(None, (self.method, self.phase)))
 
     def bytes(self, place: Place | None = None) -> int:
         """The bytes of its parts at one place, or in memory."""

@@ -26,7 +26,7 @@ from permprune.forecasts.machine import BUS, Machine, this_machine
 from permprune.forecasts.mixing import stages_of_limit, stages_of_mix
 from permprune.forecasts.offloading import FILES, Offload, module_sizes
 from permprune.forecasts.passes import TYPICAL, Shapes, batch_pass, example_pass, uncounted
-from permprune.forecasts.resources import Memory, Stage, Work, Workload
+from permprune.forecasts.resources import Memory, Phase, Stage, Work, Workload
 from permprune.forecasts.weights import trained_weights, update_share
 from permprune.models.generation import needs_decoder_inputs
 from permprune.models.modality import (
@@ -251,7 +251,7 @@ def forecast_held(
         *(stage.beside(searched) for stage in stages_of(change, run)),
     ]
     limit = config.memory if config.offload == "none" else None
-    texts = Stage("transcribe", (weights,), measuring.forward * (TRANSCRIBED * subject.transcribed))
+    texts = Stage(Phase.TRANSCRIBE, (weights,), measuring.forward * (TRANSCRIBED * subject.transcribed))
     energies = Work(products_fp32=_energies(outline))
     evaluating = measuring.pass_work(evaluated, evaluation_batch(model)) + energies * 2  # dense, and in natural order
     stages: Sequence[Stage] = [
@@ -261,13 +261,13 @@ def forecast_held(
         ),
         *searching,
         *stages_of_limit(config, searching),
-        Stage("evaluate", evaluation.parts, evaluating).beside(held),
+        Stage(Phase.EVALUATE, evaluation.parts, evaluating).beside(held),
     ]
     ends = [weight.numel() for weight, _ in end_weights(model)]
     largest = max(module_sizes(model).values())
     # processes that divide rows convert their own from fp32, parameter by parameter
     read = Memory("tensor that is read", stored.itemsize * max(largest, *ends, 0) if run.on_device else 0, "host")
-    load = Stage("load", (weights if shards == 1 else Memory("weights", whole), read), Work(stored=checkpoint))
+    load = Stage(Phase.LOAD, (weights if shards == 1 else Memory("weights", whole), read), Work(stored=checkpoint))
     offloads = config.offload != "none"
     experts = sum(layer.weight.numel() for layer in outline.layers if layer.expert is not None)
     files, room = FILES if offloads else shards, (0.0, math.inf, 0.0)
@@ -290,7 +290,7 @@ def forecast_held(
         load,
         *(replace(stage, work=stage.work and stage.work * (shards / processes)) for stage in stages),
         # the model is freed before what was written is read to check it
-        Stage("write", written, Work(stored=checkpoint) + energies),
+        Stage(Phase.WRITE, written, Work(stored=checkpoint) + energies),
     )
     if offloads:
         device = config.memory if run.on_device else 0
@@ -362,7 +362,7 @@ def _calibration(run: Workload, examples: int, *, fisher: bool, memory: int | No
         work += run.forward * examples + run.pass_work(examples, run.batch, run.recompute + by_block)
         work += run.position_work(examples)
         sums.append(Memory("Fisher information", 8 * sum(outline.rows.values())))
-    return Stage("calibrate", (*sums, moments, converted), work)
+    return Stage(Phase.CALIBRATE, (*sums, moments, converted), work)
 
 
 def _moments_bytes(outline: Outline) -> int:

@@ -105,7 +105,16 @@ def block_training(run: Workload, steps: int) -> tuple[tuple[Memory, ...], Work]
     )
     batch = min(run.batch, run.examples_per_window)
     work = run.pass_work(examples, batch) + run.forward * (2 * examples) + run.pass_work(examples / PASSES, batch, 2)
-    return parts, work + Work(moved=STEPPED * outline.dtype.itemsize * outline.weights) * steps
+    return parts, work + _moved_by_step(run) * steps
+
+
+def step_work(run: Workload, examples: int) -> Work:
+    """The work of a step of training on so many examples."""
+    return run.step_work(examples) + _moved_by_step(run)
+
+
+def _moved_by_step(run: Workload) -> Work:
+    return Work(moved=STEPPED * run.outline.dtype.itemsize * run.outline.weights)
 
 
 def trained_weights(run: Workload) -> Memory:

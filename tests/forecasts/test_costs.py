@@ -13,7 +13,7 @@ import permprune
 from permprune.cli.plan import forecast_notes
 from permprune.config import PruneConfig
 from permprune.forecasts.costs import proposals, stages_of, state_bytes
-from permprune.forecasts.resources import Memory, Stage, Work, Workload
+from permprune.forecasts.resources import Memory, Phase, Stage, Work, Workload
 from permprune.forecasts.run import Forecast
 from permprune.permuters.base import LocalPermuter, Permuter
 from permprune.permuters.newton import Newton
@@ -94,7 +94,7 @@ def test_a_cost_can_be_registered(tiny_checkpoint: Path) -> None:
 
     @stages_of.register(Counted)
     def _(method: Counted, run: Workload) -> list[Stage]:
-        return [Stage("counted", (Memory("scores", 1234),), Work(moved=run.outline.weights))]
+        return [Stage(Phase.SEARCH, (Memory("scores", 1234),), Work(moved=run.outline.weights), "counted")]
 
     found = forecast(tiny_checkpoint, Counted())
     (stage,) = [one for one in found.stages if one.name == "counted"]

@@ -1,0 +1,51 @@
+"""The seconds that the stages of a run are expected to take."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import permprune
+from permprune.config import PruneConfig
+from permprune.engine.stages import expected, stages_of_pruning
+from permprune.forecasts.run import Forecast
+from permprune.system.stages import CALIBRATE, DENSE, READ, UPDATE
+
+ALL = "newton:start=ria:rounds=2:tune=1:refine=1:compensate=true:block_steps=4:train_steps=4"
+
+
+def forecast(source: Path, **changes: Any) -> Forecast:
+    return permprune.forecast(str(source), PruneConfig(length=16, samples=24, **changes))
+
+
+@pytest.mark.parametrize("method", ["none", "ria", "newton:start=none", "newton:rounds=0:train_steps=2", ALL])
+def test_every_stage_of_a_run_is_expected_and_all_of_the_time_is_theirs(tiny_checkpoint: Path, method: str) -> None:
+    found = forecast(tiny_checkpoint, permute=method)
+    seconds, limited = expected(found)
+    names = stages_of_pruning(found.config, packed=True, timed=True)
+    assert not limited and seconds.keys() == set(names)
+    assert sum(seconds[name] or 0.0 for name in names) == pytest.approx(sum(filter(None, found.seconds.values())))
+    assert seconds[DENSE] and seconds[CALIBRATE] and seconds[READ]
+
+
+def test_each_change_of_weights_takes_its_own_time(tiny_checkpoint: Path) -> None:
+    found = forecast(tiny_checkpoint, permute=ALL)
+    seconds, _ = expected(found)
+    after = {"refinement": "refinement", "compensation": "compensation", "blocks": "blocks"}
+    for stage, phase in (after | {"training": "training at the end"}).items():
+        assert seconds[f"newton, {stage}"] == pytest.approx(found.seconds[f"newton: {phase}"])
+    rounds = sum(found.seconds[f"newton: {phase}"] or 0.0 for phase in ("gradients", "proposals", "accept", "training"))
+    assert seconds["newton, rounds"] == pytest.approx(rounds)
+    assert seconds["newton, start"] == pytest.approx(found.seconds["ria"])
+
+
+def test_a_limit_ends_the_stages_of_the_search_and_what_is_not_known_stays_so(tiny_checkpoint: Path) -> None:
+    seconds, limited = expected(forecast(tiny_checkpoint, permute="newton", minutes=3, update="sparsegpt"))
+    assert limited == ("newton, start", "newton, rounds") and seconds[UPDATE] is None
+
+
+def test_the_patterns_of_a_mix_have_a_stage(tiny_checkpoint: Path) -> None:
+    found = forecast(tiny_checkpoint, permute="ria", pattern="mixed", max_loss=0.01)
+    seconds, _ = expected(found)
+    assert seconds.keys() >= set(stages_of_pruning(found.config, packed=False, timed=False))
+    assert found.seconds["other shares of the weights"]
