@@ -22,7 +22,7 @@ import torch
 
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
-from permprune.forecasts.run import Forecast
+from permprune.forecasts.forecast import Forecast
 from permprune.jobs.prune import prune_to_folder
 
 STAGES = {

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from permprune.checkpoints.record import SIDES
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
-from permprune.forecasts.run import Forecast
+from permprune.forecasts.forecast import Forecast
 from permprune.jobs.prune import prune_to_folder
 from permprune.jobs.verify import verify
 from permprune.kernels.library import runs_triton

@@ -22,7 +22,7 @@ from .evaluation.result import Metric as Metric, Result as Result
 from .evaluation.speed import measure_speed as measure_speed
 from .examples import Examples as Examples
 from .forecasts.fitting import forecast as forecast
-from .forecasts.run import Forecast as Forecast
+from .forecasts.forecast import Forecast as Forecast
 from .inference.pack import pack as pack, unpack as unpack
 from .jobs.bench import bench as bench
 from .jobs.compare import Comparison as Comparison, ComparisonRow as ComparisonRow, compare as compare

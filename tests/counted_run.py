@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 import permprune.plan
 from permprune.coupling.space import Coupling
+from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.machine import Machine
-from permprune.forecasts.run import Forecast
 from permprune.kernels.search.placement import add_placement_cost
 
 from .held_bytes import Held

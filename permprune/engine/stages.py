@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from permprune.budget.shares import ATTEMPTS
 from permprune.config import PruneConfig
+from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.resources import Phase, Stage
-from permprune.forecasts.run import EVALUATED, Forecast
+from permprune.forecasts.run import EVALUATED
 from permprune.pattern import MIXED
 from permprune.permuters.base import Permuter
 from permprune.permuters.iterate import Iterative

@@ -16,8 +16,9 @@ from permprune.checkpoints.weights import GATHERED
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.forecasts.efforts import resolve
+from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.machine import Machine, machine_named, this_machine
-from permprune.forecasts.run import Forecast, Subject, forecast_held
+from permprune.forecasts.run import Subject, forecast_held
 from permprune.models.modality import EVALUATION_WINDOWS, kind_of
 from permprune.models.row_shards import require_divisible
 from permprune.options import Count, require

@@ -27,7 +27,8 @@ from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.costs import state_bytes
 from permprune.forecasts.efforts import resolve
 from permprune.forecasts.fitting import fit_memory
-from permprune.forecasts.run import Forecast, forecast_plan
+from permprune.forecasts.forecast import Forecast
+from permprune.forecasts.run import forecast_plan
 from permprune.inference.pack import head_names, packed_type
 from permprune.jobs.packing import pack_folder
 from permprune.jobs.speeds import add_speeds

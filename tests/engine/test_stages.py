@@ -8,7 +8,7 @@ import pytest
 import permprune
 from permprune.config import PruneConfig
 from permprune.engine.stages import expected, stages_of_pruning
-from permprune.forecasts.run import Forecast
+from permprune.forecasts.forecast import Forecast
 from permprune.system.stages import CALIBRATE, DENSE, READ, UPDATE
 
 ALL = "newton:start=ria:rounds=2:tune=1:refine=1:compensate=true:block_steps=4:train_steps=4"

@@ -13,8 +13,8 @@ import permprune
 from permprune.cli.plan import forecast_notes
 from permprune.config import PruneConfig
 from permprune.forecasts.costs import proposals, stages_of, state_bytes
+from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.resources import Memory, Phase, Stage, Work, Workload
-from permprune.forecasts.run import Forecast
 from permprune.permuters.base import LocalPermuter, Permuter
 from permprune.permuters.newton import Newton
 from permprune.permuters.quadratic import QuadraticModel

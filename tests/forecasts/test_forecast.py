@@ -21,10 +21,11 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.forecasts.activations import count_activations
 from permprune.forecasts.fitting import fit_memory
+from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.machine import BUS, GPUS, Machine, Rates, this_machine
 from permprune.forecasts.passes import _next_token_loss
 from permprune.forecasts.resources import Stage, Work
-from permprune.forecasts.run import TRANSCRIBED, UNENDED, Forecast
+from permprune.forecasts.run import TRANSCRIBED, UNENDED
 from permprune.jobs.prune import prune_to_folder
 from permprune.losses.objective import Objective
 from permprune.losses.targets import next_token

@@ -9,7 +9,8 @@ import torch
 from permprune.config import PruneConfig
 from permprune.engine.held import prepare
 from permprune.examples import Examples
-from permprune.forecasts.run import Forecast, forecast_plan
+from permprune.forecasts.forecast import Forecast
+from permprune.forecasts.run import forecast_plan
 from permprune.losses.choice import choose_task
 from permprune.losses.targets import Imitation
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
