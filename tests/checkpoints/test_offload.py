@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from permprune.checkpoints.offload import attach, read_offloaded, read_skeleton, write_offloaded
+from permprune.checkpoints.offload import attach, load_at_rest, read_offloaded, read_skeleton, write_offloaded
 from permprune.checkpoints.origin import Origin, origin_of, set_origin
 from permprune.checkpoints.probe import make_probe, probe_outputs
 from permprune.checkpoints.record import read_record
 from permprune.checkpoints.weights import GATHERED
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
+from permprune.losses.cross_entropy import Projected, compute_logits
 from permprune.pruning.folder import save
 
 from ..records import record_of
@@ -86,3 +88,15 @@ def test_without_safetensors_there_is_nothing_to_read(tiny_checkpoint: Path, tmp
     (tiny_checkpoint / "model.safetensors").unlink()
     with pytest.raises(PermpruneError, match="does not load"):
         read_offloaded(str(tiny_checkpoint), tmp_path / "offloaded")
+
+
+def test_logits_of_an_offloaded_model_are_projected(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Whole logits of a large vocabulary would take more memory than all else."""
+    model, _, _, weights = read_offloaded(str(tiny_checkpoint), tmp_path / "offloaded")
+    assert not any("forward" in vars(module) for module in model.modules())
+    load_at_rest(model, weights, (), held=False)
+    batch = Examples.of(torch.arange(16).view(2, 8))
+    with torch.no_grad():
+        given, logits = compute_logits(model, batch), model(**batch).logits
+    assert isinstance(given, Projected)
+    torch.testing.assert_close(given.whole(), logits)
