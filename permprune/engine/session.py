@@ -20,7 +20,7 @@ from permprune.inference.pack import packed_bytes
 from permprune.permuters.base import Callback, Permuter, Run, Solution
 from permprune.showcase.shown import Shown
 from permprune.system import stages
-from permprune.system.memory import peak_memory_mb, reset_peak_memory
+from permprune.system.memory import peak_memory_mb, release_freed_memory, reset_peak_memory
 from permprune.system.progress import log, stage
 
 
@@ -143,6 +143,7 @@ class Session:
 
     def _measurement(self, label: str, seconds: float) -> Measurement:
         """Measure the model with its current weights; a perplexity of a pruned model that is not finite is infinity."""
+        release_freed_memory()  # of what came before, which needed other sizes
         try:
             result, *others = self.measure()
         except NotFinite as error:
