@@ -26,6 +26,9 @@ TYPICAL: dict[Kind, int] = {"sentences": 64, "embeddings": 64, "speech": 64}
 Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of a batch, by the names of the model's arguments."""
 
+UNCOUNTED = Activations(blocks=0, logits=0, positions=0, outputs=0)
+"""Those of a pass whose memory is not asked for."""
+
 
 def example_pass(
     model: PreTrainedModel,
@@ -68,10 +71,6 @@ def batch_pass(
         held=outline.dtype if gradients == "inputs" and dtype == outline.dtype else torch.float32,
         ends=ends or outline.dtype,
     )
-
-
-def uncounted(*_: object, **__: object) -> Activations:
-    return Activations(blocks=0, logits=0, positions=0, outputs=0)
 
 
 def _shapes(model: PreTrainedModel, count: int, length: int, size: tuple[int, int] | None) -> Shapes:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from statistics import fmean
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -20,13 +20,13 @@ from permprune.checkpoints.origin import origin_of
 from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples, batches
-from permprune.forecasts.activations import Activations
+from permprune.forecasts.activations import Activations, Gradients
 from permprune.forecasts.costs import stages_of, state_bytes
 from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.machine import BUS, Machine, this_machine
 from permprune.forecasts.mixing import stages_of_limit, stages_of_mix
 from permprune.forecasts.offloading import FILES, Offload, module_sizes
-from permprune.forecasts.passes import TYPICAL, Shapes, batch_pass, example_pass, uncounted
+from permprune.forecasts.passes import TYPICAL, UNCOUNTED, Shapes, batch_pass, example_pass
 from permprune.forecasts.resources import Memory, Phase, Stage, Work, Workload
 from permprune.forecasts.weights import trained_weights, update_share
 from permprune.models.generation import needs_decoder_inputs
@@ -99,114 +99,192 @@ def forecast_held(
     In the latter case all processes divide the rows of the weights. With `example`, a pass over one example of the
     data, only the time is forecast, without the memory of activations. Raises `PermpruneError`.
     """
-    model, machine, stored, processes = subject.model, subject.machine, subject.stored, subject.processes
-    outline = replace(subject.outline, dtype=held_type(stored), shards=shards)
-    method, change, kind = permuter(config.permute), update(config.update), kind_of(model)
-    per_window = EXAMPLES_PER_WINDOW[kind]
-    dtype, batch = dtype_named(config.precision) or machine.dtype, config.batch * BATCH_MULTIPLIER[kind]
-    counted: Callable[..., Activations] = partial(
-        batch_pass, model, outline, config=config, dtype=dtype, size=subject.size
-    )
-    if example is None:
-        example = example_pass(model, config, size=subject.size, lists=outline.repeated)
-    else:
-        counted = uncounted
-    fisher = method.uses_fisher or config.pattern == MIXED
-    gradient, evaluation = counted("weights"), counted("none", dtype=torch.float32, batch=EVALUATION_BATCH)
-    measured, held_out, _ = shares_of(subject.examples or calibration_count(model, config), config, per_window)
-    run = Workload(
-        outline=outline,
-        threads=machine.threads if shards == 1 else 1,
-        forward=Work(products=example.operations, moved=example.moved) * (1 / shards),
-        batch=batch,
-        gradient=gradient,
-        loss=counted("none", batch=LIGHT * config.batch),
-        dtype=dtype,
-        held_out=held_out,
-        measured=measured,
-        examples_per_window=per_window,
-        recompute=config.recompute,
-        labelled=kind == "text",
-        one_label=kind in ("sentences", "embeddings", "images"),
-        on_device=machine.device.type != "cpu",
-        rests=cast(Place, "device" if config.place == "none" else config.place),
-    )
-    whole, checkpoint = weight_bytes(model, torch.float32) // shards, weight_bytes(model, stored)
-    weights = Memory("weights", held_bytes(model, stored) // shards)
-    network = (weights, Memory("masks", outline.weights // 8), Memory("second moments", _moments_bytes(outline)))
-    searched = (*network, *([trained_weights(run)] if method.trains else []))
-    held = searched if isinstance(change, NoUpdate) else (*searched, update_share(run))
-    passes: float = EVALUATED + (kind == "embeddings")  # which are compared with the dense model's
-    if kind == "speech" and model.can_generate():
-        passes = UNENDED + TRANSCRIBED * (EVALUATED - 1)
-    evaluated = passes * evaluation_count(model, subject.windows)
-    measuring = replace(run, forward=Work(products_fp32=run.forward.products, moved=run.forward.moved))
-    searching = [
-        *(stage.beside(network) for stage in stages_of_mix(config, run)),
-        *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),
-        *(stage.beside(searched) for stage in stages_of(change, run)),
-    ]
-    limit = config.memory if config.offload == "none" else None
-    texts = Stage(Phase.TRANSCRIBE, (weights,), measuring.forward * (TRANSCRIBED * subject.transcribed))
-    energies = Work(products_fp32=_energies(outline))
-    evaluating = measuring.pass_work(evaluated, evaluation_batch(model)) + energies * 2  # dense, and in natural order
-    stages: Sequence[Stage] = [
-        *([texts] if subject.transcribed else []),
-        _calibration(run, measured, fisher=fisher, memory=limit, positions=example.positions).beside(
-            [weights, *counted("inputs" if fisher else "none").parts]
-        ),
-        *searching,
-        *stages_of_limit(config, searching),
-        Stage(Phase.EVALUATE, evaluation.parts, evaluating).beside(held),
-    ]
-    ends = [weight.numel() for weight, _ in end_weights(model)]
-    largest = max(module_sizes(model).values())
-    # processes that divide rows convert their own from fp32, parameter by parameter
-    read = Memory("tensor that is read", stored.itemsize * max(largest, *ends, 0) if run.on_device else 0, "host")
-    load = Stage(Phase.LOAD, (weights if shards == 1 else Memory("weights", whole), read), Work(stored=checkpoint))
-    offloads = config.offload != "none"
-    experts = sum(layer.weight.numel() for layer in outline.layers if layer.expert is not None)
-    files, room = FILES if offloads else shards, (0.0, math.inf, 0.0)
-    check = counted("none", dtype=torch.float32, batch=2, ends=torch.float32)  # on two examples of `short_inputs`
-    short = min(1.0, SHORT / config.length)
-    copied = 2 * stored.itemsize * max(ends, default=0) if offloads else 0  # a file has one tensor at least
-    file = max(copied, min(checkpoint // files, checkpoint if files == 1 else 2 * SHARD))
-    as_stored = (Memory("weights as stored", file, "host"),)
-    elsewhere = not is_narrow(stored) or (offloads and run.on_device)  # where they are in hand
-    checked = (
-        Memory("layers in fp32", 0 if elsewhere else 4 * (largest + max(ends, default=0)), "host"),
-        Memory("activations of the check", round(short * (check.blocks + check.logits)), "host"),
-    )
-    if files > 1:  # of which one after the other is freed before they are checked
-        writing = max(as_stored, checked, key=lambda parts: sum(part.bytes for part in parts))
-    else:
-        writing = (*as_stored, *checked) if run.on_device else ()
-    written = (*held, *writing)
-    stages = (
-        load,
-        *(replace(stage, work=stage.work and stage.work * (shards / processes)) for stage in stages),
-        # the model is freed before what was written is read to check it
-        Stage(Phase.WRITE, written, Work(stored=checkpoint) + energies),
-    )
-    if offloads:
-        device = config.memory if run.on_device else 0
-        stages, room = Offload.of(model, run).stages(stages, device or 0, config.host_limit - program_bytes())
+    held = _HeldRun(subject, config, shards, example)
+    run, stages, room = held.run, tuple(held.stages()), (0.0, math.inf, 0.0)
+    if held.offloads:
+        device = (config.memory or 0) if run.on_device else 0
+        stages, room = Offload.of(subject.model, run).stages(stages, device, config.host_limit - program_bytes())
+    experts = sum(layer.weight.numel() for layer in run.outline.layers if layer.expert is not None)
     return Forecast(
         config=config,
-        machine=machine,
+        machine=subject.machine,
         stages=stages,
         disk={
-            "checkpoint": checkpoint,
-            "states of the search": state_bytes(method, outline),
+            "checkpoint": held.checkpoint,
+            "states of the search": state_bytes(held.method, run.outline),
             "tensors at rest": max(stage.bytes("disk") for stage in stages),
-            "experts as fused": stored.itemsize * experts if offloads else 0,
+            "experts as fused": subject.stored.itemsize * experts if held.offloads else 0,
         },
         program=program_bytes(),
         room=room,
-        processes=processes,
+        processes=subject.processes,
         shards=shards,
-        assumed=tuple(_assumed(model, config, run, processes)),
+        assumed=tuple(_assumed(subject.model, config, run, subject.processes)),
     )
+
+
+class _HeldRun:
+    """The stages of the run that `forecast_held` describes, with what they hold and do where nothing is offloaded."""
+
+    def __init__(self, subject: Subject, config: PruneConfig, shards: int, example: Activations | None) -> None:
+        self.subject, self.config, self.shards = subject, config, shards
+        self.method, self.change = permuter(config.permute), update(config.update)
+        self.fisher, self.offloads = self.method.uses_fisher or config.pattern == MIXED, config.offload != "none"
+        self.outline = replace(subject.outline, dtype=held_type(subject.stored), shards=shards)
+        self.dtype = dtype_named(config.precision) or subject.machine.dtype
+        self.counts = example is None
+        self.example = example or example_pass(subject.model, config, size=subject.size, lists=self.outline.repeated)
+        self.checkpoint = weight_bytes(subject.model, subject.stored)
+        self.weights = Memory("weights", held_bytes(subject.model, subject.stored) // shards)
+
+    def counted(self, gradients: Gradients, **settings: Any) -> Activations:
+        """The activations of a batch."""
+        if not self.counts:
+            return UNCOUNTED
+        settings = {"dtype": self.dtype, **settings}
+        model, size = self.subject.model, self.subject.size
+        return batch_pass(model, self.outline, gradients, config=self.config, size=size, **settings)
+
+    @cached_property
+    def run(self) -> Workload:
+        """The layers, orders and passes of the run."""
+        subject, config, kind = self.subject, self.config, kind_of(self.subject.model)
+        count = subject.examples or calibration_count(subject.model, config)
+        measured, held_out, _ = shares_of(count, config, EXAMPLES_PER_WINDOW[kind])
+        forward = Work(products=self.example.operations, moved=self.example.moved)
+        return Workload(
+            outline=self.outline,
+            threads=subject.machine.threads if self.shards == 1 else 1,
+            forward=forward * (1 / self.shards),
+            batch=config.batch * BATCH_MULTIPLIER[kind],
+            gradient=self.counted("weights"),
+            loss=self.counted("none", batch=LIGHT * config.batch),
+            dtype=self.dtype,
+            held_out=held_out,
+            measured=measured,
+            examples_per_window=EXAMPLES_PER_WINDOW[kind],
+            recompute=config.recompute,
+            labelled=kind == "text",
+            one_label=kind in ("sentences", "embeddings", "images"),
+            on_device=subject.machine.device.type != "cpu",
+            rests=cast(Place, "device" if config.place == "none" else config.place),
+        )
+
+    def stages(self) -> Iterator[Stage]:
+        """Yield the stages in their order."""
+        searching = [*self.searching()]
+        working = [
+            *self.transcribing(),
+            self.calibrating(),
+            *searching,
+            *stages_of_limit(self.config, searching),
+            self.evaluating(),
+        ]
+        yield self.loading()
+        for stage in working:
+            yield replace(stage, work=stage.work and stage.work * (self.shards / self.subject.processes))
+        yield self.writing()
+
+    def loading(self) -> Stage:
+        """Processes that divide rows convert their own from fp32, parameter by parameter."""
+        model, stored = self.subject.model, self.subject.stored
+        largest = max(max(module_sizes(model).values()), *self.ends)
+        read = Memory("tensor that is read", stored.itemsize * largest if self.run.on_device else 0, "host")
+        whole = Memory("weights", weight_bytes(model, torch.float32) // self.shards)
+        weights = self.weights if self.shards == 1 else whole
+        return Stage(Phase.LOAD, (weights, read), Work(stored=self.checkpoint))
+
+    def transcribing(self) -> list[Stage]:
+        """The dense model generates texts where the data has none."""
+        if not self.subject.transcribed:
+            return []
+        work = self.measuring.forward * (TRANSCRIBED * self.subject.transcribed)
+        return [Stage(Phase.TRANSCRIBE, (self.weights,), work)]
+
+    def calibrating(self) -> Stage:
+        """The passes of the calibration, the last of them backward if the Fisher information is asked for."""
+        limit = None if self.offloads else self.config.memory
+        stage = _calibration(self.run, fisher=self.fisher, memory=limit, positions=self.example.positions)
+        return stage.beside([self.weights, *self.counted("inputs" if self.fisher else "none").parts])
+
+    def searching(self) -> Iterator[Stage]:
+        """Yield the choice of patterns, the search and the update."""
+        for stage in stages_of_mix(self.config, self.run):
+            yield stage.beside(self.network)
+        for stage in stages_of(self.method, self.run):
+            yield replace(stage.beside(self.network), limited=True)
+        for stage in stages_of(self.change, self.run):
+            yield stage.beside(self.searched)
+
+    def evaluating(self) -> Stage:
+        """Evaluations, which compute in fp32, and the layers' errors in the natural order and in the one found."""
+        model, kind = self.subject.model, kind_of(self.subject.model)
+        passes: float = EVALUATED + (kind == "embeddings")  # which are compared with the dense model's
+        if kind == "speech" and model.can_generate():
+            passes = UNENDED + TRANSCRIBED * (EVALUATED - 1)
+        evaluated = passes * evaluation_count(model, self.subject.windows)
+        work = self.measuring.pass_work(evaluated, evaluation_batch(model)) + self.energies * 2
+        parts = self.counted("none", dtype=torch.float32, batch=EVALUATION_BATCH).parts
+        return Stage(Phase.EVALUATE, parts, work).beside(self.held)
+
+    def writing(self) -> Stage:
+        """Convert the weights, and compare what was written with them; the model is freed before that is read."""
+        stored, on_device = self.subject.stored, self.run.on_device
+        files = FILES if self.offloads else self.shards
+        copied = 2 * stored.itemsize * max(self.ends) if self.offloads else 0  # a file has one tensor at least
+        file = max(copied, min(self.checkpoint // files, self.checkpoint if files == 1 else 2 * SHARD))
+        as_stored = (Memory("weights as stored", file, "host"),)
+        checked = self.checked()
+        if files > 1:  # of which one after the other is freed before they are checked
+            parts = max(as_stored, checked, key=lambda parts: sum(part.bytes for part in parts))
+        else:
+            parts = (*as_stored, *checked) if on_device else ()
+        return Stage(Phase.WRITE, (*self.held, *parts), Work(stored=self.checkpoint) + self.energies)
+
+    def checked(self) -> tuple[Memory, ...]:
+        """The memory of the check of what was written, on two examples of `short_inputs`."""
+        counted = self.counted("none", dtype=torch.float32, batch=2, ends=torch.float32)
+        elsewhere = not is_narrow(self.subject.stored) or (self.offloads and self.run.on_device)  # where it is in hand
+        layer = 4 * (max(module_sizes(self.subject.model).values()) + max(self.ends))
+        activations = round(min(1.0, SHORT / self.config.length) * (counted.blocks + counted.logits))
+        return (
+            Memory("layers in fp32", 0 if elsewhere else layer, "host"),
+            Memory("activations of the check", activations, "host"),
+        )
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The numbers of weights of the model's ends, and 0 for a model without any."""
+        return [0, *(weight.numel() for weight, _ in end_weights(self.subject.model))]
+
+    @property
+    def network(self) -> tuple[Memory, ...]:
+        """The memory of the masked model."""
+        masks, moments = Memory("masks", self.outline.weights // 8), _moments_bytes(self.outline)
+        return self.weights, masks, Memory("second moments", moments)
+
+    @property
+    def searched(self) -> tuple[Memory, ...]:
+        """The memory of the masked model after the search."""
+        return (*self.network, *([trained_weights(self.run)] if self.method.trains else []))
+
+    @property
+    def held(self) -> tuple[Memory, ...]:
+        """The memory of the masked model after the update."""
+        return self.searched if isinstance(self.change, NoUpdate) else (*self.searched, update_share(self.run))
+
+    @property
+    def measuring(self) -> Workload:
+        """The run with passes in fp32."""
+        forward = self.run.forward
+        return replace(self.run, forward=Work(products_fp32=forward.products, moved=forward.moved))
+
+    @property
+    def energies(self) -> Work:
+        """The work of the mean squared outputs of all layers, of dense weights or of errors (`output_energy`)."""
+        outline = self.outline
+        each = (2.0 * layer.shape[1] ** 2 * outline.rows[layer.name] for layer in outline.layers)
+        return Work(products_fp32=sum(each))
 
 
 def program_bytes() -> int:
@@ -233,17 +311,12 @@ def _assumed(model: PreTrainedModel, config: PruneConfig, run: Workload, process
         yield f"the {processes} processes do equal parts of the work, and send what they exchange in no time"
 
 
-def _energies(outline: Outline) -> float:
-    """The operations of the mean squared outputs of all layers, of dense weights or of errors (`output_energy`)."""
-    return sum(2.0 * layer.shape[1] ** 2 * outline.rows[layer.name] for layer in outline.layers)
-
-
-def _calibration(run: Workload, examples: int, *, fisher: bool, memory: int | None, positions: int) -> Stage:
+def _calibration(run: Workload, *, fisher: bool, memory: int | None, positions: int) -> Stage:
     """The passes forward, several if not all sums fit in the memory limit, and backward for the Fisher information.
 
-    Each of the `examples` has so many positions. The activations are not counted.
+    Each example has so many positions. The activations are not counted.
     """
-    outline = run.outline
+    outline, examples = run.outline, run.measured
     each = sums_by_pass(outline.widths, None if memory is None else memory * outline.shards)
     size, stored = max(accumulator_bytes(widths.values()) for widths in each) // outline.shards, _moments_bytes(outline)
     sums = [Memory("sums of moments", size, travels=size * (2.0 * -(-examples // run.batch) + 1))]
