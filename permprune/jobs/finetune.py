@@ -39,9 +39,9 @@ with on_first_use(globals()):
     from permprune.jobs.student import parameters_to_train, teacher_of, with_labels_head
     from permprune.kernels.product.layout import require_packable
     from permprune.losses.choice import choose_task
-    from permprune.losses.targets import Imitation
+    from permprune.losses.targets import Imitation, Task
     from permprune.models.forward import is_causal_lm, is_ctc
-    from permprune.models.layers import block_linears, require_changeable
+    from permprune.models.layers import Layer, block_linears, require_changeable
     from permprune.models.processors import Processor
     from permprune.pattern import Pattern
     from permprune.pruning.folder import require_probe, write_model
@@ -261,68 +261,27 @@ def finetune(
 def _finetune(
     opened: OpenModel, options: FineTuning, work: WorkFolder, announce: Callable[[FineTuned], None]
 ) -> FineTuned:
-    model, processor = opened.model, opened.processor
-    record = origin_of(model).record
-    if record is None:
-        if options.pack is not None:
-            raise PermpruneError(
-                f"{opened.name} has no record of permprune, so that it cannot be packed: prune it first"
-            )
-        model = with_labels_head(model, options)
-    elif options.pack is not None:
-        for layer in record.layers:
-            require_packable(Pattern.parse(layer.pattern), packed_type(options.pack))
+    model = _model_to_train(opened, options)
     patterns = patterns_of(model)
-    examples, held_out = options.examples(model, processor)
+    examples, held_out = options.examples(model, opened.processor)
     if options.dev is not None:
         warn_of_overlap(overlap([examples], held_out), "training")
-    batch = evaluation_batch(model)
-    imitates = kind_of(model) == "embeddings" or is_ctc(model)
-    if not has_targets(model, examples) and not imitates:
-        raise PermpruneError("the data have no labels: give data with labels")
-    task = choose_task(model, examples, batch)
-    if isinstance(task, Imitation) and options.teacher is None:
-        raise PermpruneError(f"a {type(model).__name__} learns from a dense model's outputs alone: name a --teacher")
+    task = _task(model, examples, options)
     teacher = teacher_of(options, model, examples, task)
-    objective = Objective()
-    if teacher is not None:  # the teacher's outputs replace labels, not the tokens of text
-        objective = dataclasses.replace(objective.for_training(task), task=float(kind_of(model) == "text"))
-        if options.hidden is not None:
-            objective = dataclasses.replace(objective, hidden_states=options.hidden)
-
-    dense = None if has_targets(model, held_out) else dense_outputs(teacher or model, held_out, batch)
-    tokenizer = transcriber(model, processor) if is_ctc(model) else None
-
-    def measure(measured: PreTrainedModel = model) -> Result:
-        return evaluate_model(measured, held_out, tokenizer, dense=dense, batch=batch, metric=options.metric)[0]
-
-    identity = {
-        "model": opened.name,
-        **options.to_json(),
-        "pack": options.pack if options.pack == "int4" else None,  # training depends on no other
-        **digests.model_digests(model, model.state_dict().items()),
-        "training examples": examples.digest,
-        "held-out examples": held_out.digest,
-        "teacher weights": None
-        if teacher is None
-        else digests.model_digests(teacher, teacher.state_dict().items())[digests.WEIGHTS],
-        **digests.versions(),
-    }
-    size = weight_bytes(model, opened.stored)
-    stored = {}
-    if record is not None and options.pack == "int4":
-        recorded = recorded_patterns(model, record.layers)
-        linears = linear_layers(model)
-        stored = packable([linears[name] for name in recorded], recorded)
+    measure = _meter(model, opened.processor, held_out, options, teacher)
+    identity = _identity(opened.name, model, options, teacher)
+    identity |= {"training examples": examples.digest, "held-out examples": held_out.digest}
+    stored = _stored_as_int4(model) if options.pack == "int4" else {}
     with parameters_to_train(model, patterns, options, stored=stored, examples=examples) as weights:
         # Best weights, weights and two moments in fp32; the old state is kept until the new one is written.
-        require_space(work.out, size + 28 * sum(weight.numel() for weight in weights.values()))
+        state = 28 * sum(weight.numel() for weight in weights.values())
+        require_space(work.out, weight_bytes(model, opened.stored) + state)
         trainer = Trainer(
             model=model,
             weights=weights,
             task=task,
-            loss=objective,
-            measure=measure,
+            loss=_objective(model, options, task, teacher),
+            measure=partial(measure, model),
             training=options.training(model, len(examples)),
             checkpoint=Checkpoint(work.path, identity),
             teacher=teacher,
@@ -337,16 +296,98 @@ def _finetune(
         options=options,
         training=trainer.training,
         examples=len(examples),
-        result=measure(),
+        result=measure(model),
         before=curve[0].value,
         dense=None if teacher is None else measure(teacher).value,
         curve=curve,
     )
     announce(result)
     stage(WRITE)
-    out = work.out if options.pack is None else work.scratch / "trained"
-    with atomic_folder(out, work.scratch, "free space, then repeat with --resume") as folder:
-        write_model(model, processor, folder, optimised=decode(Optimised, result.to_json()), bench=None)
-    if options.pack is not None:
-        pack_folder(out, work.out, dtype=options.pack, trust_remote_code=options.trust_remote_code).warn()
+    _write(result, opened.processor, work)
     return result
+
+
+def _model_to_train(opened: OpenModel, options: FineTuning) -> PreTrainedModel:
+    """The model, with a head for the labels if it was not pruned. Raises `PermpruneError` if it cannot be packed."""
+    record = origin_of(opened.model).record
+    if record is None:
+        if options.pack is not None:
+            raise PermpruneError(
+                f"{opened.name} has no record of permprune, so that it cannot be packed: prune it first"
+            )
+        return with_labels_head(opened.model, options)
+    if options.pack is not None:
+        for layer in record.layers:
+            require_packable(Pattern.parse(layer.pattern), packed_type(options.pack))
+    return opened.model
+
+
+def _task(model: PreTrainedModel, examples: Examples, options: FineTuning) -> Task:
+    """What the model is trained to predict. Raises `PermpruneError` without labels, or the teacher that it needs."""
+    imitates = kind_of(model) == "embeddings" or is_ctc(model)
+    if not has_targets(model, examples) and not imitates:
+        raise PermpruneError("the data have no labels: give data with labels")
+    task = choose_task(model, examples, evaluation_batch(model))
+    if isinstance(task, Imitation) and options.teacher is None:
+        raise PermpruneError(f"a {type(model).__name__} learns from a dense model's outputs alone: name a --teacher")
+    return task
+
+
+def _objective(model: PreTrainedModel, options: FineTuning, task: Task, teacher: PreTrainedModel | None) -> Objective:
+    """The loss: that of the task, or a teacher's outputs in place of labels, but not of the tokens of text."""
+    objective = Objective()
+    if teacher is None:
+        return objective
+    objective = dataclasses.replace(objective.for_training(task), task=float(kind_of(model) == "text"))
+    return objective if options.hidden is None else dataclasses.replace(objective, hidden_states=options.hidden)
+
+
+def _meter(
+    model: PreTrainedModel,
+    processor: Processor | None,
+    held_out: Examples,
+    options: FineTuning,
+    teacher: PreTrainedModel | None,
+) -> Callable[[PreTrainedModel], Result]:
+    """The function that measures a model on held-out examples, against the dense one if they have no labels."""
+    batch = evaluation_batch(model)
+    dense = None if has_targets(model, held_out) else dense_outputs(teacher or model, held_out, batch)
+    tokenizer = transcriber(model, processor) if is_ctc(model) else None
+
+    def measure(measured: PreTrainedModel) -> Result:
+        return evaluate_model(measured, held_out, tokenizer, dense=dense, batch=batch, metric=options.metric)[0]
+
+    return measure
+
+
+def _identity(
+    name: str, model: PreTrainedModel, options: FineTuning, teacher: PreTrainedModel | None
+) -> dict[str, Any]:
+    """What the states of a training depend on, beside its examples."""
+    taught = None if teacher is None else digests.model_digests(teacher, teacher.state_dict().items())
+    return {
+        "model": name,
+        **options.to_json(),
+        "pack": options.pack if options.pack == "int4" else None,  # training depends on no other
+        **digests.model_digests(model, model.state_dict().items()),
+        "teacher weights": taught and taught[digests.WEIGHTS],
+        **digests.versions(),
+    }
+
+
+def _stored_as_int4(model: PreTrainedModel) -> dict[str, Layer]:
+    """The pruned layers, by name, whose weights packing stores as int4."""
+    record = origin_of(model).record
+    recorded = recorded_patterns(model, [] if record is None else record.layers)
+    linears = linear_layers(model)
+    return packable([linears[name] for name in recorded], recorded)
+
+
+def _write(result: FineTuned, processor: Processor | None, work: WorkFolder) -> None:
+    """Write the output folder; to pack, write the trained model to the work folder first."""
+    pack, optimised = result.options.pack, decode(Optimised, result.to_json())
+    out = work.out if pack is None else work.scratch / "trained"
+    with atomic_folder(out, work.scratch, "free space, then repeat with --resume") as folder:
+        write_model(result.model, processor, folder, optimised=optimised, bench=None)
+    if pack is not None:
+        pack_folder(out, work.out, dtype=pack, trust_remote_code=result.options.trust_remote_code).warn()
