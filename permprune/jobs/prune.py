@@ -81,105 +81,131 @@ def prune_to_folder(
     if head is not None and pack is None:
         raise PermpruneError(f"head is {head}, which is for packed weights: give pack too, such as int8")
     require_data(config, evaluation)
+    job = _Job(model, config, evaluation, processor, pack, head)
     with stages() as shown:
-        record, runs = _prune(
-            model,
-            Path(out),
-            config,
-            evaluation=evaluation,
-            processor=processor,
-            pack=pack,
-            head=head,
-            resume=resume,
-            callbacks=callbacks,
-            begin=begin,
-            announce=announce,
-            shown=shown,
-        )
-        if runs and not isinstance(model, PreTrainedModel) and distributed.rank() == 0:
+        with WorkFolder(Path(out)).held("prune", resume) as work:
+            record, runs = job.run(work, shown, callbacks=tuple(callbacks), begin=begin, announce=announce)
+        if runs and not job.in_memory and distributed.rank() == 0:
             stage(SPEED)
             record = add_speeds(Path(out), str(model), config)
     return record
 
 
-def _prune(
-    model: ModelSource,
-    out: Path,
-    config: PruneConfig,
-    *,
-    evaluation: Evaluation,
-    processor: Processor | None,
-    pack: str | None,
-    head: str | None,
-    resume: bool,
-    callbacks: Sequence[Callback],
-    begin: Callable[[Forecast], None],
-    announce: Callable[[Record], None],
-    shown: Stages,
-) -> tuple[Record, bool]:
-    """Prune a model and write its folder, as `prune_to_folder`, and free it.
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What `prune_to_folder` is asked for."""
 
-    Returns the record, and whether the models run in the memory of one process.
-    """
-    with WorkFolder(out).held("prune", resume) as work, ExitStack() as inside:
-        distributed.require_same(
-            {"model": name_of(model), **config.to_json(), **vars(evaluation), "pack": pack, "head": head}
-        )
+    model: ModelSource
+    config: PruneConfig
+    evaluation: Evaluation
+    processor: Processor | None
+    pack: str | None
+    head: str | None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the model was given, and is not read."""
+        return isinstance(self.model, PreTrainedModel)
+
+    def run(
+        self,
+        work: WorkFolder,
+        shown: Stages,
+        *,
+        callbacks: tuple[Callback, ...],
+        begin: Callable[[Forecast], None],
+        announce: Callable[[Record], None],
+    ) -> tuple[Record, bool]:
+        """Prune a model and write its folder, as `prune_to_folder`, and free it.
+
+        Returns the record, and whether the models run in the memory of one process.
+        """
+        name, asked = name_of(self.model), {**self.config.to_json(), **vars(self.evaluation)}
+        distributed.require_same({"model": name, **asked, "pack": self.pack, "head": self.head})
         reset_peak_memory()
         started = time.monotonic()
-        if pack is not None:
-            require_packable(config.parsed_pattern, packed_type(pack))
-            config = config.replace(packed=pack, packed_head=head)
-        shapes, size = _shapes(model, processor, config)
-        head_names(shapes, head)  # raises
-        config = resolve(shapes, config, size)
-        if pack == "int4":
-            config = _through_int4(config)
-        fitted = None if isinstance(model, PreTrainedModel) else fit_memory(str(model), config, evaluation.windows)
+        config, fitted = self.fitted()
         if fitted is not None:
-            config = fitted.config
             require_space(work.out, sum(fitted.disk.values()))
-        offloads = config.offload != "none"
-        if offloads and (isinstance(model, PreTrainedModel) or distributed.world() > 1):
-            raise PermpruneError("only one process offloads, and a model that it reads itself: leave --offload out")
         divided = fitted is not None and fitted.shards > 1
-        alone = not divided and not offloads and not isinstance(model, PreTrainedModel)
-        shown.plan(stages_of_pruning(config, packed=pack is not None, timed=alone))
+        alone = not divided and config.offload == "none" and not self.in_memory
+        shown.plan(stages_of_pruning(config, packed=self.pack is not None, timed=alone))
 
-        def forecast(time_forecast: Forecast) -> None:
-            shown.expect(*expected(time_forecast))
-            begin(time_forecast)
+        def forecast(known: Forecast) -> None:
+            shown.expect(*expected(known))
+            begin(known)
 
-        def planned(opened: PreTrainedModel, plan: Plan) -> None:
-            try:
-                time_forecast = forecast_plan(opened, plan, evaluation.windows)
-            except PermpruneError:
-                raise
-            except Exception as error:  # a model's own code can raise any type where it runs without numbers
-                log.warning("the time is not known, as the model does not run without numbers: %s", first_line(error))
-                return
-            forecast(time_forecast)
+        with ExitStack() as inside:
+            if fitted is not None and divided:
+                forecast(fitted)
+                inside.enter_context(distributed.dividing_rows())
+            open_weights = self.opening(config, fitted, work, partial(self.forecast_time, forecast))
+            session = inside.enter_context(Session(open_weights, self.evaluation))
+            weights = session.weights
+            weights.plan.dense.warn()
+            method = permuter(weights.plan.config.permute)
+            if session.choosing is not None:
+                keep_within(session, method, callbacks)
+            pruned, record = session.prune(method, callbacks=callbacks)
+            seconds = {**record.seconds, "total": time.monotonic() - started}
+            record = dataclasses.replace(record, seconds=seconds, peak_memory_mb=peak_memory_mb())
+            announce(record)
+            write = partial(write_pruned_weights, weights, pruned, record, work, pack=self.pack, head=self.head)
+            distributed.on_first(write, others=weights.serve)
+        return record, not weights.unanswering
 
-        open_weights: Callable[[], Held] = partial(_held, model, config, processor, work, planned)
-        if fitted is not None and divided:
-            forecast(fitted)
-            inside.enter_context(distributed.dividing_rows())
-            open_weights = partial(Sharded, str(model), config, work)
-        elif fitted is not None and offloads:
-            open_weights = partial(Offloading, str(model), config, work, planned, Room(*fitted.room))
-        session = inside.enter_context(Session(open_weights, evaluation))
-        weights = session.weights
-        weights.plan.dense.warn()
-        method, called = permuter(weights.plan.config.permute), tuple(callbacks)
-        if session.choosing is not None:
-            keep_within(session, method, called)
-        pruned, record = session.prune(method, callbacks=called)
-        seconds = {**record.seconds, "total": time.monotonic() - started}
-        record = dataclasses.replace(record, seconds=seconds, peak_memory_mb=peak_memory_mb())
-        announce(record)
-        write = partial(write_pruned_weights, weights, pruned, record, work, pack=pack, head=head)
-        distributed.on_first(write, others=weights.serve)
-    return record, not weights.unanswering
+    def fitted(self) -> tuple[PruneConfig, Forecast | None]:
+        """The settings, with what the effort and the limits lead to, and the forecast from which the latter follow.
+
+        Raises `PermpruneError` for what cannot be packed, offloaded or fitted.
+        """
+        config = self.config
+        if self.pack is not None:
+            require_packable(config.parsed_pattern, packed_type(self.pack))
+            config = config.replace(packed=self.pack, packed_head=self.head)
+        shapes, size = self.shapes()
+        head_names(shapes, self.head)  # raises
+        config = resolve(shapes, config, size)
+        if self.pack == "int4":
+            config = _through_int4(config)
+        fitted = None if self.in_memory else fit_memory(str(self.model), config, self.evaluation.windows)
+        config = config if fitted is None else fitted.config
+        if config.offload != "none" and (self.in_memory or distributed.world() > 1):
+            raise PermpruneError("only one process offloads, and a model that it reads itself: leave --offload out")
+        return config, fitted
+
+    def shapes(self) -> tuple[PreTrainedModel, tuple[int, int] | None]:
+        """The model, or one without numbers in place of a model that is read, and the size of its images."""
+        if isinstance(self.model, PreTrainedModel):
+            return self.model, processed_size(self.processor)
+        name, code = str(self.model), self.config.trust_remote_code
+        shapes, _ = read_shapes(name, task=self.config.task, trust_remote_code=code)
+        return shapes, read_size(name, shapes, trust_remote_code=code)
+
+    def opening(
+        self,
+        config: PruneConfig,
+        fitted: Forecast | None,
+        work: WorkFolder,
+        planned: Callable[[PreTrainedModel, Plan], None],
+    ) -> Callable[[], Held]:
+        """What opens and calibrates the model: divided among processes, offloaded, or held in memory."""
+        if fitted is not None and fitted.shards > 1:
+            return partial(Sharded, str(self.model), config, work)
+        if fitted is not None and config.offload != "none":
+            return partial(Offloading, str(self.model), config, work, planned, Room(*fitted.room))
+        return partial(_held, self.model, config, self.processor, work, planned)
+
+    def forecast_time(self, begin: Callable[[Forecast], None], opened: PreTrainedModel, plan: Plan) -> None:
+        """Begin with the forecast of a plan, if the model runs without numbers."""
+        try:
+            known = forecast_plan(opened, plan, self.evaluation.windows)
+        except PermpruneError:
+            raise
+        except Exception as error:  # a model's own code can raise any type
+            log.warning("the time is not known, as the model does not run without numbers: %s", first_line(error))
+            return
+        begin(known)
 
 
 def _through_int4(config: PruneConfig) -> PruneConfig:
@@ -188,16 +214,6 @@ def _through_int4(config: PruneConfig) -> PruneConfig:
     if not isinstance(method, TrustRegion) or not method.trains_at_end or method.int4:
         return config
     return config.replace(permute=dataclasses.replace(method, int4=INT4_SHARE))
-
-
-def _shapes(
-    model: ModelSource, processor: Processor | None, config: PruneConfig
-) -> tuple[PreTrainedModel, tuple[int, int] | None]:
-    """The model, or one without numbers in place of a model that is read, and the size of its images."""
-    if isinstance(model, PreTrainedModel):
-        return model, processed_size(processor)
-    shapes, _ = read_shapes(str(model), task=config.task, trust_remote_code=config.trust_remote_code)
-    return shapes, read_size(str(model), shapes, trust_remote_code=config.trust_remote_code)
 
 
 def _held(
