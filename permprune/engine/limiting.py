@@ -29,61 +29,78 @@ def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, .
     shares. The record tells of it. If none is confirmed, a warning tells what the best one loses.
     Raises `PermpruneError` if no share that was tried is within the limit on the first half.
     """
-    weights, choosing = session.weights, session.choosing
-    assert choosing is not None
-    limit, attempts = weights.plan.config.max_loss, list[Attempt]()
-    assert limit is not None
-    with weights.dense():
-        dense = choosing()[0], session.measure()[0]
-    for one in dense:
-        loss_of(one, one)  # refuses one that is 0 before anything is searched
+    attempts = _Attempts(session, method, callbacks)
+    while (share := attempts.fewest()) is not None and not attempts.confirm(share):
+        pass
+    if share is None:
+        attempts.take_best()
+    assert session.weights.mixed is not None
+    session.weights.mixed = replace(session.weights.mixed, attempts=attempts.made)
 
-    def lost_at(share: float, meter: Meter, beside: Result) -> tuple[float, float]:
+
+class _Attempts:
+    """The runs that are tried; `lost` are their losses by the share of the weights that they keep."""
+
+    def __init__(self, session: Session, method: Permuter, callbacks: tuple[Callback, ...]) -> None:
+        self.session, self.weights, self.method, self.callbacks = session, session.weights, method, callbacks
+        choosing, limit = session.choosing, self.weights.plan.config.max_loss
+        assert choosing is not None and limit is not None
+        self.choosing, self.limit = choosing, limit
+        with self.weights.dense():
+            self.dense = choosing()[0], session.measure()[0]
+        for one in self.dense:
+            loss_of(one, one)  # refuses one that is 0 before anything is searched
+        densities = [density_of(one) for one in parse_candidates(self.weights.plan.config.candidates)]
+        self.least, self.most = densities[0], min(MOST, densities[-1])
+        self.made, self.lost = list[Attempt](), dict[float, float]()
+
+    def fewest(self) -> float | None:
+        """Try shares, and return the smallest one that is within the limit on the first half; None if there is none."""
+        metric = self.dense[0].metric
+        while (share := next_share([*self.lost.items()], self.limit, self.least, self.most)) is not None:
+            value, self.lost[share] = self.measure(share, self.choosing, self.dense[0])
+            log.info("keeping %.3f of the weights: %s %.4g, %.2f %% lost", share, metric, value, 100 * self.lost[share])
+            self.made.append(Attempt(share, value))
+        return min((share for share, loss in self.lost.items() if loss <= self.limit), default=None)
+
+    def confirm(self, share: float) -> bool:
+        """Whether a share is within the limit on the other half as well; if not, that loss counts."""
+        value, loss = self.measure(share, self.session.measure, self.dense[1])
+        self.made = [replace(one, confirmed=value) if one.keep == share else one for one in self.made]
+        if loss > self.limit:
+            log.warning("keeping %.2f of the weights loses %.2f %% on the other half of the data", share, 100 * loss)
+            self.lost[share] = loss
+        return loss <= self.limit
+
+    def take_best(self) -> None:
+        """Take the share that loses least on the other half, where none is within the limit."""
+        confirmed = [one.keep for one in self.made if one.confirmed is not None]
+        if not confirmed:
+            share = max(self.lost)
+            raise PermpruneError(
+                f"no mix that was tried loses at most {100 * self.limit:g} %: with {share:.2f} of the weights it is "
+                f"{100 * self.lost[share]:.3g} %; allow more, take a larger --effort, or denser --candidates"
+            )
+        share = min(confirmed, key=self.lost.__getitem__)
+        self.measure(share, self.session.measure, self.dense[1])
+        log.warning(
+            "no mix that was tried loses at most %g %% on both halves of the data: this one, with %.2f of the weights, "
+            "loses least, %.3g %%",
+            *(100 * self.limit, share, 100 * self.lost[share]),
+        )
+
+    def measure(self, share: float, meter: Meter, dense: Result) -> tuple[float, float]:
         """Return the value and the loss of a run that keeps a share of the weights, measured beside the dense model."""
+        weights = self.weights
         if weights.mixed is None or weights.mixed_at != share:
             weights.mix(share)
-            weights.search(method, replace(weights.plan.run, callbacks=callbacks))
+            weights.search(self.method, replace(weights.plan.run, callbacks=self.callbacks))
         stage(stages.MEASURE)
         try:
             value = meter()[0].value
         except NotFinite:
             value = math.inf
-        return value, loss_of(replace(beside, value=value), beside)
-
-    densities = [density_of(one) for one in parse_candidates(weights.plan.config.candidates)]
-    least, most = densities[0], min(MOST, densities[-1])
-    tried = dict[float, float]()
-    while True:
-        while (share := next_share([*tried.items()], limit, least, most)) is not None:
-            value, loss = lost_at(share, choosing, dense[0])
-            log.info("keeping %.3f of the weights: %s %.4g, %.2f %% lost", share, dense[0].metric, value, 100 * loss)
-            tried[share] = loss
-            attempts.append(Attempt(share, value))
-        share = min((share for share, loss in tried.items() if loss <= limit), default=None)
-        if share is None:
-            break
-        value, loss = lost_at(share, session.measure, dense[1])
-        attempts = [replace(one, confirmed=value) if one.keep == share else one for one in attempts]
-        if loss <= limit:
-            break
-        log.warning("keeping %.2f of the weights loses %.2f %% on the other half of the data", share, 100 * loss)
-        tried[share] = loss
-    if all(one.confirmed is None for one in attempts):
-        share = max(tried)
-        raise PermpruneError(
-            f"no mix that was tried loses at most {100 * limit:g} %: with {share:.2f} of the weights it is "
-            f"{100 * tried[share]:.3g} %; allow more, take a larger --effort, or denser --candidates"
-        )
-    if share is None:
-        share = min((one.keep for one in attempts if one.confirmed is not None), key=tried.__getitem__)
-        lost_at(share, session.measure, dense[1])
-        log.warning(
-            "no mix that was tried loses at most %g %% on both halves of the data: this one, with %.2f of the weights, "
-            "loses least, %.3g %%",
-            *(100 * limit, share, 100 * tried[share]),
-        )
-    assert weights.mixed is not None
-    weights.mixed = replace(weights.mixed, attempts=attempts)
+        return value, loss_of(replace(dense, value=value), dense)
 
 
 def loss_of(result: Result, dense: Result) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
@@ -88,11 +89,7 @@ def calibrate_kv(
     method = score_permuter(permute)
     config = _with_budget(config, budget, max_loss)
     _require_effect(config, {"permute": method.name != "ria", "fold": fold is not None})
-    if fold is not None and Path(fold).resolve() == out.resolve():
-        raise PermpruneError(f"the cache and the folded model are both to be {out}: give --fold another folder")
-    for folder in (out, *([] if fold is None else [Path(fold)])):
-        require_absent(folder)
-        require_writable(folder)
+    _require_folders(out, fold)
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)
     pruned = origin_of(opened.model).record is not None
     if pruned and fold is not None:
@@ -102,22 +99,17 @@ def calibrate_kv(
     source: dict[str, str | int | None] = {"data": calibration, "samples": samples, "length": length, "seed": seed}
     examples, unseen = _windows(opened, source, 0 if max_loss is None else evaluation.windows)
     stage(CALIBRATE)
-    started, chosen = time.monotonic(), None
+    started = time.monotonic()
     observed = observe_states(opened.model, examples, skipped=config.sinks, batch=EVALUATION_BATCH)
-    kept: dict[str, Kept] = {}
     if config.keys == config.values == MIXED:
-        measured = measure_bits(observed)
-        if max_loss is not None:
-            budget, chosen = _least_bytes(measured, CacheMeter(opened.model, config, unseen, calibration), max_loss)
-        budget = measured.usual if budget is None else budget
-        channels = measured.channels(budget)
+        meter = CacheMeter(opened.model, config, unseen, calibration)
+        found = _bits(config, measure_bits(observed), meter, budget=budget, max_loss=max_loss)
     else:
         config = _with_patterns(config, observed)
         channels, kept = find_channels(observed, config, method, seed, order_values=not pruned)
+        found = _Found(config, channels, kept)
     if fold is not None:
-        if all(values.is_natural for _, values in channels.values()):
-            raise PermpruneError(f"values of the pattern {config.values} need no order: leave out --fold")
-        channels = fold_values(opened.model, channels, short_inputs(opened.model, examples))
+        found = _folded(found, opened.model, examples)
     seconds = time.monotonic() - started
     stage(MEASURE)
     windows = evaluation.examples(opened.model, opened.processor)
@@ -126,23 +118,61 @@ def calibrate_kv(
         permprune=importlib.metadata.version("permprune"),
         model=opened.name if fold is None else str(fold),
         shape=shape_of(opened.model),
-        config=config,
-        permute=method.name if kept else "",
+        config=found.config,
+        permute=method.name if found.kept else "",
         calibration=source,
-        kept=kept,
+        kept=found.kept,
         seconds=seconds,
-        measured=CacheMeter(opened.model, config, windows, evaluation.source).compare(channels),
+        measured=CacheMeter(opened.model, found.config, windows, evaluation.source).compare(found.channels),
         weights=weights_of(opened.model),
-        budget=budget,
-        chosen=chosen,
+        budget=found.budget,
+        chosen=found.chosen,
     )
     stage(WRITE)
     if fold is not None:
         with atomic_folder(Path(fold)) as folder:
             write_model(opened.model, opened.processor, folder)
     with atomic_folder(out) as folder:
-        write_cache(folder, channels, record)
+        write_cache(folder, found.channels, record)
     return record
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """The channels of all layers, and what is recorded of how they were found: fields of a `KVRecord`."""
+
+    config: KVConfig
+    channels: LayerChannels
+    kept: dict[str, Kept] = dataclasses.field(default_factory=dict)
+    budget: float | None = None
+    chosen: CacheMeasurement | None = None
+
+
+def _bits(
+    config: KVConfig, measured: BitErrors, meter: CacheMeter, *, budget: float | None, max_loss: float | None
+) -> _Found:
+    """Return the channels with bits for each head, for a budget, or for a limit of the loss that `meter` measures."""
+    chosen = None
+    if max_loss is not None:
+        budget, chosen = _least_bytes(measured, meter, max_loss)
+    budget = measured.usual if budget is None else budget
+    return _Found(config, measured.channels(budget), budget=budget, chosen=chosen)
+
+
+def _folded(found: _Found, model: PreTrainedModel, examples: Examples) -> _Found:
+    """Fold the order of the values into the model. Raises `PermpruneError` if they have none."""
+    if all(values.is_natural for _, values in found.channels.values()):
+        raise PermpruneError(f"values of the pattern {found.config.values} need no order: leave out --fold")
+    return dataclasses.replace(found, channels=fold_values(model, found.channels, short_inputs(model, examples)))
+
+
+def _require_folders(out: Path, fold: str | Path | None) -> None:
+    """Raise `PermpruneError` if the cache and the folded model cannot be written to these folders."""
+    if fold is not None and Path(fold).resolve() == out.resolve():
+        raise PermpruneError(f"the cache and the folded model are both to be {out}: give --fold another folder")
+    for folder in (out, *([] if fold is None else [Path(fold)])):
+        require_absent(folder)
+        require_writable(folder)
 
 
 def _windows(opened: OpenModel, source: Mapping[str, Any], apart: int) -> tuple[Examples, Examples]:
