@@ -52,7 +52,7 @@ def main() -> None:
         with held.dense() if pattern == "dense" else contextlib.nullcontext():
             results = [meter()[0] for meter in meters]
         seconds = time.process_time() - began
-        mix = held.mixed
+        mix = held.mix
         cell = {"table": "budgets", "model": options.model, "permute": options.permute, "pattern": pattern} | settings
         figures = {Path(data).stem: result.value for data, result in zip(options.data, results, strict=True)}
         figures |= {"metric": results[0].metric.name, "count": [result.count for result in results]}

@@ -25,7 +25,7 @@ from permprune.checkpoints.record import Mix
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig, PruneSettings
 from permprune.coupling.fold import fold_all
-from permprune.engine.mixing import mix, sensitivity
+from permprune.engine.mixing import choose_patterns, sensitivity
 from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, reorder_columns, sample, stored_form
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
@@ -219,44 +219,46 @@ class Held:
 
     `model` runs with the weights that were shown last. `stored` is the type in which the checkpoint stores them,
     `seconds` the time that the calibration took, and `updating` that of the update after the last search.
-    `unanswering` says why the model cannot answer examples one token after the other; it is empty if it can. The
-    patterns of a mix are chosen here, unless its budget is a loss: `mix` chooses them, and `mixed` is the choice. A
-    model that is `spare` gives up its weights when what was written is loaded, so that one copy is in memory.
+    `unanswering` says why the model cannot answer examples one token after the other; it is empty if it can. A model
+    that is `spare` gives up its weights when what was written is loaded, so that one copy is in memory.
+
+    Of a mix of patterns, `mix` is the choice (`choose_patterns`), made at once unless its budget is a loss,
+    `chosen_for` the share of the weights that was asked for, and `all_layers` what was prepared before a choice.
     """
 
     unanswering: ClassVar[str] = ""
 
-    mixed: Mix | None = None
+    mix: Mix | None = None
 
     updating: float = 0.0
 
     def __init__(self, prepared: Prepared, processor: Processor | None, *, spare: bool = False) -> None:
         self.plan: Prepared = prepared
         self.network = prepared.network
-        self.unmixed, self.mixed_at = prepared, cast(float | None, None)
+        self.all_layers, self.chosen_for = prepared, cast(float | None, None)
         self.model, self.processor, self.stored = prepared.model, processor, origin_of(prepared.model).dtype
         self.seconds, self.spare = prepared.seconds, spare
         if self.plan.config.pattern == MIXED and self.plan.config.max_loss is None:
-            self.mix()
+            self.choose_patterns()
 
-    def mix(self, keep: float | None = None) -> None:
-        """Choose a pattern for each layer (`mixing.mix`), if given for this share of the weights."""
+    def choose_patterns(self, keep: float | None = None) -> None:
+        """Choose a pattern for each layer (see `mixing`), if given for this share of the weights."""
         started = time.monotonic()
         self.network.detach()
-        self.unmixed.network.attach()
-        plan, self.network, self.mixed = mix(
-            self.unmixed, self.unmixed.network, self.model, measured=lambda: self.sensitivity, keep=keep
+        self.all_layers.network.attach()
+        plan, self.network, self.mix = choose_patterns(
+            self.all_layers, self.all_layers.network, self.model, measured=lambda: self.sensitivity, keep=keep
         )
-        self.plan, self.mixed_at = replace(plan, network=self.network), keep
+        self.plan, self.chosen_for = replace(plan, network=self.network), keep
         if keep is None:
-            self.unmixed = self.plan  # the network of all layers is not needed again
+            self.all_layers = self.plan  # the network of all layers is not needed again
             vars(self).pop("sensitivity", None)
         self.seconds += time.monotonic() - started
 
     @cached_property
     def sensitivity(self) -> Sensitivity:
         """What the patterns of a mix cost each layer, measured once for all budgets that are tried."""
-        return sensitivity(self.unmixed, self.unmixed.network)
+        return sensitivity(self.all_layers, self.all_layers.network)
 
     @classmethod
     def of(cls, opened: OpenModel, config: PruneConfig, *, spare: bool = False, **settings: Any) -> Held:
@@ -313,7 +315,7 @@ class Held:
         with nullcontext() if network.holds_narrow else computed_in(model, torch.float32):
             probe = make_probe(model, short_inputs(model, plan.run.held_out))
         pruned = stored_form(plan, model, solution, layers=measures, probe=probe, sample=shown)
-        pruned.mix = self.mixed
+        pruned.mix = self.mix
         fold_all(model, pruned.tables, plan.coupling)
         for layer, order in gathered_layers(plan, solution.orders).values():
             layer.stored.data.copy_(reorder_columns(layer.stored, layer, order))
@@ -335,7 +337,7 @@ class Held:
 
     def restore(self) -> None:
         """Let the model run with its dense weights; nothing else can be shown afterwards."""
-        self.unmixed.network.detach()  # the one attached if a mix is interrupted
+        self.all_layers.network.detach()  # the one attached if a mix is interrupted
         self.network.restore()
 
     def served(self) -> AbstractContextManager[None]:

@@ -34,8 +34,8 @@ def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, .
         pass
     if share is None:
         attempts.take_best()
-    assert session.weights.mixed is not None
-    session.weights.mixed = replace(session.weights.mixed, attempts=attempts.made)
+    assert session.weights.mix is not None
+    session.weights.mix = replace(session.weights.mix, attempts=attempts.made)
 
 
 class _Attempts:
@@ -92,8 +92,8 @@ class _Attempts:
     def measure(self, share: float, meter: Meter, dense: Result) -> tuple[float, float]:
         """Return the value and the loss of a run that keeps a share of the weights, measured beside the dense model."""
         weights = self.weights
-        if weights.mixed is None or weights.mixed_at != share:
-            weights.mix(share)
+        if weights.mix is None or weights.chosen_for != share:
+            weights.choose_patterns(share)
             weights.search(self.method, replace(weights.plan.run, callbacks=self.callbacks))
         stage(stages.MEASURE)
         try:

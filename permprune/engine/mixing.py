@@ -38,7 +38,7 @@ def sensitivity(plan: Plan, network: PrunedNetwork) -> Sensitivity:
     return Sensitivity(network, run, parse_candidates(plan.config.candidates), plan.pattern)
 
 
-def mix(
+def choose_patterns(
     plan: P,
     network: PrunedNetwork,
     model: PreTrainedModel,

@@ -45,9 +45,9 @@ def spoken(model: LlamaForCausalLM) -> torch.Tensor:
 
 def kept(held: Held) -> float:
     """The share of the weights that the patterns keep."""
-    sizes = {layer.name: layer.weight.numel() for layer in held.unmixed.outline.layers}
-    assert held.mixed is not None
-    density = {name: pattern.density for name, pattern in held.mixed.patterns.items()}
+    sizes = {layer.name: layer.weight.numel() for layer in held.all_layers.outline.layers}
+    assert held.mix is not None
+    density = {name: pattern.density for name, pattern in held.mix.patterns.items()}
     total = sum(
         layer.weight.numel() for layer in held.model.model.layers.modules() if isinstance(layer, torch.nn.Linear)
     )
@@ -90,13 +90,13 @@ def test_a_mix_keeps_to_its_budget_and_what_the_loss_feels(
 ) -> None:
     tiny_llama.get_submodule(QUIET).weight.data /= 50
     held = ready(tiny_llama, windows=spoken(tiny_llama), mode=mode, keep=share, held_out=16)
-    assert held.mixed is not None
-    assert share - 0.1 < kept(held) <= share and kept(held) == pytest.approx(held.mixed.keep)
-    densities = {name: held.mixed.patterns[name].density for name in held.mixed.patterns}
-    assert len({*held.mixed.layers.values()}) > 1 and densities[QUIET] == min(densities.values())
-    assert held.mixed.rounds[-1] < held.mixed.uniform["3:8" if share < 0.5 else "6:8"]
-    assert [point.keep for point in held.mixed.curve] == sorted(point.keep for point in held.mixed.curve)
-    assert held.network.patterns == held.mixed.patterns
+    assert held.mix is not None
+    assert share - 0.1 < kept(held) <= share and kept(held) == pytest.approx(held.mix.keep)
+    densities = {name: held.mix.patterns[name].density for name in held.mix.patterns}
+    assert len({*held.mix.layers.values()}) > 1 and densities[QUIET] == min(densities.values())
+    assert held.mix.rounds[-1] < held.mix.uniform["3:8" if share < 0.5 else "6:8"]
+    assert [point.keep for point in held.mix.curve] == sorted(point.keep for point in held.mix.curve)
+    assert held.network.patterns == held.mix.patterns
     if mode == "fold" and share < 0.5:  # layers that share the order of the residual stream
         problem = max(held.plan.problems, key=lambda one: len(one.parts))
         assert len({held.network.patterns[part.layer] for part in problem.parts}) > 1
@@ -107,20 +107,20 @@ def test_a_mix_that_loses_more_than_one_pattern_is_not_chosen(
 ) -> None:
     monkeypatch.setattr("permprune.budget.allocate.layer_costs", lambda slopes, losses: -layer_costs(slopes, losses))
     held = ready(tiny_llama, windows=spoken(tiny_llama), candidates=("dense", "4:8", "1:8"), keep=0.5)
-    assert held.mixed is not None
-    assert {*held.mixed.layers.values()} == {"4:8"} and held.mixed.rounds == [held.mixed.uniform["4:8"]]
+    assert held.mix is not None
+    assert {*held.mix.layers.values()} == {"4:8"} and held.mix.rounds == [held.mix.uniform["4:8"]]
     assert "4:8 in every layer" in caplog.text
 
 
 @pytest.mark.parametrize("budget", [0.8, 36_000.0])
 def test_a_mix_keeps_to_its_bytes(tiny_llama: LlamaForCausalLM, budget: float) -> None:
     held = ready(tiny_llama, mode="gather", bytes=budget)
-    assert held.mixed is not None
+    assert held.mix is not None
     dense = 2 * sum(parameter.numel() for parameter in tiny_llama.parameters())
     natural = held.natural()
     pruned = held.finish(held.search(brief("newton"), held.plan.run), natural)
     size = packed_bytes(tiny_llama, {row.name: row.pattern for row in pruned.layers}, pruned.gathers)
-    assert size is not None and size <= held.mixed.bytes <= (budget if budget > 1 else budget * dense)
+    assert size is not None and size <= held.mix.bytes <= (budget if budget > 1 else budget * dense)
     pack(tiny_llama, {row.name: row.pattern for row in pruned.layers})
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in tiny_llama.state_dict().values()}
     assert sum(tensors.values()) <= size
@@ -139,7 +139,7 @@ def test_an_interrupted_run_keeps_the_patterns(
     first.restore()
     monkeypatch.setattr("permprune.engine.held.sensitivity", None)
     again = ready(tiny_llama, tmp_path, keep=0.6)
-    assert again.mixed == first.mixed
+    assert again.mix == first.mix
     found = again.search(brief("newton"), again.plan.run)
     assert found.curve == solution.curve
     with pytest.raises(PermpruneError, match="another keep"):
@@ -179,7 +179,7 @@ def test_every_permuter_searches_a_mix(tiny_llama: LlamaForCausalLM, method: str
     held = ready(tiny_llama, mode=mode, keep=0.6)
     natural = held.natural()
     pruned = held.finish(held.search(brief(method), held.plan.run), natural)
-    assert pruned.record().mix == held.mixed
+    assert pruned.record().mix == held.mix
     for row in pruned.layers:
         pattern, layer = Pattern.parse(row.pattern), held.network.layers[row.name]
         assert pattern.holds(layer.weight)

@@ -30,13 +30,13 @@ class Weights:
     def __init__(self) -> None:
         config = SimpleNamespace(max_loss=0.01, candidates=["dense", "4:8"])
         self.plan = SimpleNamespace(config=config, run=NoRun())
-        self.share, self.mixed, self.mixed_at, self.searches = 1.0, Chosen(), None, 0
+        self.share, self.mix, self.chosen_for, self.searches = 1.0, Chosen(), None, 0
 
     def dense(self) -> Any:
         return nullcontext()
 
-    def mix(self, share: float) -> None:
-        self.share = self.mixed_at = share  # type: ignore[assignment]
+    def choose_patterns(self, share: float) -> None:
+        self.share = self.chosen_for = share  # type: ignore[assignment]
 
     def search(self, *_: Any) -> None:
         self.searches += 1
@@ -67,7 +67,7 @@ def test_if_no_share_is_confirmed_the_loss_on_the_other_half_is_told(caplog: pyt
     run = session(0.8, 0.05, 1.0)
     with caplog.at_level(logging.WARNING, logger="permprune"):
         keep_within(run, SimpleNamespace())  # type: ignore[arg-type]
-    confirmed = [one for one in run.weights.mixed.attempts if one.confirmed is not None]
+    confirmed = [one for one in run.weights.mix.attempts if one.confirmed is not None]
     best = max(confirmed, key=lambda one: one.confirmed or 0.0)
     assert run.weights.share == best.keep and best.confirmed == pytest.approx(0.8 * best.keep)
     assert f"loses least, {100 * (1 - best.keep):.3g} %" in caplog.messages[-1]
