@@ -86,6 +86,8 @@ def with_error(value: float, error: float) -> str:
 
 
 TEXTS = ("wikitext2", "held back")
+C4, BOTH = "c4_sample_700.jsonl", "c4_and_wikitext2_valid.jsonl"
+"""The texts of calibrations."""
 ORDER = ("none", "ria", "cp", "reconstruction", "learned-paper", "permllm", "newton", "learned")
 
 
@@ -95,16 +97,17 @@ def perplexity(row: Row, text: str) -> float:
 
 def gap_closed(row: Row, text: str) -> float:
     """The share of the log-perplexity gap between the dense model and no permutation, of the row's pattern and seed."""
-    (dense,) = rows("protocol.jsonl", method="dense")
-    (none,) = rows("protocol.jsonl", method="none", pattern=row["pattern"], seed=row["seed"])
+    (dense,) = rows("protocol.jsonl", method="dense", calibration=row["calibration"])
+    same = {name: row[name] for name in ("calibration", "pattern", "seed")}
+    (none,) = rows("protocol.jsonl", method="none", **same)
     lost, most = (math.log(perplexity(other, text) / perplexity(dense, text)) for other in (row, none))
     return 1 - lost / most
 
 
-def protocol(pattern: str, mode: str, seed: int = 0) -> list[Row]:
+def protocol(pattern: str, mode: str, calibration: str = C4) -> list[Row]:
     """The rows of `none` and of the methods, in the order of ORDER."""
-    found = rows("protocol.jsonl", pattern=pattern, mode=mode, seed=seed)
-    found += rows("protocol.jsonl", pattern=pattern, method="none", seed=seed)
+    same = {"pattern": pattern, "seed": 0, "calibration": calibration}
+    found = rows("protocol.jsonl", mode=mode, **same) + rows("protocol.jsonl", method="none", **same)
     return sorted(found, key=lambda row: ORDER.index(row["method"].partition(":")[0]))
 
 
@@ -121,7 +124,7 @@ PROTOCOL_HEADS = "method | WikiText-2 raw | gap closed | C4, other documents | g
 
 
 def protocol_fold() -> str:
-    found = rows("protocol.jsonl", method="dense") + protocol("2:4", "fold")
+    found = rows("protocol.jsonl", method="dense", calibration=C4) + protocol("2:4", "fold")
     costs = ([row[name] for name in ("core_seconds", "peak")] if "mode" in row else ["", ""] for row in found)
     lines = ([*searched(row), *cost] for row, cost in zip(found, costs, strict=True))
     return markdown(f"{PROTOCOL_HEADS} | core-seconds | peak MiB", lines)
@@ -129,14 +132,15 @@ def protocol_fold() -> str:
 
 def protocol_others() -> str:
     shown = (("2:4", "gather"), ("4:8", "fold"), ("4:8p", "fold"), ("6:8", "fold"), ("6:8", "gather"))
-    cells = [(pattern, mode, row) for pattern, mode in shown for row in protocol(pattern, mode)
+    cells = [(f"{pattern}, {mode}", row) for pattern, mode in shown for row in protocol(pattern, mode)
              if mode == "fold" or row["method"] != "none"]  # fmt: skip
-    lines = ([f"{pattern}, {mode}", *searched(row)] for pattern, mode, row in cells)
+    cells += [("6:8, fold, both texts", row) for row in protocol("6:8", "fold", BOTH) if row["method"] != "none"]
+    lines = ([label, *searched(row)] for label, row in cells)
     return markdown(f"pattern, mode | {PROTOCOL_HEADS}", lines)
 
 
 def readme() -> str:
-    found = rows("protocol.jsonl", method="dense") + protocol("2:4", "fold")
+    found = rows("protocol.jsonl", method="dense", calibration=C4) + protocol("2:4", "fold")
     gather = next(row for row in protocol("2:4", "gather") if row["method"] == "newton")
     lines: list[list[object]] = []
     for row in [*found, gather | {"method": "newton, gather mode"}]:
