@@ -19,7 +19,7 @@ from permprune.losses.targets import Outputs, Task
 from permprune.models.activation_checkpointing import recomputed
 from permprune.models.autocast import autocast
 from permprune.models.experts import Routed
-from permprune.models.forward import frozen, main_outputs, padding_of, run_model
+from permprune.models.forward import frozen, padding_of, short_inputs
 from permprune.models.hooks import continues, hooked, layers_up_to_each, resumed
 from permprune.models.layers import Layer
 from permprune.system import distributed
@@ -95,7 +95,7 @@ def calibrate(
     differentiated = layers if fisher else []
     sums = {layer.name: layer.stored.new_zeros(layer.shape[0], dtype=torch.float64) for layer in differentiated}
     with frozen(model):
-        by_block = shelf.place != "device" and reading.continues(one)
+        by_block = shelf.place != "device" and reading.continues(examples)
         forward = reading.forward_by_block if by_block else reading.forward
         moments, terms = {} if fisher and not by_block else forward(first).stored, 0.0
         if fisher:
@@ -159,15 +159,10 @@ class _Pass:
         with frozen(self.model):
             return self._outputs(examples).terms
 
-    @torch.no_grad()
     def continues(self, examples: Examples) -> bool:
-        """Whether passes that go on from one block to the next (`resumed`) compute the same as a whole one."""
-
-        def computed() -> list[Tensor]:
-            with autocast(examples.device, self.dtype, blocks=False):
-                return [output for output in main_outputs(run_model(self.model, examples)) if torch.is_tensor(output)]
-
-        return continues(self.model, computed)
+        """Whether passes go on from one block to the next (see there)."""
+        with autocast(compute_device(self.model), self.dtype, blocks=False):
+            return continues(self.model, short_inputs(self.model, examples))
 
     @torch.no_grad()
     def forward(self, readers: dict[str, Layer], whole: bool = False) -> Symmetrics:

@@ -172,7 +172,7 @@ def _named(name: str, output: Any) -> Iterator[tuple[str, Any]]:
         yield name, output
 
 
-def short_inputs(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor]:
+def short_inputs(model: nn.Module, examples: Examples) -> dict[str, Tensor]:
     """The model's arguments for two examples, on its device and without masks of padding; text is cut to 16 tokens."""
     inputs = model_inputs(model, examples[torch.arange(2) % len(examples)].to(compute_device(model)))
     inputs = {name: tensor for name, tensor in inputs.items() if name in SIZES or not name.endswith("attention_mask")}

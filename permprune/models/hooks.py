@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from permprune.errors import PermpruneError
 from permprune.models.experts import ExpertMatrix, Routed, Whole, run_in_turn
+from permprune.models.forward import main_outputs, without_caches
 from permprune.models.layers import Layer, block_chains, blocks
 from permprune.system.progress import track
 
@@ -202,20 +203,26 @@ def layers_up_to_each(model: nn.Module, layers: Iterable[Layer]) -> list[tuple[l
     return [(reached, by_block[reached[-1]]) for reached in up_to_each(model) if reached[-1] in by_block]
 
 
-def continues(model: nn.Module, compute: Callable[[], Sequence[Tensor]]) -> bool:
-    """Whether passes that go on from one block to the next (`resumed`) compute the same as a whole one.
+@torch.no_grad()
+def continues(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether passes that go on from one block to the next (`resumed`) compute the same of `inputs` as a whole one.
 
-    `compute` makes a pass on some inputs, and returns what the model computes.
+    These should be short (`short_inputs`): what each pass computes is held, with a language model's logits.
     """
+
+    def compute() -> list[Tensor]:
+        return [output for output in main_outputs(model(**inputs)) if torch.is_tensor(output)]
+
     every, outputs = up_to_each(model), dict[nn.Module, Any]()
     try:
-        whole = compute()
-        for reached in every:
-            with resumed(reached, outputs):
-                compute()
-        again: Sequence[Tensor] = ()
-        with resumed((), outputs):
-            again = compute()
+        with without_caches(model):
+            whole = compute()
+            for reached in every:
+                with resumed(reached, outputs):
+                    compute()
+            again: list[Tensor] = []
+            with resumed((), outputs):
+                again = compute()
         return bool(every and whole) and len(again) == len(whole) and all(map(torch.equal, again, whole))
     except Exception:  # a model's own code can raise any type
         return False

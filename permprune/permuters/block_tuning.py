@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from permprune.examples import Examples, batches
 from permprune.losses.objective import Loss, TeacherOutputs, relative_distance
 from permprune.losses.targets import Task
-from permprune.models.forward import frozen, main_outputs, padding_of, run_model
+from permprune.models.forward import frozen, padding_of, short_inputs
 from permprune.models.hooks import continues, layers_up_to_each, resumed
 from permprune.permuters.base import Run
 from permprune.permuters.iterate import Landscape, S
@@ -75,13 +75,9 @@ def train_blocks(landscape: Landscape, state: S, *, steps: int, limit: float, sa
     Progress is saved in `saved` after each block.
     """
     network = landscape.network
-
-    def computed() -> list[Tensor]:
-        with torch.no_grad(), frozen(network.model), network.autocast():
-            example = landscape.run.train[:1].to(network.device)
-            return [output for output in main_outputs(run_model(network.model, example)) if torch.is_tensor(output)]
-
-    if not continues(network.model, computed):
+    with frozen(network.model), network.autocast():
+        going_on = continues(network.model, short_inputs(network.model, landscape.run.train))
+    if not going_on:
         log.warning("the model does not go on from one block to the next: its blocks are not trained one by one")
         return state
     state = replace(state, seconds=state.seconds + saved.before)

@@ -126,6 +126,21 @@ def test_memory_is_what_was_forecast(
 
 
 @pytest.mark.slow
+def test_logits_of_a_large_vocabulary_are_not_held(
+    tmp_path: Path, tiny_text: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("permprune.forecasts.machine._measured_rates", lambda *_: Rates(1e12, 1e12, 1e12, 1e12))
+    monkeypatch.setattr("permprune.losses.cross_entropy.PROJECTED", 8)
+    shape = {"num_hidden_layers": 2, "hidden_size": 128, "vocab_size": 8192, "tie_word_embeddings": True}
+    source = small_checkpoint(tmp_path / "source", tiny_tokenizer, torch.float32, **shape)
+    config = SETTINGS.replace(calibration=str(tiny_text), permute="none", length=128, samples=6, offload="disk")
+    found = permprune.forecast(str(source), config, windows=4)
+    with Held() as held:
+        permprune.prune_to_folder(str(source), tmp_path / "out", config, evaluation=Evaluation(str(tiny_text), 4, 128))
+    assert held.peak == pytest.approx(found.tensors, rel=0.1)
+
+
+@pytest.mark.slow
 def test_damaged_weights_are_refused(
     tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_text: Path
 ) -> None:
