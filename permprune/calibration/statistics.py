@@ -160,7 +160,7 @@ class _Pass:
             return self._outputs(examples).terms
 
     def continues(self, examples: Examples) -> bool:
-        """Whether passes go on from one block to the next (see there)."""
+        """Whether the model can be calibrated block by block: passes go on from one block to the next."""
         with autocast(compute_device(self.model), self.dtype, blocks=False):
             return continues(self.model, short_inputs(self.model, examples))
 

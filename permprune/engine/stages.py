@@ -69,7 +69,7 @@ def expected(forecast: Forecast) -> tuple[dict[str, float | None], tuple[str, ..
 
 def _stage_of(method: Permuter, stage: Stage) -> str:
     """The stage of a run, with this search, that a stage of its forecast belongs to."""
-    if not stage.method:
+    if not stage.method and stage.phase in OF_PHASES:
         return OF_PHASES[stage.phase]
     if stage.method == Phase.UPDATE:
         return UPDATE
