@@ -1,20 +1,36 @@
 """The bytes of the tensors that live at a time."""
 
 import weakref
-from typing import Any
+from typing import Any, Self
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from permprune.kernels.product.native import aligned
+
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations inside make and that live: `peak` is the most at a time."""
+    """Counts the bytes of the tensors that operations inside make and that live: `peak` is the most at a time.
+
+    Kernels get new memory for each call: what they keep between calls may be from a larger product of an earlier test.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}
         self.now = self.peak = 0
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> Self:
+        self.patch.setattr("permprune.kernels.product.native.workspace", lambda size, of="lines": aligned(size))
+        entered: Self = super().__enter__()
+        return entered
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.patch.undo()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
