@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from transformers import masking_utils
 
-from permprune.forecasts.resources import Memory
+from permprune.forecasts.resources import Memory, Part
 from permprune.models.activation_checkpointing import recomputed
 from permprune.models.experts import EVENLY, implementation
 from permprune.models.forward import frozen
@@ -61,7 +61,7 @@ class Activations:
     @property
     def parts(self) -> tuple[Memory, ...]:
         """The parts of a stage that holds these activations."""
-        return Memory("activations", self.blocks), Memory("logits", self.logits)
+        return Memory(Part.ACTIVATIONS, self.blocks), Memory(Part.LOGITS, self.logits)
 
 
 def count_activations(

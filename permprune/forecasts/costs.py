@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from permprune.forecasts.resources import Memory, Phase, Stage, Work, Workload
+from permprune.forecasts.resources import Memory, Part, Phase, Stage, Work, Workload
 from permprune.forecasts.weights import (
     block_training,
     block_update,
@@ -91,7 +91,7 @@ def _nothing(method: NoUpdate | Identity | Random, run: Workload) -> list[Stage]
 
 @stages_of.register(Update)
 def _update(method: Update, run: Workload) -> list[Stage]:
-    updated = Memory("updated weights", 2 * run.outline.dtype.itemsize * run.outline.weights)  # for both masks
+    updated = Memory(Part.UPDATED, 2 * run.outline.dtype.itemsize * run.outline.weights)  # for both masks
     return [
         Stage(Phase.UPDATE, (updated, *block_update(run, run.measured)), None),
         Stage(Phase.ACCEPT, (updated, update_share(run), *run.loss.parts), None, Phase.UPDATE),
@@ -143,9 +143,9 @@ def _cost_matrix(method: CostMatrixLearner, run: Workload) -> list[Stage]:
     outline, examples = run.outline, method.examples * run.examples_per_window
     costs = Memory("cost matrices", 16 * _elements(method, outline))  # C, its gradient, two moments
     relaxed = Memory("relaxed weights", 4 * outline.weights)
-    gradients = relaxed, run.summed("gradients", examples, method.steps), *_pass(method, run, examples)
+    gradients = relaxed, run.summed(Part.GRADIENTS, examples, method.steps), *_pass(method, run, examples)
     graph = Memory("largest problem's graph", 32 * outline.largest_weights(1))  # both matrices, permuted, and put back
-    relaxing = (costs, Memory("gradients", 2 * run.gradient_bytes), graph)
+    relaxing = (costs, Memory(Part.GRADIENTS, 2 * run.gradient_bytes), graph)
     losses = run.loss_work(run.held_out) * (1 + math.ceil(method.steps / method.check))
     return [
         *stages_of(method.start, run),
@@ -170,7 +170,7 @@ def _rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
     rounds, examples = method.rounds, method.examples * run.examples_per_window
     backward = (*_pass(method, run, examples), *masked_weights(run))
     if rounds:
-        summed = run.summed("gradients", examples, rounds)
+        summed = run.summed(Part.GRADIENTS, examples, rounds)
         yield Stage(Phase.GRADIENTS, (*backward, summed), run.gradient_work(examples) * rounds, method.name)
         size, work = proposals(method, run)
         models = (*model_parts(run, run.outline.dtype, size), _gradients(run))
@@ -183,7 +183,7 @@ def _rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
         parts = (*training_memory(method, run, batch, steps), _best_trained(run), _gradients(run))
         yield Stage(Phase.TRAINING, parts, step_work(run, batch) * steps, method.name)
     if method.refine:
-        summed = run.summed("gradients", 2 * examples, method.refine)
+        summed = run.summed(Part.GRADIENTS, 2 * examples, method.refine)
         work = run.gradient_work(2 * examples) + run.loss_work(run.held_out) * TRIED_SHARES
         yield Stage(Phase.REFINEMENT, (*backward, summed), work * method.refine, method.name)
 
@@ -192,7 +192,7 @@ def _after_rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
     """Yield the stages that change weights at the orders found; all but the first put the best ones aside."""
     size, before = run.outline.dtype.itemsize * run.outline.weights, bool(method.tune) + method.compensate
     if method.compensate:
-        updated = Memory("compensated weights", size, travels=4.0 * size)  # written, read by blocks, and replaced
+        updated = Memory(Part.COMPENSATED, size, travels=4.0 * size)  # written, read by blocks, and replaced
         tuned = [trained_weights(run)] if method.tune else []
         examples = 4 * method.examples * run.examples_per_window
         parts = (updated, *tuned, *block_update(run, examples))
@@ -223,13 +223,13 @@ def _held_to_accept(method: TrustRegion, run: Workload) -> list[Memory]:
 
 def _gradients(run: Workload) -> Memory:
     """The memory of the mean gradients."""
-    return Memory("gradients", run.gradient_bytes)
+    return Memory(Part.GRADIENTS, run.gradient_bytes)
 
 
 def _best_trained(run: Workload) -> Memory:
     """The memory of the best weights so far, which are put aside, and read at the end."""
     trained = trained_weights(run)
-    return replace(trained, name="best trained weights", travels=2.0 * trained.bytes)
+    return replace(trained, name=Part.BEST_TRAINED, travels=2.0 * trained.bytes)
 
 
 @state_bytes.register(TrustRegion)
@@ -312,7 +312,7 @@ def model_bytes(run: Workload, slopes: torch.dtype, part: int | None = None) -> 
 def model_parts(run: Workload, slopes: torch.dtype, model: int) -> tuple[Memory, ...]:
     """The parts of the models of the largest problems, of so many bytes, whose slopes have type `slopes`."""
     rest = slopes.itemsize * run.outline.largest_weights(run.threads)
-    return Memory("slopes of the largest problem", rest), Memory("largest problem's model", model - rest)
+    return Memory(Part.SLOPES, rest), Memory(Part.MODEL, model - rest)
 
 
 def pairs_bytes(channels: int, m: int) -> int:

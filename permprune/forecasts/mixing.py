@@ -9,7 +9,7 @@ from permprune.budget.asked import parse_candidates
 from permprune.budget.shares import ATTEMPTS
 from permprune.config import PruneConfig
 from permprune.forecasts.costs import stages_of
-from permprune.forecasts.resources import Phase, Stage, Work, Workload
+from permprune.forecasts.resources import Part, Phase, Stage, Work, Workload
 from permprune.pattern import MIXED
 
 
@@ -23,7 +23,7 @@ def stages_of_mix(config: PruneConfig, run: Workload) -> list[Stage]:
     work += [stage.work for stage in stages_of(START, run) if stage.work is not None]
     parts = (
         *run.gradient.parts,
-        run.summed("gradients", EXAMPLES * run.examples_per_window, len(differentiated(candidates))),
+        run.summed(Part.GRADIENTS, EXAMPLES * run.examples_per_window, len(differentiated(candidates))),
     )
     return [Stage(Phase.PATTERNS, parts, sum(work, Work()))]
 

@@ -12,22 +12,22 @@ from transformers import PreTrainedModel
 
 from permprune.calibration.symmetric import stored_elements
 from permprune.errors import PermpruneError
-from permprune.forecasts.resources import Memory, Phase, Stage, Work, Workload
+from permprune.forecasts.resources import Memory, Part, Phase, Stage, Work, Workload
 from permprune.models.layers import block_linears, blocks
 from permprune.models.narrow_weights import end_weights
 from permprune.system.files import gib
 from permprune.system.shelf import Place
 
-KEPT = {"weights in training", "sums of gradients"}
-"""The parts of stages, by name, that rest elsewhere and of which only what the masks keep does."""
+KEPT = {Part.IN_TRAINING, Part.GRADIENT_SUMS}
+"""The parts of stages that rest elsewhere and of which only what the masks keep does."""
 
 RESTING = KEPT | {
-    "sums of moments", "gradients", "Adam's moments", "slopes of the largest problem", "compensated weights",
-    "trained weights", "updated weights", "share of the update",
+    Part.MOMENT_SUMS, Part.GRADIENTS, Part.ADAM, Part.SLOPES, Part.COMPENSATED, Part.TRAINED, Part.UPDATED,
+    Part.UPDATE_SHARE,
 }  # fmt: skip
-"""The parts of stages that rest elsewhere, by name, beside the weights of blocks."""
+"""The parts of stages that rest elsewhere, beside the weights of blocks."""
 
-ASIDE = {"second moments", "best trained weights"}
+ASIDE = {Part.SECOND_MOMENTS, Part.BEST_TRAINED}
 """Those that are seldom read, which make room for others (`Shelf.put_aside`)."""
 
 MARGIN = 1.1
@@ -50,11 +50,11 @@ FILES = 4
 BACKWARD = {Phase.GRADIENTS, Phase.BLOCKS, Phase.TRAINING, Phase.TRAINING_AT_END, Phase.REFINEMENT}
 """The phases with gradients, beside a calibration with Fisher information."""
 
-ONE_BLOCK = {"sums of a block", "outputs"}
-"""The parts of a calibration by blocks, by name, which are freed before its backward passes."""
+ONE_BLOCK = {Part.BLOCK_SUMS, Part.BLOCK_OUTPUTS}
+"""The parts of a calibration by blocks that are freed before its backward passes."""
 
-PASSING = {"activations", "logits", "largest problem's model"}
-"""The parts of stages, by name, that are not there while layers are scored, or compared."""
+PASSING = {Part.ACTIVATIONS, Part.LOGITS, Part.MODEL}
+"""The parts of stages that are not there while layers are scored, or compared."""
 
 
 def module_sizes(model: PreTrainedModel) -> Counter[int]:
@@ -96,7 +96,7 @@ class Offload:
         small for what always is there.
         """
         bare = [replace(stage, parts=tuple(self._held(stage))) for stage in stages]
-        smaller = [stage.phase == Phase.COMPENSATION and not stage.holds("trained weights") for stage in stages]
+        smaller = [stage.phase == Phase.COMPENSATION and not stage.holds(Part.TRAINED) for stage in stages]
 
         def spare(inside: bool) -> float:
             taken = (stage.bytes("device") for stage, own in zip(bare, smaller, strict=True) if own is inside)
@@ -116,7 +116,7 @@ class Offload:
         weights = self.run.outline.weights * self.run.outline.dtype.itemsize
         for part in stage.parts:
             if part.name not in RESTING | ASIDE:
-                yield replace(part, bytes=part.bytes - weights) if part.name == "weights" else part
+                yield replace(part, bytes=part.bytes - weights) if part.name == Part.WEIGHTS else part
         if self.run.rests == "host":
             yield Memory("weights of blocks", weights, "host")
         yield Memory("layers in hand", self._in_hand(stage))
@@ -148,18 +148,18 @@ class Offload:
             return max(largest * (3 * held + 4), 4 * self.end) if self.run.on_device else largest * (held + 4)
         accepts = stage.phase == Phase.ACCEPT and self.run.dtype != torch.float32
         layer = self.module * (held + (1 if accepts else 4))  # as held, and masked, or the mask beside activations
-        sums = 4 * stored_elements(max(outline.widths.values())) if "sums of moments" in named else 0
+        sums = 4 * stored_elements(max(outline.widths.values())) if Part.MOMENT_SUMS in named else 0
         freed = sum(part.bytes for part in stage.parts if part.name in ONE_BLOCK)
         beside = sum(part.bytes for part in stage.parts if part.name in PASSING) + freed
-        moves = "gradients" in named or stage.phase == Phase.PROPOSALS
+        moves = Part.GRADIENTS in named or stage.phase == Phase.PROPOSALS
         compared = max(self._compared(stage.phase, moves, *layer.shape) for layer in outline.layers) - beside
-        if stage.phase not in BACKWARD and "Fisher information" not in named:
+        if stage.phase not in BACKWARD and Part.FISHER not in named:
             return max(layer + sums, compared)
-        changed = 1 + (outline.pattern.density if "Adam's moments" in named else 0)  # the weight and moments, or a sum
+        changed = 1 + (outline.pattern.density if Part.ADAM in named else 0)  # the weight and moments, or a sum
         gradient = round(largest * (4 + changed * held))
         masked = 4 * (self.block - largest) if self.run.dtype == torch.float32 else 0  # others count as activations
         on_host = 1 + 2 * outline.pattern.density * held  # a mask, and what it keeps, twice
-        step = round(largest * (STEP if self.run.on_device else on_host)) if "Adam's moments" in named else 0
+        step = round(largest * (STEP if self.run.on_device else on_host)) if Part.ADAM in named else 0
         return max(layer, masked + gradient + step + sums - freed, compared)
 
     def _compared(self, phase: Phase, moves: bool, rows: int, channels: int) -> int:

@@ -18,6 +18,30 @@ if TYPE_CHECKING:
     from permprune.system.shelf import Place
 
 
+class Part(StrEnum):
+    """What a stage holds, in the words that are shown, as far as a run that offloads treats it in a way of its own."""
+
+    WEIGHTS = "weights"
+    SECOND_MOMENTS = "second moments"
+    MOMENT_SUMS = "sums of moments"
+    BLOCK_SUMS = "sums of a block"
+    BLOCK_OUTPUTS = "outputs"
+    FISHER = "Fisher information"
+    ACTIVATIONS = "activations"
+    LOGITS = "logits"
+    GRADIENTS = "gradients"
+    GRADIENT_SUMS = "sums of gradients"
+    SLOPES = "slopes of the largest problem"
+    MODEL = "largest problem's model"
+    IN_TRAINING = "weights in training"
+    ADAM = "Adam's moments"
+    TRAINED = "trained weights"
+    BEST_TRAINED = "best trained weights"
+    COMPENSATED = "compensated weights"
+    UPDATED = "updated weights"
+    UPDATE_SHARE = "share of the update"
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of memory that a stage holds, by name and place.

@@ -27,7 +27,7 @@ from permprune.forecasts.machine import BUS, Machine, this_machine
 from permprune.forecasts.mixing import stages_of_limit, stages_of_mix
 from permprune.forecasts.offloading import FILES, Offload, module_sizes
 from permprune.forecasts.passes import TYPICAL, UNCOUNTED, Shapes, batch_pass, example_pass
-from permprune.forecasts.resources import Memory, Phase, Stage, Work, Workload
+from permprune.forecasts.resources import Memory, Part, Phase, Stage, Work, Workload
 from permprune.forecasts.weights import trained_weights, update_share
 from permprune.models.generation import needs_decoder_inputs
 from permprune.models.modality import (
@@ -135,7 +135,7 @@ class _HeldRun:
         self.counts = example is None
         self.example = example or example_pass(subject.model, config, size=subject.size, lists=self.outline.repeated)
         self.checkpoint = weight_bytes(subject.model, subject.stored)
-        self.weights = Memory("weights", held_bytes(subject.model, subject.stored) // shards)
+        self.weights = Memory(Part.WEIGHTS, held_bytes(subject.model, subject.stored) // shards)
 
     def counted(self, gradients: Gradients, **settings: Any) -> Activations:
         """The activations of a batch."""
@@ -190,7 +190,7 @@ class _HeldRun:
         model, stored = self.subject.model, self.subject.stored
         largest = max(max(module_sizes(model).values()), *self.ends)
         read = Memory("tensor that is read", stored.itemsize * largest if self.run.on_device else 0, "host")
-        whole = Memory("weights", weight_bytes(model, torch.float32) // self.shards)
+        whole = Memory(Part.WEIGHTS, weight_bytes(model, torch.float32) // self.shards)
         weights = self.weights if self.shards == 1 else whole
         return Stage(Phase.LOAD, (weights, read), Work(stored=self.checkpoint))
 
@@ -261,7 +261,7 @@ class _HeldRun:
     def network(self) -> tuple[Memory, ...]:
         """The memory of the masked model."""
         masks, moments = Memory("masks", self.outline.weights // 8), _moments_bytes(self.outline)
-        return self.weights, masks, Memory("second moments", moments)
+        return self.weights, masks, Memory(Part.SECOND_MOMENTS, moments)
 
     @property
     def searched(self) -> tuple[Memory, ...]:
@@ -319,10 +319,13 @@ def _calibration(run: Workload, *, fisher: bool, memory: int | None, positions: 
     outline, examples = run.outline, run.measured
     each = sums_by_pass(outline.widths, None if memory is None else memory * outline.shards)
     size, stored = max(accumulator_bytes(widths.values()) for widths in each) // outline.shards, _moments_bytes(outline)
-    sums = [Memory("sums of moments", size, travels=size * (2.0 * -(-examples // run.batch) + 1))]
+    sums = [Memory(Part.MOMENT_SUMS, size, travels=size * (2.0 * -(-examples // run.batch) + 1))]
     if by_block := run.rests != "device":  # all examples run through one block before the next
-        sums = [Memory("sums of a block", 4 * outline.block_sums), Memory("outputs", run.block_outputs(examples))]
-    moments = Memory("second moments", stored if by_block or len(each) > 1 else 0, travels=float(stored))
+        sums = [
+            Memory(Part.BLOCK_SUMS, 4 * outline.block_sums),
+            Memory(Part.BLOCK_OUTPUTS, run.block_outputs(examples)),
+        ]
+    moments = Memory(Part.SECOND_MOMENTS, stored if by_block or len(each) > 1 else 0, travels=float(stored))
     wide = fisher and run.dtype == torch.float32 != outline.dtype and not run.recompute
     converted = Memory("weights in fp32", 4 * outline.weights if wide else 0)  # until the backward pass
     work = run.pass_work(examples, run.batch, len(each))
@@ -330,7 +333,7 @@ def _calibration(run: Workload, *, fisher: bool, memory: int | None, positions: 
     if fisher:
         work += run.forward * examples + run.pass_work(examples, run.batch, run.recompute + by_block)
         work += run.position_work(examples)
-        sums.append(Memory("Fisher information", 8 * sum(outline.rows.values())))
+        sums.append(Memory(Part.FISHER, 8 * sum(outline.rows.values())))
     return Stage(Phase.CALIBRATE, (*sums, moments, converted), work)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from permprune.forecasts.resources import Memory, Work, Workload
+from permprune.forecasts.resources import Memory, Part, Work, Workload
 from permprune.inference.solving import SWEEPS
 from permprune.losses.objective import as_loss
 from permprune.models.layers import Layer
@@ -37,12 +37,12 @@ def block_update(run: Workload, examples: int) -> tuple[Memory, ...]:
         return max(4 * channels**2 + weights, 3 * channels**2 + UPDATE_COPIES * weights)
 
     size = max(blocks) + max(map(in_hand, run.outline.layers)) + run.outline.block_sums
-    return Memory("activations", run.block_outputs(examples)), Memory("update of a block", round(4 * size))
+    return Memory(Part.ACTIVATIONS, run.block_outputs(examples)), Memory("update of a block", round(4 * size))
 
 
 def update_share(run: Workload) -> Memory:
     """The memory of weights that went a share of the way to an update, in fp32."""
-    return Memory("share of the update", 4 * run.outline.weights)
+    return Memory(Part.UPDATE_SHARE, 4 * run.outline.weights)
 
 
 def compensation_work(run: Workload, examples: int) -> Work:
@@ -81,11 +81,11 @@ def training_memory(method: Iterative[Any], run: Workload, examples: int, steps:
     weights = outline.dtype.itemsize * outline.weights
     moments = weights * outline.pattern.n // outline.pattern.m
     parts = [
-        Memory("weights in training", weights, travels=float(weights * reads * steps)),
-        Memory("Adam's moments", moments, travels=2.0 * moments * steps), *run.gradient.parts, *masked,
+        Memory(Part.IN_TRAINING, weights, travels=float(weights * reads * steps)),
+        Memory(Part.ADAM, moments, travels=2.0 * moments * steps), *run.gradient.parts, *masked,
     ]  # fmt: skip
     if batches > 1:
-        parts.append(run.summed("sums of gradients", examples - run.batch, steps))
+        parts.append(run.summed(Part.GRADIENT_SUMS, examples - run.batch, steps))
     if run.on_device:
         parts.append(Memory("tensor that is saved", weights // len(outline.sites), "host"))
     return (*parts, *teacher_outputs(method, run, examples, training=True))
@@ -99,8 +99,8 @@ def block_training(run: Workload, steps: int) -> tuple[tuple[Memory, ...], Work]
     parts = (
         trained_weights(run),
         Memory("outputs of blocks", 3 * run.block_outputs(math.ceil(examples / PASSES))),
-        Memory("weights in training", size),
-        Memory("Adam's moments", round(size * outline.pattern.density)),
+        Memory(Part.IN_TRAINING, size),
+        Memory(Part.ADAM, round(size * outline.pattern.density)),
         *(replace(part, bytes=round(part.bytes * share)) for part in run.gradient.parts),
     )
     batch = min(run.batch, run.examples_per_window)
@@ -119,7 +119,7 @@ def _moved_by_step(run: Workload) -> Work:
 
 def trained_weights(run: Workload) -> Memory:
     """The memory of weights that were trained."""
-    return Memory("trained weights", run.outline.dtype.itemsize * run.outline.weights)
+    return Memory(Part.TRAINED, run.outline.dtype.itemsize * run.outline.weights)
 
 
 def masked_weights(run: Workload) -> tuple[Memory, ...]:
