@@ -114,7 +114,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-    """Scores in percent of a matrix of weights, and 1 for kept and 0 for pruned weights (see `preview.sample`)."""
+    """Scores in percent of a matrix of weights, and 1 where one is kept, else 0 (see `engine.pruned.sample`)."""
 
     score: list[list[Percentage]]
     kept: list[list[Flag]]
