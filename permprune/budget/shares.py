@@ -9,7 +9,7 @@ FIRST = 0.7
 """The share that is tried first."""
 
 ATTEMPTS = 4
-"""The most shares that are tried: each takes a whole run."""
+"""The most shares that are tried, each in a whole run. Each refused on other data allows one more, up to as many."""
 
 CLOSE = 0.02
 """The search ends where two shares that differ by no more than this are within the limit and beyond it."""
@@ -26,8 +26,10 @@ Tried = Sequence[tuple[float, float]]
 """The shares that were tried, with their losses."""
 
 
-def next_share(tried: Tried, limit: float, least: float, most: float) -> float | None:
+def next_share(tried: Tried, limit: float, least: float, most: float, refused: int = 0) -> float | None:
     """Return the share of the weights to try next, between `least` and `most`; None if the search is over.
+
+    So many shares that seemed to be within the limit were `refused` on other data.
 
     Losses fall as the share rises. The next share is that at which a power law through the two losses nearest to the
     limit is `AIM` times the limit, between the largest share beyond the limit and the smallest one within it.
@@ -36,7 +38,7 @@ def next_share(tried: Tried, limit: float, least: float, most: float) -> float |
         return min(most, max(least, FIRST))
     beyond = max((share for share, loss in tried if loss > limit), default=least - CLOSE / 2)
     within = min((share for share, loss in tried if loss <= limit), default=most)
-    if len(tried) >= ATTEMPTS or within - beyond <= CLOSE:
+    if len(tried) >= ATTEMPTS + min(refused, ATTEMPTS) or within - beyond <= CLOSE:
         return None
     nearest = sorted(tried, key=lambda one: abs(math.log(_floored(one[1], limit) / limit)))[:2]
     share, loss = nearest[0]

@@ -354,12 +354,14 @@ class Attempt:
     """A run of the search for the fewest weights within a loss: the share of the weights, and what was measured.
 
     `chosen` is the metric on the data for the choice, and `confirmed` that on the data for the result, which are looked
-    at if the first is within the limit; else it is None.
+    at if the first is within the limit; else it is None. `error` is the standard error of what is lost there, as a
+    share of the dense model's value.
     """
 
     keep: Share
     chosen: Value
     confirmed: Value | None = None
+    error: Value | None = None
 
 
 @dataclasses.dataclass(frozen=True)

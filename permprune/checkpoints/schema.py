@@ -58,9 +58,12 @@ def decode(kind: Any, value: object, where: str = "") -> Any:
 
 
 def encode(value: object) -> Any:
-    """Convert a value for `json.dumps`: dataclasses become dicts, and the keys in `extra` are merged into them."""
+    """Convert a value for `json.dumps`: dataclasses become dicts, and the keys in `extra` are merged into them.
+
+    Fields that do not count when dataclasses are compared are left out.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value) if field.name != EXTRA]
+        names = [field.name for field in dataclasses.fields(value) if field.compare and field.name != EXTRA]
         return {**{name: encode(getattr(value, name)) for name in names}, **getattr(value, EXTRA, {})}
     if isinstance(value, Mapping):
         return {key: encode(item) for key, item in value.items()}

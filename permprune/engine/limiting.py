@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from permprune.checkpoints.record import Attempt
 from permprune.engine.measuring import Meter
 from permprune.engine.session import Session
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import NotFinite, Result
+from permprune.evaluation.result import NotFinite, Result, difference_error
 from permprune.permuters.base import Callback, Permuter
 from permprune.system import stages
 from permprune.system.progress import log, stage
@@ -25,8 +26,9 @@ def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, .
 
     Each attempt is a whole run: patterns for a share of the weights, a search, an update, and a measurement on the
     first half of the evaluation data (`Session.choosing`). The fewest weights within the limit there are confirmed on
-    the other half, which no choice has seen; if they lose more, that loss counts, and the search goes on with larger
-    shares. The record tells of it. If none is confirmed, a warning tells what the best one loses.
+    the other half, which no choice has seen. A loss is within the limit if its sum with its standard error is
+    (`error_of`): else every second choice would lose more on other data. If the share is not confirmed, the search goes
+    on with larger ones. The record tells of it. If none is confirmed, a warning tells what the best one loses.
     Raises `PermpruneError` if no share that was tried is within the limit on the first half.
     """
     attempts = _Attempts(session, method, callbacks)
@@ -39,7 +41,11 @@ def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, .
 
 
 class _Attempts:
-    """The runs that are tried; `lost` are their losses by the share of the weights that they keep."""
+    """The runs that are tried, by the share of the weights that they keep.
+
+    `lost` are their losses on the first half of the data, with their standard errors added, and `refused` the losses
+    and the errors on the other half of those that are not within the limit there.
+    """
 
     def __init__(self, session: Session, method: Permuter, callbacks: tuple[Callback, ...]) -> None:
         self.session, self.weights, self.method, self.callbacks = session, session.weights, method, callbacks
@@ -52,55 +58,68 @@ class _Attempts:
             loss_of(one, one)  # refuses one that is 0 before anything is searched
         densities = [density_of(one) for one in parse_candidates(self.weights.plan.config.candidates)]
         self.least, self.most = densities[0], min(MOST, densities[-1])
-        self.made, self.lost = list[Attempt](), dict[float, float]()
+        self.made, self.lost, self.refused = list[Attempt](), dict[float, float](), dict[float, tuple[float, float]]()
+
+    def expected(self) -> list[tuple[float, float]]:
+        """The shares with their losses; how many times more refused ones lost on the other half is expected of all."""
+        refused = {share: sum(both) for share, both in self.refused.items()}
+        times = max((loss / max(self.lost[share], self.limit / 10) for share, loss in refused.items()), default=1.0)
+        return [(share, refused.get(share, times * loss)) for share, loss in self.lost.items()]
 
     def fewest(self) -> float | None:
-        """Try shares, and return the smallest one that is within the limit on the first half; None if there is none."""
-        metric = self.dense[0].metric
-        while (share := next_share([*self.lost.items()], self.limit, self.least, self.most)) is not None:
-            value, self.lost[share] = self.measure(share, self.choosing, self.dense[0])
-            log.info("keeping %.3f of the weights: %s %.4g, %.2f %% lost", share, metric, value, 100 * self.lost[share])
-            self.made.append(Attempt(share, value))
-        return min((share for share, loss in self.lost.items() if loss <= self.limit), default=None)
+        """Try shares, and return the smallest one that is expected within the limit; None if there is none."""
+        metric, ends = self.dense[0].metric, (self.least, self.most)
+        while (share := next_share(self.expected(), self.limit, *ends, refused=len(self.refused))) is not None:
+            result = self.measure(share, self.choosing, self.dense[0])
+            loss, error = loss_of(result, self.dense[0]), error_of(result, self.dense[0])
+            message = "keeping %.3f of the weights: %s %.4g, %.2f %% lost, with a standard error of %.2f %%"
+            log.info(message, share, metric, result.value, 100 * loss, 100 * error)
+            self.lost[share] = loss + error
+            self.made.append(Attempt(share, result.value))
+        return min((share for share, loss in self.expected() if loss <= self.limit), default=None)
 
     def confirm(self, share: float) -> bool:
-        """Whether a share is within the limit on the other half as well; if not, that loss counts."""
-        value, loss = self.measure(share, self.session.measure, self.dense[1])
-        self.made = [replace(one, confirmed=value) if one.keep == share else one for one in self.made]
-        if loss > self.limit:
-            log.warning("keeping %.2f of the weights loses %.2f %% on the other half of the data", share, 100 * loss)
-            self.lost[share] = loss
-        return loss <= self.limit
+        """Whether a share is within the limit on the other half as well, with the standard error of its loss there."""
+        result = self.measure(share, self.session.measure, self.dense[1])
+        loss, error = loss_of(result, self.dense[1]), error_of(result, self.dense[1])
+        self.made = [
+            replace(one, confirmed=result.value, error=error) if one.keep == share else one for one in self.made
+        ]
+        within = loss + error <= self.limit
+        message = "keeping %.3f of the weights loses %.2f %% on the other half, with a standard error of %.2f %%"
+        log.log(logging.INFO if within else logging.WARNING, message, share, 100 * loss, 100 * error)
+        if not within:
+            self.refused[share] = loss, error
+        return within
 
     def take_best(self) -> None:
         """Take the share that loses least on the other half, where none is within the limit."""
-        confirmed = [one.keep for one in self.made if one.confirmed is not None]
-        if not confirmed:
+        if not self.refused:
             share = max(self.lost)
             raise PermpruneError(
                 f"no mix that was tried loses at most {100 * self.limit:g} %: with {share:.2f} of the weights it is "
-                f"{100 * self.lost[share]:.3g} %; allow more, take a larger --effort, or denser --candidates"
+                f"{100 * self.lost[share]:.3g} % with its standard error; allow more, take a larger --effort, or "
+                "denser --candidates"
             )
-        share = min(confirmed, key=self.lost.__getitem__)
+        share = min(self.refused, key=self.refused.__getitem__)
         self.measure(share, self.session.measure, self.dense[1])
         log.warning(
-            "no mix that was tried loses at most %g %% on both halves of the data: this one, with %.2f of the weights, "
-            "loses least, %.3g %%",
-            *(100 * self.limit, share, 100 * self.lost[share]),
+            "no mix that was tried surely loses at most %g %% on both halves of the data: this one, with %.2f of the "
+            "weights, loses least, %.3g %% with a standard error of %.2g %%; give more --data",
+            *(100 * self.limit, share, *(100 * number for number in self.refused[share])),
         )
 
-    def measure(self, share: float, meter: Meter, dense: Result) -> tuple[float, float]:
-        """Return the value and the loss of a run that keeps a share of the weights, measured beside the dense model."""
+    def measure(self, share: float, meter: Meter, dense: Result) -> Result:
+        """Return what a run that keeps a share of the weights is measured at, where the dense model has `dense`."""
         weights = self.weights
         if weights.mix is None or weights.chosen_for != share:
             weights.choose_patterns(share)
             weights.search(self.method, replace(weights.plan.run, callbacks=self.callbacks))
         stage(stages.MEASURE)
         try:
-            value = meter()[0].value
+            return meter()[0]
         except NotFinite:
-            value = math.inf
-        return value, loss_of(replace(dense, value=value), dense)
+            return replace(dense, value=math.inf, terms=None, stderr=None)
 
 
 def loss_of(result: Result, dense: Result) -> float:
@@ -111,3 +130,8 @@ def loss_of(result: Result, dense: Result) -> float:
         )
     change = dense.value - result.value if dense.metric.higher_is_better else result.value - dense.value
     return change / abs(dense.value) if math.isfinite(change) else math.inf
+
+
+def error_of(result: Result, dense: Result) -> float:
+    """Return the standard error of `loss_of` on these examples, as the same share; 0 if it is not known."""
+    return (difference_error(result, dense) or 0.0) / abs(dense.value)

@@ -19,6 +19,7 @@ from permprune.evaluation.result import (
     SIMILARITIES,
     TOP_1_AGREEMENT,
     Result,
+    ratio_error,
     share,
 )
 from permprune.examples import Examples, batches
@@ -115,8 +116,8 @@ def embedding_agreement(pruned: Tensor, dense: Tensor) -> list[Result]:
         )
     cosines = (pruned * dense).sum(1).double()
     count = len(pruned)
-    error = float(cosines.std() / count**0.5) if count > 1 else None
-    results = [Result("imitation", COSINE, float(cosines.mean()), count=count, stderr=error)]
+    terms = cosines, torch.ones_like(cosines)
+    results = [Result("imitation", COSINE, float(cosines.mean()), count=count, stderr=ratio_error(*terms), terms=terms)]
     pruned, dense = pruned[:MOST], dense[:MOST]
     if len(pruned) < 3:
         return results

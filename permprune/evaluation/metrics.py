@@ -42,18 +42,20 @@ def accuracy(model: nn.Module, examples: Examples, batch: int = 32) -> list[Resu
     errors are those of a binomial proportion. Raises `PermpruneError` for labels that the model has no logits for.
     """
     device = compute_device(model)
-    first, five, count, classes = 0, 0, 0, 0
+    parts, classes = list(enumerate(batches(examples, batch))), 0
+    sums = torch.zeros(3, len(parts), dtype=torch.float64)
     with frozen(model):
-        for inputs in track(distributed.share(batches(examples, batch)), "accuracy"):
+        for place, inputs in track(distributed.share(parts), "accuracy"):
             predictions = labelled(model, inputs.to(device))
             assert predictions.labels is not None
             classes = predictions.logits.shape[-1]
             right = predictions.logits.topk(min(5, classes)).indices == predictions.labels[:, None]
-            first, five, count = first + int(right[:, 0].sum()), five + int(right.sum()), count + predictions.terms
-    sums = distributed.total(first, five, count)
-    results = [share("classification", TOP_1_ACCURACY, right=sums[0], count=sums[2])]
+            sums[:, place] = torch.tensor([right[:, 0].sum(), right.sum(), predictions.terms])
+    distributed.add_([sums])
+    first, five, count = sums.sum(1).tolist()
+    results = [share("classification", TOP_1_ACCURACY, right=first, count=count, terms=(sums[0], sums[2]))]
     if classes > 5:
-        results.append(share("classification", TOP_5_ACCURACY, right=sums[1], count=sums[2]))
+        results.append(share("classification", TOP_5_ACCURACY, right=five, count=count))
     return results
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import EXACT_MATCH, PERPLEXITY, NotFinite, Result, share
+from permprune.evaluation.result import EXACT_MATCH, PERPLEXITY, NotFinite, Result, ratio_error, share
 from permprune.examples import IGNORED, Examples, by_length
 from permprune.losses.cross_entropy import Logits, Projected, compute_logits, cross_entropy
 from permprune.losses.targets import next_labels
@@ -85,9 +85,16 @@ def _perplexity(nll: Tensor, counts: Tensor) -> Result:
     if not torch.isfinite(torch.tensor(value)):
         window = int((~nll.isfinite()).int().argmax())
         raise NotFinite(f"the loss on window {window} of the text is not finite: the weights or activations overflow")
-    spread = (nll - mean * counts).std() / counts.mean() if len(nll) > 1 else None
-    stderr = None if spread is None else value * float(spread) / len(nll) ** 0.5
-    return Result("language modelling", PERPLEXITY, value, count=int(counts.sum()), stderr=stderr, unit="tokens")
+    error = ratio_error(nll, counts)
+    return Result(
+        "language modelling",
+        PERPLEXITY,
+        value,
+        count=int(counts.sum()),
+        stderr=None if error is None else value * error,
+        unit="tokens",
+        terms=(nll, counts),
+    )
 
 
 def _loss(logits: Logits, targets: Tensor) -> float:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from permprune.errors import PermpruneError
 from permprune.options import require_choice
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class NotFinite(PermpruneError):
@@ -76,7 +80,11 @@ def metric_named(name: str) -> Metric:
 
 @dataclass(frozen=True)
 class Result:
-    """One measured `value` of `metric` on `task`, over `count` predictions of `unit`; `stderr` its standard error."""
+    """One measured `value` of `metric` on `task`, over `count` predictions of `unit`; `stderr` its standard error.
+
+    `terms`, two tensors in fp64, (parts,), are the sums over parts of the examples of which the value is the ratio, or
+    exp of it; None if it is no ratio of sums. They are not stored.
+    """
 
     task: str
     metric: Metric
@@ -85,19 +93,42 @@ class Result:
     count: int
     stderr: float | None = None
     unit: str = "examples"
+    terms: Any = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, str | float | int | None]:
         """Return the fields, ready for `json.dumps`: the metric by its name, the count under the name of its unit."""
-        fields = {name: value for name, value in asdict(self).items() if name not in ("count", "unit")}
+        fields = {name: value for name, value in vars(self).items() if name not in ("count", "unit", "terms")}
         return {**fields, "metric": self.metric.name, self.unit: self.count}
 
 
-def share(task: str, metric: Metric, *, right: float, count: float) -> Result:
+def share(
+    task: str, metric: Metric, *, right: float, count: float, terms: tuple[Tensor, Tensor] | None = None
+) -> Result:
     """Return the share of `right` among `count` predictions. Raises `PermpruneError` if `count` is 0."""
     if not count:
         raise PermpruneError("no example has a label: give examples with labels")
     value = right / count
-    return Result(task, metric, value, count=int(count), stderr=(value * (1 - value) / count) ** 0.5)
+    return Result(task, metric, value, count=int(count), stderr=(value * (1 - value) / count) ** 0.5, terms=terms)
+
+
+def ratio_error(sums: Tensor, counts: Tensor) -> float | None:
+    """Return the standard error of sum(sums) / sum(counts), both (parts,), by the delta method; None for one part."""
+    if len(sums) < 2:
+        return None
+    spread = float((sums - sums.sum() / counts.sum() * counts).std() / counts.mean())
+    return spread / math.sqrt(len(sums))
+
+
+def difference_error(result: Result, dense: Result) -> float | None:
+    """Return the standard error of the difference of two values by one metric on the same examples.
+
+    What both get right or wrong cancels out: the error is often much smaller than that of one value. None if it is not
+    known, as that of correlations.
+    """
+    if result.terms is None or dense.terms is None:
+        return result.stderr if dense.stderr == 0 else None
+    error = ratio_error(result.terms[0] - dense.terms[0], result.terms[1])
+    return error if error is None or result.metric != PERPLEXITY else result.value * error
 
 
 def gap_closed(value: float, dense: float, none: float, *, metric: Metric = PERPLEXITY) -> float | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Wav2Vec2CTCTokenizer
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import WORD_ERROR_RATE, Result
+from permprune.evaluation.result import WORD_ERROR_RATE, Result, ratio_error
 from permprune.examples import IGNORED, Examples
 from permprune.models.forward import frozen, is_ctc, padding_of, run_model
 from permprune.models.generation import generate
@@ -44,10 +44,14 @@ def word_error_rate(
     distributed.add_([wrong, words])
     if not words.any():
         raise PermpruneError("the transcripts have no words: give labels that the tokenizer can read")
-    value = wrong.sum() / words.sum()
-    spread = float((wrong - value * words).std() / words.mean()) / len(examples) ** 0.5 if len(examples) > 1 else None
     return Result(
-        "speech recognition", WORD_ERROR_RATE, float(value), count=int(words.sum()), stderr=spread, unit="words"
+        "speech recognition",
+        WORD_ERROR_RATE,
+        float(wrong.sum() / words.sum()),
+        count=int(words.sum()),
+        stderr=ratio_error(wrong, words),
+        unit="words",
+        terms=(wrong, words),
     )
 
 

@@ -185,6 +185,8 @@ def mix_sentences(record: Mapping[str, Any]) -> str:
     for attempt in mix["attempts"]:
         value = number(attempt["chosen"])
         other = "" if attempt["confirmed"] is None else f", and {number(attempt['confirmed'])} on data for the result"
+        if attempt.get("error"):
+            other += f" (the standard error of the loss is {fine_percent(attempt['error'])})"
         sentences.append(f"With {fine_percent(attempt['keep'])}: {value} on the data for the choice{other}.")
     return " ".join(sentences)
 

@@ -1,12 +1,14 @@
 """The search for a mix within a loss: what it refuses, and what it tells where no share is confirmed."""
 
 import logging
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from permprune.checkpoints.record import Attempt
 from permprune.engine.limiting import keep_within
@@ -42,16 +44,21 @@ class Weights:
         self.searches += 1
 
 
-def session(dense: float, slope: float, other: float) -> Any:
-    """A session whose accuracy falls by these per weight pruned, on one half of the data and on the other."""
+def session(dense: float, slope: float, other: float, spread: float = 0.0) -> Any:
+    """A session whose accuracy falls by these per weight pruned, on one half of the data and on the other.
+
+    What is lost is `spread` more in one quarter of the data, and less in another.
+    """
     weights = Weights()
 
     def meter(falls: float) -> Any:
-        return lambda: [
-            Result(
-                "task", Metric("accuracy", higher_is_better=True), dense * (1 - falls * (1 - weights.share)), count=100
-            )
-        ]
+        def measure() -> list[Result]:
+            value = dense * (1 - falls * (1 - weights.share))
+            apart = torch.tensor([spread, -spread, 0.0, 0.0], dtype=torch.float64) * (weights.share < 1)
+            terms = 25 * (value - apart * dense), torch.full((4,), 25.0, dtype=torch.float64)
+            return [Result("task", Metric("accuracy", higher_is_better=True), value, count=100, terms=terms)]
+
+        return measure
 
     return SimpleNamespace(weights=weights, choosing=meter(slope), measure=meter(other))
 
@@ -70,4 +77,21 @@ def test_if_no_share_is_confirmed_the_loss_on_the_other_half_is_told(caplog: pyt
     confirmed = [one for one in run.weights.mix.attempts if one.confirmed is not None]
     best = max(confirmed, key=lambda one: one.confirmed or 0.0)
     assert run.weights.share == best.keep and best.confirmed == pytest.approx(0.8 * best.keep)
-    assert f"loses least, {100 * (1 - best.keep):.3g} %" in caplog.messages[-1]
+    assert f"loses least, {100 * (1 - best.keep):.3g} % with a standard error of 0 %" in caplog.messages[-1]
+
+
+def test_a_loss_within_the_limit_must_be_so_with_its_error() -> None:
+    exact, uncertain = session(0.8, 0.02, 0.03), session(0.8, 0.02, 0.03, spread=0.01)
+    for run in (exact, uncertain):
+        keep_within(run, SimpleNamespace())  # type: ignore[arg-type]
+    # the standard deviation of four numbers, 0.01, -0.01, 0 and 0, divided by the root of four
+    error = 0.01 * math.sqrt(2 / 3) / 2
+    last = {run.weights.share: run.weights.mix.attempts for run in (exact, uncertain)}
+    assert exact.weights.share < uncertain.weights.share
+    for share, attempts in last.items():
+        kept = next(one for one in attempts if one.keep == share)
+        assert kept.confirmed == pytest.approx(0.8 * (1 - 0.03 * (1 - share)))
+        assert kept.error == pytest.approx(error if share == uncertain.weights.share else 0.0, abs=1e-9)
+    refused = [one for one in uncertain.weights.mix.attempts if one.confirmed and one.keep != uncertain.weights.share]
+    assert refused and all(1 - one.confirmed / 0.8 + error > 0.01 for one in refused if one.confirmed)
+    assert 0.03 * (1 - uncertain.weights.share) + error <= 0.01

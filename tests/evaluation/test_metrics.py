@@ -1,6 +1,7 @@
 """Metrics of classes and scores, against their definitions, and their standard errors."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from permprune.errors import PermpruneError
 from permprune.evaluation.dispatch import evaluate_model
+from permprune.evaluation.result import PERPLEXITY, TOP_1_ACCURACY, Metric, Result, difference_error
 from permprune.examples import Examples
 
 from ..conversations import padded_answers
@@ -91,3 +93,32 @@ def test_a_dense_model_is_compared_by_agreement_alone() -> None:
             evaluate_model(model, sentences(), dense=model, metric=metric)
     with pytest.raises(PermpruneError, match="compared by agreement alone, not by scores or a metric"):
         evaluate_model(other, scores, dense=other)
+
+
+@pytest.mark.parametrize("metric", [TOP_1_ACCURACY, PERPLEXITY])
+def test_the_error_of_a_difference_is_that_of_pairs(metric: Metric) -> None:
+    """Beside the spread of the difference over many draws of the same examples."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(1, 4, (400, 500), generator=generator).double()
+    easy = torch.rand(400, 500, generator=generator, dtype=torch.float64)
+    sums, others = (counts * (easy + 0.1 * torch.rand(400, 500, generator=generator)) for _ in range(2))
+
+    def result(terms: tuple[torch.Tensor, torch.Tensor]) -> Result:
+        ratio = float(terms[0].sum() / terms[1].sum())
+        return Result("task", metric, math.exp(ratio) if metric == PERPLEXITY else ratio, count=1, terms=terms)
+
+    pairs = [(result((a, n)), result((b, n))) for a, b, n in zip(sums, others, counts, strict=True)]
+    errors = [difference_error(one, other) for one, other in pairs]
+    spread = stats.tstd([one.value - other.value for one, other in pairs])
+    assert sum(error or 0.0 for error in errors) / len(errors) == pytest.approx(spread, rel=0.15)
+    alone = stats.tstd([one.value for one, _ in pairs])
+    assert spread < alone / 5  # what both find easy cancels out
+
+
+@pytest.mark.parametrize(("name", "data"), [("vit", images), ("bert", sentences), ("whisper", speech)])
+def test_a_value_follows_from_its_terms(name: str, data: Callable[[], Examples]) -> None:
+    (result, *_) = evaluate_model(make(name), data(), batch=5)
+    assert result.terms is not None and len(result.terms[0]) > 1
+    ratio = float(result.terms[0].sum() / result.terms[1].sum())
+    assert result.value == pytest.approx(math.exp(ratio) if result.metric == PERPLEXITY else ratio)
+    assert "terms" not in result.to_json()
