@@ -20,6 +20,9 @@ from permprune.system.progress import log, stage
 MOST = 0.98
 """The largest share of the weights that is tried."""
 
+TIMES = 10.0
+"""The most times that other shares are expected to lose what they do on the first half, where one was refused."""
+
 
 def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, ...] = ()) -> None:
     """Let the session's weights have the mix with the fewest weights that keeps to the `max_loss` of their config.
@@ -64,27 +67,23 @@ class _Attempts:
         """The shares with their losses; how many times more refused ones lost on the other half is expected of all."""
         refused = {share: sum(both) for share, both in self.refused.items()}
         times = max((loss / max(self.lost[share], self.limit / 10) for share, loss in refused.items()), default=1.0)
-        return [(share, refused.get(share, times * loss)) for share, loss in self.lost.items()]
+        return [(share, refused.get(share, min(times, TIMES) * loss)) for share, loss in self.lost.items()]
 
     def fewest(self) -> float | None:
         """Try shares, and return the smallest one that is expected within the limit; None if there is none."""
         metric, ends = self.dense[0].metric, (self.least, self.most)
         while (share := next_share(self.expected(), self.limit, *ends, refused=len(self.refused))) is not None:
-            result = self.measure(share, self.choosing, self.dense[0])
-            loss, error = loss_of(result, self.dense[0]), error_of(result, self.dense[0])
+            value, loss, error = self.measure(share, self.choosing, self.dense[0])
             message = "keeping %.3f of the weights: %s %.4g, %.2f %% lost, with a standard error of %.2f %%"
-            log.info(message, share, metric, result.value, 100 * loss, 100 * error)
+            log.info(message, share, metric, value, 100 * loss, 100 * error)
             self.lost[share] = loss + error
-            self.made.append(Attempt(share, result.value))
+            self.made.append(Attempt(share, value))
         return min((share for share, loss in self.expected() if loss <= self.limit), default=None)
 
     def confirm(self, share: float) -> bool:
         """Whether a share is within the limit on the other half as well, with the standard error of its loss there."""
-        result = self.measure(share, self.session.measure, self.dense[1])
-        loss, error = loss_of(result, self.dense[1]), error_of(result, self.dense[1])
-        self.made = [
-            replace(one, confirmed=result.value, error=error) if one.keep == share else one for one in self.made
-        ]
+        value, loss, error = self.measure(share, self.session.measure, self.dense[1])
+        self.made = [replace(one, confirmed=value, error=error) if one.keep == share else one for one in self.made]
         within = loss + error <= self.limit
         message = "keeping %.3f of the weights loses %.2f %% on the other half, with a standard error of %.2f %%"
         log.log(logging.INFO if within else logging.WARNING, message, share, 100 * loss, 100 * error)
@@ -109,17 +108,18 @@ class _Attempts:
             *(100 * self.limit, share, *(100 * number for number in self.refused[share])),
         )
 
-    def measure(self, share: float, meter: Meter, dense: Result) -> Result:
-        """Return what a run that keeps a share of the weights is measured at, where the dense model has `dense`."""
+    def measure(self, share: float, meter: Meter, dense: Result) -> tuple[float, float, float]:
+        """Return the value of a run that keeps a share of the weights, its loss beside `dense`, and its error."""
         weights = self.weights
         if weights.mix is None or weights.chosen_for != share:
             weights.choose_patterns(share)
             weights.search(self.method, replace(weights.plan.run, callbacks=self.callbacks))
         stage(stages.MEASURE)
         try:
-            return meter()[0]
+            result = meter()[0]
         except NotFinite:
-            return replace(dense, value=math.inf, terms=None, stderr=None)
+            result = replace(dense, value=math.inf, terms=None, stderr=None)
+        return result.value, loss_of(result, dense), error_of(result, dense)
 
 
 def loss_of(result: Result, dense: Result) -> float:

@@ -13,7 +13,7 @@ import torch
 from permprune.checkpoints.record import Attempt
 from permprune.engine.limiting import keep_within
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import Metric, Result
+from permprune.evaluation.result import Metric, NotFinite, Result
 
 
 @dataclass(frozen=True)
@@ -95,3 +95,20 @@ def test_a_loss_within_the_limit_must_be_so_with_its_error() -> None:
     refused = [one for one in uncertain.weights.mix.attempts if one.confirmed and one.keep != uncertain.weights.share]
     assert refused and all(1 - one.confirmed / 0.8 + error > 0.01 for one in refused if one.confirmed)
     assert 0.03 * (1 - uncertain.weights.share) + error <= 0.01
+
+
+def test_a_share_whose_loss_is_not_finite_on_the_other_half_is_refused() -> None:
+    run = session(0.8, 0.02, 0.02)
+    measure = run.measure
+
+    def overflows() -> list[Result]:
+        if run.weights.share < 0.65:
+            raise NotFinite("the loss is not finite")
+        found: list[Result] = measure()
+        return found
+
+    run.measure = overflows
+    keep_within(run, SimpleNamespace())  # type: ignore[arg-type]
+    attempts = {one.keep: one for one in run.weights.mix.attempts}
+    assert any(one.confirmed == math.inf for one in attempts.values())
+    assert attempts[run.weights.share].confirmed == pytest.approx(0.8 * (1 - 0.02 * (1 - run.weights.share)))
