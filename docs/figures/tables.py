@@ -151,7 +151,7 @@ def readme() -> str:
         trained = rows("training.jsonl", table="trained", mode=mode)
         best = max(trained, key=lambda row: row["gap_wikitext2"] + row["gap_c4"])
         cells = [(f"{math.exp(best['nll_' + text]):.1f}", f"{best['gap_' + text]:.0%}") for text in ("wikitext2", "c4")]
-        lines.append([f"then training, {mode} mode", *itertools.chain(*cells), best["minutes"]])
+        lines.append([f"trained, {mode} mode", *itertools.chain(*cells), best["minutes"]])
     return markdown(f"{PROTOCOL_HEADS} | core-minutes", lines)
 
 

@@ -29,10 +29,9 @@ Tried = Sequence[tuple[float, float]]
 def next_share(tried: Tried, limit: float, least: float, most: float, refused: int = 0) -> float | None:
     """Return the share of the weights to try next, between `least` and `most`; None if the search is over.
 
-    So many shares that seemed to be within the limit were `refused` on other data.
-
     Losses fall as the share rises. The next share is that at which a power law through the two losses nearest to the
     limit is `AIM` times the limit, between the largest share beyond the limit and the smallest one within it.
+    `refused` is the number of shares that were within the limit, but not on other data.
     """
     if not tried:
         return min(most, max(least, FIRST))
