@@ -16,7 +16,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ BLOCK = re.compile(r"```(?:python|py)?\n(.*?)(?:\n```|\Z)", re.DOTALL)
 ENDS = {True: ["\n```\n"], False: ["\ndef ", "\nclass ", "\nif ", "\nprint", "\nassert ", "\n#", "\n```"]}
 """What ends a completion, with a chat template and without one."""
 
+BATCH = 8
+"""Problems at once: a step of decoding reads the weights once for all of them."""
+
 Problem = dict[str, str]
 """The "name" of a function, its "prompt", a "solution" that continues the prompt, and "tests"."""
 
@@ -57,8 +60,8 @@ def main() -> None:
     for name in options.models:
         model, processor = read_as_stored(name)
         tokenizer, passed = tokenizer_of(processor), list[str]()
-        for problem in problems:
-            reason = failure(problem, complete(model.eval(), tokenizer, problem))
+        for problem, code in zip(problems, complete(model.eval(), tokenizer, problems), strict=True):
+            reason = failure(problem, code)
             print(f"{problem['name']}: {reason or 'passed'}", file=sys.stderr, flush=True)
             passed += [] if reason else [problem["name"]]
         share = len(passed) / len(problems)
@@ -68,37 +71,57 @@ def main() -> None:
         add(options.rows, cell, {"pass@1": share, "stderr": error, "passed": passed})
 
 
-@torch.inference_mode()
-def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str:
-    """Return the program with the function that a model writes."""
-    chats, prompt = bool(tokenizer.chat_template), problem["prompt"]
-    if chats:
-        turns = [{"role": "user", "content": ASKED.format(prompt=prompt)}]
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompt, add_special_tokens=not chats, return_tensors="pt").to(model.device)
-    generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
-    own = model.generation_config
-    ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    pad = own.pad_token_id if own.pad_token_id is not None else tokenizer.pad_token_id
-    settings = GenerationConfig(
+def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> Iterator[str]:
+    """Return, for each problem, the program with the function that a model writes; several are written at once."""
+    settings, chats = _settings(model.generation_config, tokenizer), bool(tokenizer.chat_template)
+    prompts = [_prompt(tokenizer, problem) for problem in problems]
+    for first in range(0, len(problems), BATCH):
+        written = _continue(model, tokenizer, prompts[first : first + BATCH], settings)
+        for problem, text in zip(problems[first : first + BATCH], written, strict=True):
+            yield program(problem, text, chats=chats)
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str:
+    """Return the text that a model continues."""
+    if not tokenizer.chat_template:
+        return problem["prompt"]
+    turns = [{"role": "user", "content": ASKED.format(prompt=problem["prompt"])}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def _settings(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Return the settings of greedy decoding, with the tokens of a checkpoint that end a text."""
+    pads = (own.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return GenerationConfig(
         max_new_tokens=TOKENS,
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,  # else that of the checkpoint
-        eos_token_id=ends,
-        pad_token_id=pad if pad is not None else tokenizer.eos_token_id,
+        eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=next((pad for pad in pads if pad is not None), None),
     )
-    asked = inputs["input_ids"].shape[1]
 
-    def text(ids: Tensor) -> str:
-        return str(tokenizer.decode(ids[0, asked:], skip_special_tokens=True))
+
+@torch.inference_mode()
+def _continue(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], settings: GenerationConfig
+) -> list[str]:
+    """Return the likeliest continuation of each prompt; prompts are padded on the left, to end together."""
+    chats = bool(tokenizer.chat_template)
+    coded = [tokenizer(prompt, add_special_tokens=not chats)["input_ids"] for prompt in prompts]
+    width = max(len(row) for row in coded)
+    pad = settings.pad_token_id or 0
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in coded], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in coded], device=model.device)
+
+    def texts(ids: Tensor) -> list[str]:
+        return tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
 
     def ended(ids: Tensor, _scores: Any) -> Tensor:
-        return torch.tensor([any(end in text(ids) for end in ENDS[chats])], device=ids.device)
+        return torch.tensor([any(end in text for end in ENDS[chats]) for text in texts(ids)], device=ids.device)
 
-    ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    written = text(generate(**ids, generation_config=settings, stopping_criteria=[ended]))
-    return program(problem, written, chats=chats)
+    generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
+    return texts(generate(input_ids=ids, attention_mask=mask, generation_config=settings, stopping_criteria=[ended]))
 
 
 def program(problem: Problem, written: str, *, chats: bool) -> str:

@@ -84,13 +84,19 @@ def test_a_model_is_asked(
 ) -> None:
     tokenizer = with_template(tiny_tokenizer) if template else tiny_tokenizer
     monkeypatch.setitem(code["complete"].__globals__, "TOKENS", 8)
+    monkeypatch.setitem(code["complete"].__globals__, "BATCH", 2)
     asked: list[str] = []
     forward = tiny_llama.forward
 
     def seen(input_ids: torch.Tensor, **options: Any) -> Any:
-        asked.append(tokenizer.decode(input_ids[0]))
+        asked.extend(tokenizer.batch_decode(input_ids))
         return forward(input_ids=input_ids, **options)
 
     monkeypatch.setattr(tiny_llama, "forward", seen)
-    written = code["complete"](tiny_llama, tokenizer, {**PROBLEMS[0], "prompt": "def which(the text):\n"})
-    assert asked[0].startswith("<s> user") == template and written.startswith("def which(the text):")
+    prompts = ["def which(the text):\n", "def the(text):\n", "def which(the one of the text):\n"]
+    problems = [{**PROBLEMS[0], "prompt": prompt} for prompt in prompts]
+    written = list(code["complete"](tiny_llama, tokenizer, problems))
+    assert ("<s> user" in asked[0]) == template
+    assert all(text.startswith(prompt) for text, prompt in zip(written, prompts, strict=True))
+    alone = [text for problem in problems for text in code["complete"](tiny_llama, tokenizer, [problem])]
+    assert written == alone
