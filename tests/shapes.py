@@ -26,7 +26,7 @@ MODULES = [
     "permprune.updates.base",
     "permprune.updates.sparsegpt",
     "permprune.updates.admm",
-    "permprune.inference.solving",
+    "permprune.inference.solved",
 ]
 """Modules whose functions declare shapes, each after those that it imports from."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from permprune.forecasts.resources import Memory, Part, Work, Workload
-from permprune.inference.solving import SWEEPS
+from permprune.inference.solved import SWEEPS
 from permprune.losses.objective import as_loss
 from permprune.models.layers import Layer
 from permprune.permuters.block_tuning import PASSES

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from permprune.examples import Examples
-from permprune.inference.solving import Solved, solve_each
+from permprune.inference.solved import Solved
+from permprune.inference.solving import solve_each
 from permprune.kernels.product.int4 import stored_values
 from permprune.kernels.product.layout import LARGEST_GROUP
 from permprune.kernels.product.module import PackedLinear
