@@ -19,7 +19,7 @@ from permprune.forecasts.weights import (
     block_update,
     compensation_work,
     masked_weights,
-    solving_work,
+    solving,
     step_work,
     teacher_outputs,
     trained_weights,
@@ -206,8 +206,9 @@ def _after_rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
         parts = training_memory(method, run, batch, method.train_steps)
         known = step_work(run, batch) * method.train_steps if method.train_steps else None
         if method.int4:
-            parts = (*parts, Memory("int4 weights", size))
-            known = known and known + solving_work(run, SOLVED * run.examples_per_window)
+            block, solved = solving(run, SOLVED * run.examples_per_window)
+            parts = (*parts, Memory("int4 weights", size), block)
+            known = known and known + solved
         best = [_best_trained(run)] if before + bool(method.block_steps) else []
         yield Stage(Phase.TRAINING_AT_END, (*parts, *best), known, method.name, last=True)
 

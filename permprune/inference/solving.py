@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,10 @@ from permprune.calibration.moments import moments_of
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.inference.solved import Solved, solve_layer
+from permprune.inference.straight_through import BlockTraining, Call, outputs_of
 from permprune.kernels.product.int4 import exact_scale
 from permprune.kernels.product.layout import BLOCK
+from permprune.models.autocast import fast
 from permprune.models.experts import Routed
 from permprune.models.forward import inference, padding_of, run_model
 from permprune.models.hooks import block_by_block, hooked
@@ -40,7 +41,8 @@ def solve(model: nn.Module, layers: Mapping[str, Layer], examples: Examples) -> 
         scales[layer.name] = solved.scale
 
     if unsolved := {name: layer for name, layer in layers.items() if name not in scales}:
-        solve_each(model, unsolved, examples, take)
+        with fast(model):
+            solve_each(model, unsolved, examples, take)
     return scales
 
 
@@ -57,26 +59,19 @@ def solve_each(
     """Call `take` with each layer and its solved weights, which it makes the layer run with.
 
     Blocks of the model are solved one after the other, each for what it reads of those before it, in one forward pass
-    with all examples in one batch. Layers that the pass does not reach, and those outside of the blocks, are left out.
-    `weight_of` returns the weight that a layer runs with, and `columns` are its columns, int64 (channels,), in the
-    order in which they will be stored, if it is another one. Raises `PermpruneError` if the second moments of a layer's
-    inputs cannot be used.
+    with all examples in one batch. Each is then trained (`straight_through`) until it computes what it did before, of
+    what blocks before it computed before. Layers that the pass does not reach, and those outside of the blocks, are
+    left out. `weight_of` returns the weight that a layer runs with, and `columns` are its columns, int64 (channels,),
+    in the order in which they will be stored, if it is another one. Raises `PermpruneError` if the second moments of a
+    layer's inputs cannot be used.
     """
     shown = examples.to(compute_device(model))
-    padding = padding_of(model, shown)
+    padding, training = padding_of(model, shown), BlockTraining(model, shown, columns)
 
-    def visit(of_block: list[Layer], run_block: Callable[[], Any]) -> None:
-        read: list[tuple[Tensor, list[Layer]]] = []  # layers that read the same tensor share its moments
-
-        def see(layer: Layer, x: Tensor, _routed: Routed | None) -> None:
-            for seen, readers in read:
-                if seen is x:
-                    readers.append(layer)
-                    return
-            read.append((x, [layer]))
-
-        with hooked(of_block, before=see):
-            run_block()
+    def visit(of_block: list[Layer], call: Call) -> None:
+        read, target = _inputs(of_block, call)
+        target = training.target(call, target)
+        solved, types = {}, {layer: x.dtype for x, readers in read for layer in readers}
         with torch.autocast(shown.device.type, enabled=False):
             for x, readers in read:
                 first = readers[0]
@@ -84,13 +79,31 @@ def solve_each(
                 for layer in readers:
                     order = None if columns is None else columns[layer.name]
                     try:
-                        solved = _in_order(weight_of(layer).float(), moments, order)
+                        solved[layer] = _in_order(weight_of(layer).float(), moments, order)
                     except PermpruneError as error:
                         raise PermpruneError(f"{layer.name}: {error}") from error
-                    take(layer, solved)
+        read.clear()
+        for layer, one in training.train(call, target, solved, types).items():
+            take(layer, one)
+        training.go_on(call, target)
 
     with block_by_block(model, layers.values(), visit, "solving int4"), inference(model):
         run_model(model, shown)
+
+
+def _inputs(layers: list[Layer], call: Call) -> tuple[list[tuple[Tensor, list[Layer]]], Tensor]:
+    """Return what the layers of a block read, each with its readers, which share its moments; and the outputs."""
+    read: list[tuple[Tensor, list[Layer]]] = []
+
+    def see(layer: Layer, x: Tensor, _routed: Routed | None) -> None:
+        for seen, readers in read:
+            if seen is x:
+                readers.append(layer)
+                return
+        read.append((x, [layer]))
+
+    with hooked(layers, before=see):
+        return read, outputs_of(call)
 
 
 def _in_order(weight: Tensor, moments: Tensor, order: Tensor | None) -> Solved:

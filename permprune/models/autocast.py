@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from permprune.system.device import autocast_dtype
+from permprune.system.device import autocast_dtype, compute_device, fast_dtype
 
 QUERIES = 64
 """Queries of a block. Under a causal mask a block reads only the keys up to its last query."""
@@ -25,6 +25,12 @@ def autocast(device: torch.device, dtype: torch.dtype, *, blocks: bool = True) -
     attention = BlockwiseAttention() if blocks else nullcontext()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), attention:
         yield
+
+
+def fast(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which activations of a model have the fastest type of its device."""
+    device = compute_device(model)
+    return autocast(device, fast_dtype(device))
 
 
 class BlockwiseAttention(TorchFunctionMode):

@@ -26,8 +26,8 @@ The tokens are those of an expert's inputs, and None for other layers.
 After = Callable[[Layer, Tensor, Routed | None, Tensor], None]
 """Called with (layer, inputs, tokens, outputs) after a layer has run."""
 
-Visit = Callable[[list[Layer], Callable[[], Any]], None]
-"""Called with the layers of a block and a function that runs the block on its inputs."""
+Visit = Callable[[list[Layer], "partial[Any]"], None]
+"""Called with the layers of a block and its `forward` with the arguments that the pass calls it with."""
 
 
 @contextmanager

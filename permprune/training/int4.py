@@ -22,6 +22,7 @@ from permprune.inference.solving import solve_each
 from permprune.kernels.product.int4 import stored_values
 from permprune.kernels.product.layout import LARGEST_GROUP
 from permprune.kernels.product.module import PackedLinear
+from permprune.models.autocast import fast
 from permprune.models.layers import Layer
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
 from permprune.pattern import Pattern
@@ -120,7 +121,8 @@ def through_int4(model: PreTrainedModel, layers: Mapping[str, Layer], examples: 
         layer.weight.copy_(solved.values)
         targets[layer.name], scales[layer.name] = solved.targets.to(layer.weight.dtype), solved.scale
 
-    solve_each(model, layers, examples[: SOLVED * EXAMPLES_PER_WINDOW[kind_of(model)]].trimmed(), take)
+    with fast(model):
+        solve_each(model, layers, examples[: SOLVED * EXAMPLES_PER_WINDOW[kind_of(model)]].trimmed(), take)
     stored = [layers[name] for name in scales]
     with torch.no_grad():
         for layer in stored:

@@ -1,0 +1,182 @@
+"""Training of a block's weights through int4, so that they make up for what the rounding of others loses.
+
+After the block-wise training of EfficientQAT (Chen et al. 2024, arXiv 2407.11062, section 3.2), with scales and masks
+that stay. The gradient of a stored value is taken for that of its weight (the straight-through estimator of Bengio et
+al. 2013, arXiv 1308.3432).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from permprune.examples import Examples
+from permprune.inference.solved import Solved
+from permprune.kernels.product.int4 import stored_values
+from permprune.losses.objective import relative_distance
+from permprune.models.forward import padding_of
+from permprune.models.hooks import attached, replaced_while_running
+from permprune.models.layers import Layer
+from permprune.system.progress import log
+
+STEPS, PARTS = 60, 24
+"""The steps of a block, and the parts of the examples, of which each step takes one."""
+
+RATE = 0.01
+"""The highest learning rate, relative to the root mean square of a layer's kept weights."""
+
+RISING = 0.1
+"""The share of the steps in which the learning rate rises from 0; it falls to 0 in the others."""
+
+BETAS = (0.9, 0.95)
+"""Adam's betas, as in all training of kept weights."""
+
+Call = partial[Any]
+"""A block's `forward` with the arguments that it was called with for all examples."""
+
+
+def outputs_of(call: Call) -> Tensor:
+    """Run a block; returns its outputs, (examples, ..., channels)."""
+    output = call()
+    return output if isinstance(output, Tensor) else output[0]  # type: ignore[no-any-return]
+
+
+def with_tensors(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
+    """Return the call with `change` of each tensor among its arguments."""
+    args, named = _pytree.tree_map_only(Tensor, change, (call.args, call.keywords))
+    return partial(call.func, *args, **named)
+
+
+class BlockTraining:
+    """The training of a model's blocks, one after the other, on the `examples` that each is called with at once.
+
+    `columns` are the columns of layers, int64 (channels,), in the order in which they will be stored, if it is another.
+    """
+
+    def __init__(self, model: nn.Module, examples: Examples, columns: Mapping[str, Tensor] | None) -> None:
+        count, size = len(examples), -(-len(examples) // PARTS)
+        self._count, self._columns, self._warned = count, columns or {}, False
+        self._parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        self._paddings = [padding_of(model, examples[part]) for part in self._parts]
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def target(self, call: Call, outputs: Tensor) -> Tensor:
+        """Return what a block that computes these outputs would compute without the rounding of those before it.
+
+        That is known if the block reads what the last one computes.
+        """
+        if self._last is None:
+            return outputs
+        values, exact = self._last
+
+        def is_read(x: Any) -> bool:
+            return torch.is_tensor(x) and x.shape == values.shape and torch.equal(x, values)
+
+        if not any(map(is_read, (*call.args, *call.keywords.values()))):
+            return outputs
+        return outputs_of(with_tensors(call, lambda x: exact if is_read(x) else x))
+
+    def go_on(self, call: Call, target: Tensor) -> None:
+        """End with a block, which now runs with its weights of int4, and whose target was this one."""
+        self._last = outputs_of(call), target
+
+    def train(
+        self, call: Call, target: Tensor, solved: Mapping[Layer, Solved], types: Mapping[Layer, torch.dtype]
+    ) -> dict[Layer, Solved]:
+        """Train the layers of a block, from solved weights, until its outputs are near `target`; returns their weights.
+
+        `target` is (examples, ..., channels), and `types` are those of what the layers read. The solved weights are
+        returned if training does not help, or if the block's outputs for a part of the examples are not a part of its
+        outputs, as its arguments do not tell the examples apart; a warning tells so.
+        """
+        weights = {layer: one.targets.clone() for layer, one in solved.items()}
+
+        def stored(layer: Layer) -> Tensor:
+            return stored_values(weights[layer], solved[layer].scale, self._columns.get(layer.name))
+
+        def shown(layer: Layer, _parameter: nn.Parameter) -> Tensor:
+            return layer.part_of(stored(layer).to(types[layer]))
+
+        calls = [with_tensors(call, partial(self._share, part)) for part in self._parts]
+        with running_with({layer: partial(shown, layer) for layer in weights}):
+            if not self._divides(call, calls[0]):
+                return dict(solved)
+            before = self._errors(calls, target)
+            self._steps(calls, target, weights)
+            if not self._errors(calls, target) < before:
+                return dict(solved)
+        return {layer: Solved(stored(layer), solved[layer].scale, weight) for layer, weight in weights.items()}
+
+    def _share(self, part: slice, tensor: Tensor) -> Tensor:
+        """A part of an argument, if it has a row for each example."""
+        return tensor[part] if tensor.dim() and len(tensor) == self._count else tensor
+
+    def _divides(self, call: Call, first: Call) -> bool:
+        """Whether a block computes the first part of the examples as it computes all; warns once if not."""
+        with torch.no_grad():
+            try:
+                whole, alone = outputs_of(call)[self._parts[0]].float(), outputs_of(first).float()
+                divides = whole.shape == alone.shape and bool((whole - alone).norm() <= 0.02 * whole.norm())
+            except Exception:  # a model's own code can raise any type
+                divides = False
+        if not divides and not self._warned:
+            self._warned = True
+            log.warning("int4: blocks that do not compute examples one by one are solved, and not trained")
+        return divides
+
+    def _error(self, number: int, call: Call, target: Tensor) -> Tensor:
+        """The distance of a block's outputs for a part of the examples to those wanted, without padding."""
+        block, padding = getattr(call.func, "__self__", None), self._paddings[number]
+        pair = (padding.real(x, module=block) for x in (outputs_of(call), target[self._parts[number]]))
+        return relative_distance([next(pair)], [next(pair)])
+
+    @torch.no_grad()
+    def _errors(self, calls: list[Call], target: Tensor) -> float:
+        return sum(float(self._error(number, call, target)) for number, call in enumerate(calls))
+
+    def _steps(self, calls: list[Call], target: Tensor, weights: Mapping[Layer, Tensor]) -> None:
+        """Change the weights by steps of Adam, in place; those that are 0 stay so."""
+        kept = {layer: weight != 0 for layer, weight in weights.items()}
+        scales = [
+            float(weight.square().sum() / weight.count_nonzero().clamp_min(1)) ** 0.5 for weight in weights.values()
+        ]
+        groups = [
+            {"params": [weight], "lr": RATE * scale} for weight, scale in zip(weights.values(), scales, strict=True)
+        ]
+        adam = torch.optim.Adam(groups, betas=BETAS, foreach=False)
+        rates = torch.optim.lr_scheduler.LambdaLR(adam, _share_of_rate)
+        generator, parameters = torch.Generator().manual_seed(0), [layer.stored for layer in weights]
+        order: list[int] = []
+        for _ in range(STEPS):
+            order = order or torch.randperm(len(calls), generator=generator).tolist()
+            number = order.pop()
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(self._error(number, calls[number], target), parameters)
+            for (layer, weight), gradient in zip(weights.items(), gradients, strict=True):
+                weight.grad = layer.part_of(gradient).float() * kept[layer]
+            adam.step()
+            rates.step()
+
+
+def _share_of_rate(step: int) -> float:
+    """The learning rate of a step, from 0, relative to the highest."""
+    place = (step + 0.5) / STEPS
+    return min(place / RISING, (1 - place) / (1 - RISING))
+
+
+@contextmanager
+def running_with(weights: Mapping[Layer, Callable[[nn.Parameter], Tensor]]) -> Iterator[None]:
+    """A context in which layers run with other weights, the gradients of which become those of their parameters."""
+    with ExitStack() as stack:
+        for layer, weight in weights.items():
+            stack.enter_context(attached(replaced_while_running(layer.owner, "weight", weight)))
+            parameter = layer.stored
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(True)
+        yield
