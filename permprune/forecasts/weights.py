@@ -29,8 +29,8 @@ UPDATE_PASSES = 20
 """How often an iteration of ADMM reads or writes each weight, beside the product."""
 
 
-COMPARED = 5
-"""Passes of a block in which its outputs are compared, before and after its training."""
+COMPARED = 2
+"""Passes of a block, with values of int4 and without, to compare what it computes."""
 
 
 def block_update(run: Workload, examples: int) -> tuple[Memory, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -30,6 +31,12 @@ STEPS, PARTS = 60, 24
 
 RATE = 0.01
 """The highest learning rate, relative to the root mean square of a layer's kept weights."""
+
+COMPARED = 4
+"""Every so many parts are compared before and after the training."""
+
+ALIKE = 0.02
+"""How far a block's outputs for a part of the examples may be from those for all, relative to these."""
 
 RISING = 0.1
 """The share of the steps in which the learning rate rises from 0; it falls to 0 in the others."""
@@ -62,15 +69,17 @@ class BlockTraining:
     def __init__(self, model: nn.Module, examples: Examples, columns: Mapping[str, Tensor] | None) -> None:
         count, size = len(examples), -(-len(examples) // PARTS)
         self._count, self._columns, self._warned = count, columns or {}, False
+        self._divides = True
         self._parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         self._paddings = [padding_of(model, examples[part]) for part in self._parts]
         self._last: tuple[Tensor, Tensor] | None = None
 
     def target(self, call: Call, outputs: Tensor) -> Tensor:
-        """Return what a block that computes these outputs would compute without the rounding of those before it.
+        """Return what a block, which computes these outputs, would compute without the rounding of those before it.
 
         That is known if the block reads what the last one computes.
         """
+        self._divides = self._computes_alone(call, outputs)
         if self._last is None:
             return outputs
         values, exact = self._last
@@ -95,6 +104,8 @@ class BlockTraining:
         returned if training does not help, or if the block's outputs for a part of the examples are not a part of its
         outputs, as its arguments do not tell the examples apart; a warning tells so.
         """
+        if not self._divides:
+            return dict(solved)
         weights = {layer: one.targets.clone() for layer, one in solved.items()}
 
         def stored(layer: Layer) -> Tensor:
@@ -105,11 +116,9 @@ class BlockTraining:
 
         calls = [with_tensors(call, partial(self._share, part)) for part in self._parts]
         with running_with({layer: partial(shown, layer) for layer in weights}):
-            if not self._divides(call, calls[0]):
-                return dict(solved)
-            before = self._errors(calls, target)
+            before = self._mean_error(calls, target)
             self._steps(calls, target, weights)
-            if not self._errors(calls, target) < before:
+            if not self._mean_error(calls, target) < before:
                 return dict(solved)
         return {layer: Solved(stored(layer), solved[layer].scale, weight) for layer, weight in weights.items()}
 
@@ -117,14 +126,14 @@ class BlockTraining:
         """A part of an argument, if it has a row for each example."""
         return tensor[part] if tensor.dim() and len(tensor) == self._count else tensor
 
-    def _divides(self, call: Call, first: Call) -> bool:
-        """Whether a block computes the first part of the examples as it computes all; warns once if not."""
-        with torch.no_grad():
-            try:
-                whole, alone = outputs_of(call)[self._parts[0]].float(), outputs_of(first).float()
-                divides = whole.shape == alone.shape and bool((whole - alone).norm() <= 0.02 * whole.norm())
-            except Exception:  # a model's own code can raise any type
-                divides = False
+    def _computes_alone(self, call: Call, outputs: Tensor) -> bool:
+        """Whether a block computes the same of the first examples alone as of all, its `outputs`; warns once if not."""
+        first = self._parts[0]
+        try:
+            alone, whole = outputs_of(with_tensors(call, partial(self._share, first))).float(), outputs[first].float()
+            divides = whole.shape == alone.shape and bool((whole - alone).norm() <= ALIKE * whole.norm())
+        except Exception:  # a model's own code can raise any type
+            divides = False
         if not divides and not self._warned:
             self._warned = True
             log.warning("int4: blocks that do not compute examples one by one are solved, and not trained")
@@ -137,8 +146,9 @@ class BlockTraining:
         return relative_distance([next(pair)], [next(pair)])
 
     @torch.no_grad()
-    def _errors(self, calls: list[Call], target: Tensor) -> float:
-        return sum(float(self._error(number, call, target)) for number, call in enumerate(calls))
+    def _mean_error(self, calls: list[Call], target: Tensor) -> float:
+        """The mean error of some parts."""
+        return fmean(float(self._error(number, calls[number], target)) for number in range(0, len(calls), COMPARED))
 
     def _steps(self, calls: list[Call], target: Tensor, weights: Mapping[Layer, Tensor]) -> None:
         """Change the weights by steps of Adam, in place; those that are 0 stay so."""
