@@ -19,7 +19,6 @@ from permprune.forecasts.weights import (
     block_update,
     compensation_work,
     masked_weights,
-    solving,
     step_work,
     teacher_outputs,
     trained_weights,
@@ -40,7 +39,6 @@ from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.ria import RIAPermuter
 from permprune.permuters.trust_region import TrustRegion
 from permprune.pruning.problem import Outline, Problem
-from permprune.training.int4 import SOLVED
 from permprune.updates.base import NoUpdate, Update
 
 TRIED = 1.5
@@ -205,10 +203,6 @@ def _after_rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
         batch = method.step_examples * run.examples_per_window
         parts = training_memory(method, run, batch, method.train_steps)
         known = step_work(run, batch) * method.train_steps if method.train_steps else None
-        if method.int4:
-            block, solved = solving(run, SOLVED * run.examples_per_window)
-            parts = (*parts, Memory("int4 weights", size), block)
-            known = known and known + solved
         best = [_best_trained(run)] if before + bool(method.block_steps) else []
         yield Stage(Phase.TRAINING_AT_END, (*parts, *best), known, method.name, last=True)
 
@@ -238,7 +232,6 @@ def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
     weights = outline.dtype.itemsize * outline.weights if method.trains else 0
     training = weights + weights * outline.pattern.n // outline.pattern.m  # and first moments of kept ones
     training += 4 * sum(sum(layer.shape) for layer in outline.layers) if method.trains else 0  # and second ones
-    training += outline.weights // 32 if method.int4 else 0  # scales
     training += weights if method.block_steps else 0
     masks = outline.weights // 8 if method.refine or method.compensate else 0
     orders = 8 * sum(problem.size for problem in outline.problems) * method.rounds

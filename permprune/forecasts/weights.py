@@ -1,4 +1,4 @@
-"""The costs of what changes weights: training, compensation, and solving int4 values."""
+"""The costs of what changes weights: training and compensation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 import torch
 
 from permprune.forecasts.resources import Memory, Part, Work, Workload
-from permprune.inference.solved import SWEEPS
-from permprune.inference.straight_through import PARTS, STEPS
 from permprune.losses.objective import as_loss
 from permprune.models.layers import Layer
 from permprune.permuters.block_tuning import PASSES
@@ -27,10 +25,6 @@ UPDATE_COPIES = 8.5
 
 UPDATE_PASSES = 20
 """How often an iteration of ADMM reads or writes each weight, beside the product."""
-
-
-COMPARED = 2
-"""Passes of a block, with values of int4 and without, to compare what it computes."""
 
 
 def block_update(run: Workload, examples: int) -> tuple[Memory, ...]:
@@ -59,21 +53,6 @@ def compensation_work(run: Workload, examples: int) -> Work:
         return Work(products_fp32=products, moved=UPDATE_PASSES * 4.0 * channels * rows * method.iterations)
 
     return _block_by_block(run, examples, update)
-
-
-def solving(run: Workload, examples: int) -> tuple[Memory, Work]:
-    """The memory and the work of solving int4 values, and of training one block after the other through them.
-
-    An inverse and GPTQ's order cost about as much as a pass of coordinate descent each. A block in training has four
-    copies of its weights in fp32, and Adam's two moments.
-    """
-    solved = _block_by_block(
-        run, examples, lambda channels, rows, m: Work(products_fp32=2.0 * channels**2 * rows * (SWEEPS + 2))
-    )
-    trained = run.forward * (3 * STEPS * math.ceil(examples / PARTS)) + _moved_by_step(run) * STEPS
-    largest = max(sum(layer.shape.numel() for layer in block) for block in run.outline.blocks)
-    memory = Memory("int4 training of a block", 24 * largest + 3 * run.block_outputs(examples))
-    return memory, solved + run.pass_work(examples, examples, COMPARED) + trained
 
 
 def _block_by_block(run: Workload, examples: int, update: Callable[[int, int, int], Work]) -> Work:

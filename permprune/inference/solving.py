@@ -17,7 +17,7 @@ from permprune.kernels.product.int4 import exact_scale
 from permprune.kernels.product.layout import BLOCK
 from permprune.models.autocast import fast
 from permprune.models.experts import Routed
-from permprune.models.forward import inference, padding_of, run_model
+from permprune.models.forward import frozen, inference, padding_of, run_model
 from permprune.models.hooks import block_by_block, hooked
 from permprune.models.layers import Layer
 from permprune.system.device import compute_device
@@ -41,32 +41,23 @@ def solve(model: nn.Module, layers: Mapping[str, Layer], examples: Examples) -> 
         scales[layer.name] = solved.scale
 
     if unsolved := {name: layer for name, layer in layers.items() if name not in scales}:
-        with fast(model):
-            solve_each(model, unsolved, examples, take)
+        solve_each(model, unsolved, examples, take)
     return scales
 
 
 @torch.no_grad()
 def solve_each(
-    model: nn.Module,
-    layers: Mapping[str, Layer],
-    examples: Examples,
-    take: Callable[[Layer, Solved], None],
-    *,
-    weight_of: Callable[[Layer], Tensor] = lambda layer: layer.weight,
-    columns: Mapping[str, Tensor] | None = None,
+    model: nn.Module, layers: Mapping[str, Layer], examples: Examples, take: Callable[[Layer, Solved], None]
 ) -> None:
     """Call `take` with each layer and its solved weights, which it makes the layer run with.
 
     Blocks of the model are solved one after the other, each for what it reads of those before it, in one forward pass
     with all examples in one batch. Each is then trained (`straight_through`) until it computes what it did before, of
     what blocks before it computed before. Layers that the pass does not reach, and those outside of the blocks, are
-    left out. `weight_of` returns the weight that a layer runs with, and `columns` are its columns, int64 (channels,),
-    in the order in which they will be stored, if it is another one. Raises `PermpruneError` if the second moments of a
-    layer's inputs cannot be used.
+    left out. Raises `PermpruneError` if the second moments of a layer's inputs cannot be used.
     """
     shown = examples.to(compute_device(model))
-    padding, training = padding_of(model, shown), BlockTraining(model, shown, columns)
+    padding, training = padding_of(model, shown), BlockTraining(model, shown)
 
     def visit(of_block: list[Layer], call: Call) -> None:
         read, target = _inputs(of_block, call)
@@ -77,9 +68,8 @@ def solve_each(
                 first = readers[0]
                 moments = moments_of(padding.real(x, None, first.owner), first.name)
                 for layer in readers:
-                    order = None if columns is None else columns[layer.name]
                     try:
-                        solved[layer] = _in_order(weight_of(layer).float(), moments, order)
+                        solved[layer] = solve_layer(layer.weight.float(), moments)
                     except PermpruneError as error:
                         raise PermpruneError(f"{layer.name}: {error}") from error
         read.clear()
@@ -87,7 +77,8 @@ def solve_each(
             take(layer, one)
         training.go_on(call, target)
 
-    with block_by_block(model, layers.values(), visit, "solving int4"), inference(model):
+    # Frozen, because autocast caches the rounded weights of layers that require gradients, which change here.
+    with fast(model), block_by_block(model, layers.values(), visit, "solving int4"), inference(model), frozen(model):
         run_model(model, shown)
 
 
@@ -104,11 +95,3 @@ def _inputs(layers: list[Layer], call: Call) -> tuple[list[tuple[Tensor, list[La
 
     with hooked(layers, before=see):
         return read, outputs_of(call)
-
-
-def _in_order(weight: Tensor, moments: Tensor, order: Tensor | None) -> Solved:
-    """Solve a layer whose columns will be stored in another order."""
-    if order is None:
-        return solve_layer(weight, moments)
-    solved, back = solve_layer(weight[:, order], moments[order][:, order]), order.argsort()
-    return Solved(solved.values[:, back], solved.scale, solved.targets[:, back])

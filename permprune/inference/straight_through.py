@@ -61,14 +61,11 @@ def with_tensors(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
 
 
 class BlockTraining:
-    """The training of a model's blocks, one after the other, on the `examples` that each is called with at once.
+    """The training of a model's blocks, one after the other, on the `examples` that each is called with at once."""
 
-    `columns` are the columns of layers, int64 (channels,), in the order in which they will be stored, if it is another.
-    """
-
-    def __init__(self, model: nn.Module, examples: Examples, columns: Mapping[str, Tensor] | None) -> None:
+    def __init__(self, model: nn.Module, examples: Examples) -> None:
         count, size = len(examples), -(-len(examples) // PARTS)
-        self._count, self._columns, self._warned = count, columns or {}, False
+        self._count, self._warned = count, False
         self._divides = True
         self._parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         self._paddings = [padding_of(model, examples[part]) for part in self._parts]
@@ -109,7 +106,7 @@ class BlockTraining:
         weights = {layer: one.targets.clone() for layer, one in solved.items()}
 
         def stored(layer: Layer) -> Tensor:
-            return stored_values(weights[layer], solved[layer].scale, self._columns.get(layer.name))
+            return stored_values(weights[layer], solved[layer].scale)
 
         def shown(layer: Layer, _parameter: nn.Parameter) -> Tensor:
             return layer.part_of(stored(layer).to(types[layer]))

@@ -37,7 +37,6 @@ from permprune.models.dummy_inputs import processed_size
 from permprune.models.processors import Processor
 from permprune.permuters.base import Callback
 from permprune.permuters.registry import permuter
-from permprune.permuters.trust_region import TrustRegion
 from permprune.plan import Plan
 from permprune.pruning.folder import write_pruned
 from permprune.system import distributed
@@ -47,9 +46,6 @@ from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log, stage, stages
 from permprune.system.shelf import Room
 from permprune.system.stages import PACK, SPEED, Stages
-
-INT4_SHARE = 0.33
-"""The share of the training that goes through int4 values if the weights are packed so."""
 
 
 @failures_reported()
@@ -166,8 +162,6 @@ class _Job:
         shapes, size = self.shapes()
         head_names(shapes, self.head)  # raises
         config = resolve(shapes, config, size)
-        if self.pack == "int4":
-            config = _through_int4(config)
         fitted = None if self.in_memory else fit_memory(str(self.model), config, self.evaluation.windows)
         config = config if fitted is None else fitted.config
         if config.offload != "none" and (self.in_memory or distributed.world() > 1):
@@ -206,14 +200,6 @@ class _Job:
             log.warning("the time is not known, as the model does not run without numbers: %s", first_line(error))
             return
         begin(known)
-
-
-def _through_int4(config: PruneConfig) -> PruneConfig:
-    """Let a search that trains at its end do so through int4 values, unless it says how."""
-    method = permuter(config.permute)
-    if not isinstance(method, TrustRegion) or not method.trains_at_end or method.int4:
-        return config
-    return config.replace(permute=dataclasses.replace(method, int4=INT4_SHARE))
 
 
 def _held(

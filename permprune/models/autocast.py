@@ -28,9 +28,9 @@ def autocast(device: torch.device, dtype: torch.dtype, *, blocks: bool = True) -
 
 
 def fast(model: nn.Module) -> AbstractContextManager[None]:
-    """A context in which activations of a model have the fastest type of its device."""
+    """A context in which activations of a model have the fastest type of its device; attention is that of PyTorch."""
     device = compute_device(model)
-    return autocast(device, fast_dtype(device))
+    return autocast(device, fast_dtype(device), blocks=False)
 
 
 class BlockwiseAttention(TorchFunctionMode):

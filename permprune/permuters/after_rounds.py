@@ -78,7 +78,7 @@ def _train_at_end(method: TrustRegion, landscape: Landscape, left: float, state:
     """Train the weights for the steps and the seconds that are `left`."""
     schedules = [counted(method.train_steps)] if method.train_steps else []
     schedules += [] if left == math.inf else [timed(left)]
-    state, kept = train(method, landscape, state, first_ended(*schedules), first=0, int4=method.int4)
+    state, kept = train(method, landscape, state, first_ended(*schedules), first=0)
     if not kept:
         log.warning(
             "training did not lower the held-out loss (%.4f): weights are as before; give a lower rate, as in "
@@ -97,7 +97,6 @@ def train(
     schedule: Schedule,
     *,
     first: int,
-    int4: float = 0.0,
 ) -> tuple[TrustRegionState, bool]:
     """Train the remaining weights of a state (see `train_weights`), and keep them if the held-out loss falls.
 
@@ -109,7 +108,7 @@ def train(
     state = replace(state, seconds=state.seconds + saved.before)
     examples, rate = method.step_examples, state.rate
     weights = train_weights(
-        network, landscape.run, loss, schedule, first=first, examples=examples, rate=rate, int4=int4, saved=saved
+        network, landscape.run, loss, schedule, first=first, examples=examples, rate=rate, saved=saved
     )
     state, kept = keep_if_better(landscape, state, weights, "training")
     return (replace(state, visits=(Visit(state.orders),), slopes={}) if kept else state), kept

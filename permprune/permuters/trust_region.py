@@ -80,7 +80,6 @@ class TrustRegion(Iterative[TrustRegionState]):
     With `train_steps` the remaining weights are trained once, in the same way, for so many steps after the last round.
     With `train` they are trained until the time limit of the run is over; `train` is the share of that limit in which
     no round begins (0.7 if only the steps are given). Given both, or steps and a limit, what ends first ends training.
-    The last share `int4` of this training goes through int4 values (`training.int4`), which packing then keeps.
     """
 
     free: ClassVar[tuple[str, ...]] = ("rounds", "refine", "compensate", "block_steps", "train", "train_steps")
@@ -96,7 +95,6 @@ class TrustRegion(Iterative[TrustRegionState]):
     block_steps: Natural = 0
     train: Share = 0.0
     train_steps: Natural = 0
-    int4: Share = 0.0
     rate: Positive = 2e-3
 
     @abstractmethod

@@ -22,7 +22,6 @@ from permprune.system import distributed
 from permprune.system.progress import bar, log
 from permprune.system.search_state import Resumable, State
 from permprune.system.shelf import Computed, Shelf
-from permprune.training.int4 import SOLVED, Int4Weights
 from permprune.training.second_moments import SecondMoments
 
 BETAS = (0.9, 0.95)
@@ -31,9 +30,9 @@ BETAS = (0.9, 0.95)
 RISING = 0.1
 """The share of the steps in which the learning rate rises from 0."""
 
-WEIGHT, MEAN, SQUARES, SCALE, GENERATOR = "weight/", "mean/", "squares/", "scale/", "generator"
-"""The prefixes of weights, Adam's first and second moments and scales of int4, and the name of the generator's state,
-in a saved training."""
+WEIGHT, MEAN, SQUARES, GENERATOR = "weight/", "mean/", "squares/", "generator"
+"""The prefixes of weights and of Adam's first and second moments, and the name of the generator's state, in a saved
+training."""
 
 LOGGED, FIRST = 10, 4
 """The number of steps whose mean loss is logged, and of the first ones, with whose loss it is compared."""
@@ -129,8 +128,6 @@ class KeptWeights:
         self._bits = network.bits
         self.weights, self._means = network.shelf.another(network.masks), network.shelf.another()
         self._squares: dict[str, SecondMoments] = {}
-        scales = [name.removeprefix(SCALE) for name in tensors if name.startswith(SCALE)]
-        self._int4 = Int4Weights(network, {name: tensors[SCALE + name] for name in scales})
         self._scales: dict[str, float] = {}
         self._begin(tensors)
 
@@ -151,15 +148,14 @@ class KeptWeights:
         """Log the mean loss of the last `LOGGED` steps, of which the last one was at this place of the schedule.
 
         If the loss has risen (`RISEN`), the rate is too high: training goes back to its first weights with a lower one.
-        The rounding of int4 raises the loss as well, and is no reason, nor are losses that differ as much from step to
-        step, as those of a few short answers.
+        Losses that differ as much from step to step, as those of a few short answers, are no reason.
         """
         progress, losses = self.progress, torch.tensor(self.progress.losses, dtype=torch.float64)
         loss, spread = distributed.mean(float(losses.mean())), distributed.mean(float(losses.std()))
         log.info("training step %d, %.0f %% of the schedule: loss %.4f", progress.steps, 100 * place, loss)
         first = distributed.mean(float(losses[:FIRST].mean())) if progress.first is None else progress.first
         self.progress = progress = replace(progress, first=first if math.isfinite(first) else None, losses=())
-        if self._int4.scales or not has_risen(first, loss, spread):
+        if not has_risen(first, loss, spread):
             return
         share = progress.share * SLOWER
         message = (
@@ -169,11 +165,6 @@ class KeptWeights:
         self._network.set_weights(self._network.trained)
         self._begin({})
         self.progress = replace(progress, begun=progress.steps, place=place, share=share)
-
-    def begin_int4(self, examples: Examples) -> None:
-        """Let the next steps run with the weights as int4 stores them, solved on `examples`, if they do not yet."""
-        if not self._int4.scales:
-            self._int4.begin(self.weights, examples)
 
     def step(self, examples: Examples, loss: Loss, rate: float) -> float:
         """Take a step on the mean loss over `examples`, and return this rank's loss.
@@ -199,11 +190,7 @@ class KeptWeights:
             )
             self.weights[name], self._means[name] = weight, mean
 
-        shown = self.weights
-        if self._int4.scales:
-            shown = self._network.shelf.another()
-            shown.update((name, self._int4.stored(name, weight)) for name, weight in self.weights.items())
-        self._network.show(shown)
+        self._network.show(self.weights)
         mean_loss = self._network.take_gradients(examples, loss, take, kept=True, layers=self._names)
         self.progress = replace(progress, losses=(*progress.losses, mean_loss))
         return mean_loss
@@ -214,14 +201,13 @@ class KeptWeights:
         tensors |= {WEIGHT + name: partial(self.weights.__getitem__, name) for name in self.weights}
         tensors |= {MEAN + name: partial(self._means.resting, name) for name in self._means}
         tensors |= {SQUARES + name: partial(getattr, moments, "means") for name, moments in self._squares.items()}
-        tensors |= {SCALE + name: partial(self._int4.scales.__getitem__, name) for name in self._int4.scales}
         return Computed(tensors, lambda name: tensors[name]()), asdict(self.progress)
 
     def with_pruned(self) -> Shelf:
         """Return the weights as stored, with the values that pruned ones had before; nothing is left for training."""
         whole = self._means = self._network.shelf.another()  # the moments are freed
         for name in self._names:
-            mask, weight = self._network.masks[name], self._int4.stored(name, self.weights.pop(name))
+            mask, weight = self._network.masks[name], self.weights.pop(name)
             whole[name] = torch.where(mask, weight, self._network.weights[name].to(weight.dtype))
         return whole
 
@@ -251,7 +237,6 @@ def train_weights(
     first: int,
     examples: int,
     rate: float,
-    int4: float = 0.0,
     saved: Resumable,
 ) -> Shelf:
     """Train the network's weights with Adam at its current masks, as long as `schedule` does; returns them by layer.
@@ -260,9 +245,6 @@ def train_weights(
     rate that rises to `rate` and falls to 0 as the places rise from 0 to 1 (`counted`, `timed`); it is relative to the
     weights of a layer (see `KeptWeights`). Pruned weights do not change. Adam's moments start from 0 in each call. The
     state is offered to `saved` after each step and saved at the end; training continues from the state found there.
-
-    In the last share `int4` of the schedule the network runs with its weights as int4 stores them (`training.int4`),
-    and these are returned.
     """
     before = network.trained
     before.put_aside()
@@ -282,8 +264,6 @@ def train_weights(
                     "give more calibration data, or a larger --samples",
                     windows,
                 )
-            if place > 1 - int4:
-                kept.begin_int4(run.batch(0, SOLVED))
             mean_loss = kept.step(batch_of(first + steps, examples), loss, rate * kept.progress.rate(place))
             advance(round(100 * place), f"training: loss {mean_loss:.4f}, % of the schedule")
             if len(kept.progress.losses) == LOGGED:

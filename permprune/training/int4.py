@@ -22,12 +22,9 @@ from permprune.inference.solving import solve_each
 from permprune.kernels.product.int4 import stored_values
 from permprune.kernels.product.layout import LARGEST_GROUP
 from permprune.kernels.product.module import PackedLinear
-from permprune.models.autocast import fast
 from permprune.models.layers import Layer
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
 from permprune.pattern import Pattern
-from permprune.pruning.network import PrunedNetwork
-from permprune.system.shelf import Shelf
 
 SOLVED = 24
 """Windows on which the values are solved."""
@@ -40,43 +37,6 @@ def packable(layers: Iterable[Layer], patterns: Mapping[str, Pattern]) -> dict[s
         for layer in layers
         if layer.expert is None and PackedLinear.replaces(layer.owner) and patterns[layer.name].m <= LARGEST_GROUP
     }
-
-
-class Int4Weights:
-    """The weights of a network in training as int4 will store them, in the order that the network has.
-
-    `scales`, bf16 (rows, blocks) by layer, are empty until `begin`, and of layers that packing replaces.
-    """
-
-    def __init__(self, network: PrunedNetwork, scales: dict[str, Tensor]) -> None:
-        self._network, self._columns, self.scales = network, network.stored_columns(), scales
-
-    def begin(self, weights: Shelf, examples: Examples) -> None:
-        """Solve `weights`, (rows, channels) by layer with zeros where they are pruned; changes them in place."""
-        network = self._network
-        network.show(weights)
-
-        def take(layer: Layer, solved: Solved) -> None:
-            weights[layer.name] = weights[layer.name].copy_(solved.targets)
-            self.scales[layer.name] = solved.scale
-            network.show({layer.name: self.stored(layer.name, weights[layer.name])})
-
-        with network.dense_weights():
-            layers = packable(network.layers.values(), network.patterns)
-        with network.autocast():
-            solve_each(
-                network.model,
-                layers,
-                examples,
-                take,
-                weight_of=lambda layer: weights[layer.name],
-                columns=self._columns,
-            )
-
-    def stored(self, name: str, weight: Tensor) -> Tensor:
-        """Return a layer's weight as it will be stored, in its own type."""
-        scale = self.scales.get(name)
-        return weight if scale is None else stored_values(weight, scale, self._columns[name]).to(weight.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -121,8 +81,7 @@ def through_int4(model: PreTrainedModel, layers: Mapping[str, Layer], examples: 
         layer.weight.copy_(solved.values)
         targets[layer.name], scales[layer.name] = solved.targets.to(layer.weight.dtype), solved.scale
 
-    with fast(model):
-        solve_each(model, layers, examples[: SOLVED * EXAMPLES_PER_WINDOW[kind_of(model)]].trimmed(), take)
+    solve_each(model, layers, examples[: SOLVED * EXAMPLES_PER_WINDOW[kind_of(model)]].trimmed(), take)
     stored = [layers[name] for name in scales]
     with torch.no_grad():
         for layer in stored:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import permprune
+from permprune import PruneConfig, pack_folder
 from permprune.kernels.product.module import PackedLinear
 
 from .running import fails, run
@@ -107,16 +108,15 @@ def test_what_is_refused(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) ->
     assert "does not hold 1:4" in fails("pack", pruned, "--out", tmp_path / "again")
 
 
-def test_a_training_goes_through_the_int4_values_that_are_packed(
+def test_int4_values_are_solved_on_the_data_of_the_search(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     command = ["prune", tiny_checkpoint, "--calibration", tiny_text, "--data", tiny_text, "--length", "16"]
-    command += ["--samples", "24", "--windows", "4", "--permute"]
-    method, through, packed, back = "newton:start=ria:rounds=0:train_steps=9:rate=0.02", *map(tmp_path.joinpath, "abc")
-    assert run(*command, f"{method}:int4=0.33", "--out", through)[0] == 0
-    code, _, stderr = run(*command, method, "--pack", "int4", "--out", packed)
+    command += ["--samples", "24", "--windows", "4", "--permute", "newton:start=ria:rounds=0:train_steps=9:rate=0.02"]
+    pruned, packed, later = map(tmp_path.joinpath, "abc")
+    assert run(*command, "--out", pruned)[0] == 0
+    code, _, stderr = run(*command, "--pack", "int4", "--out", packed)
     assert code == 0, stderr
-    assert ":int4=0.33" in json.loads((packed / "permprune.json").read_text())["settings"]["permute"]
-    assert run("unpack", packed, "--out", back)[0] == 0
-    one, other = (load_file(folder / "model.safetensors") for folder in (through, back))
+    pack_folder(pruned, later, dtype="int4", calibration=PruneConfig(calibration=str(tiny_text), length=16, samples=24))
+    one, other = (load_file(folder / "packed.safetensors") for folder in (packed, later))
     assert one.keys() == other.keys() and all(torch.equal(one[name], weight) for name, weight in other.items())

@@ -39,7 +39,7 @@ def six_steps(_: float) -> Schedule:
     [
         ("fp32", "newton:rounds=2:tune=4:refine=2", ADAM, 6 * LAYERS + 5),  # in the third step of the second round
         ("bf16", "newton:rounds=1:tune=3:train=0.5", ADAM, (3 + 4) * LAYERS + 5),  # in the fifth step after the rounds
-        ("bf16", "newton:start=ria:rounds=0:compensate=true:train_steps=6:int4=0.5", ADAM, 4 * LAYERS + 5),
+        ("bf16", "newton:start=ria:rounds=0:compensate=true:train_steps=6", ADAM, 4 * LAYERS + 5),
         ("fp32", "newton:rounds=0:block_steps=3:train_steps=2", ADAM, 3 * LAYERS // 2 + 5),  # in the second block
         ("fp32", "newton:rounds=0:train_steps=14:rate=0.05", ADAM, 12 * LAYERS + 5),  # after it went back
         ("fp32", "learned:rounds=1:refine=3", "permprune.permuters.refinement.all_swaps", 3),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -18,11 +17,8 @@ from permprune.engine.held import Prepared, prepare
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
 from permprune.forecasts.costs import state_bytes
-from permprune.kernels.product.int4 import exact_scale
-from permprune.kernels.product.layout import BLOCK
 from permprune.losses.objective import Loss, Objective, as_loss
 from permprune.permuters.newton import Newton
-from permprune.permuters.ria import RIAPermuter
 from permprune.permuters.tuning import (
     BETAS,
     LOGGED,
@@ -53,13 +49,12 @@ def train(
     *,
     first: int = 0,
     rate: float = 1e-3,
-    int4: float = 0.0,
     saved: Resumable | None = None,
     loss: Loss | None = None,
 ) -> dict[str, torch.Tensor]:
     saved = saved or Resumable(Checkpoint(None, {}), "training")
     own = (prepared.network, prepared.run, loss or Objective(), schedule)
-    return train_weights(*own, first=first, examples=4, rate=rate, int4=int4, saved=saved)
+    return train_weights(*own, first=first, examples=4, rate=rate, saved=saved)
 
 
 def test_every_step_takes_the_gradient_where_the_last_one_ended(prepared: Prepared) -> None:
@@ -268,25 +263,6 @@ def test_a_training_after_other_stages_does_not_go_on_from_an_interrupted_one(
     resumed = other.solve(prepared.network, run)
     whole = other.solve(prepared.network, dataclasses.replace(run, checkpoint=Checkpoint(None, {}), solved={}))
     assert all(torch.equal(weight, resumed.weights[name]) for name, weight in whole.weights.items())
-
-
-@pytest.mark.parametrize("mode", ["fold", "gather"])
-def test_training_through_int4_ends_with_values_that_packing_keeps(tiny_llama: LlamaForCausalLM, mode: str) -> None:
-    config = PruneConfig(mode=mode, precision="fp32", measured=6, held_out=4)
-    prepared = prepare(tiny_llama, None, config, examples=WINDOWS)
-    network, run = prepared.network, prepared.run
-    RIAPermuter().solve(network, run)
-    losses = []
-    for steps in (1, 12):
-        weights = train(prepared, counted(steps), rate=0.02 if steps > 1 else 1e-9, int4=1.0)
-        for name, columns in network.stored_columns().items():
-            shown = (weights[name] * network.masks[name])[:, columns]
-            blocks = F.pad(shown, (0, -shown.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-            assert exact_scale(blocks)[1].all()
-        network.set_weights(weights)
-        losses.append(network.loss(run.train, Objective()))
-        network.set_weights({})
-    assert losses[1] < losses[0]
 
 
 def test_training_at_the_end_needs_a_time_limit(prepared: Prepared) -> None:

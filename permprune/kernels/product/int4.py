@@ -51,14 +51,9 @@ def exact_scale(weights: Tensor) -> tuple[Tensor, Tensor]:
     return scales, is_exact
 
 
-def stored_values(weight: Tensor, scale: Tensor, columns: Tensor | None = None) -> Tensor:
-    """Return the values, fp32 (rows, channels), with which int4 of these scales, bf16 (rows, blocks), stores a weight.
-
-    `columns`, int64 (channels,), are those of the weight in the order of the blocks, if it is another one.
-    """
+def stored_values(weight: Tensor, scale: Tensor) -> Tensor:
+    """Return the values, fp32 (rows, channels), that int4 of these scales, bf16 (rows, blocks), stores for a weight."""
     each = scale.float().repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
-    if columns is not None:
-        each = each[:, columns.argsort()]
     return round_to_int4(weight.float().unsqueeze(-1), each).squeeze(-1).mul_(each)
 
 
