@@ -29,7 +29,7 @@ from permprune.system.progress import log
 STEPS, PARTS = 60, 24
 """The steps of a block, and the parts of the examples, of which each step takes one."""
 
-RATE = 0.01
+RATE = 0.006
 """The highest learning rate, relative to the root mean square of a layer's kept weights."""
 
 COMPARED = 4
