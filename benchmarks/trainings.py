@@ -26,6 +26,7 @@ from permprune.data.text import load_documents, tokenize
 from permprune.engine.held import Held, prepare
 from permprune.evaluation.lm_tasks import WIKITEXT
 from permprune.evaluation.result import gap_closed
+from permprune.kernels.adam.step import BETAS
 from permprune.kernels.search.masks import pack_mask, write_mask
 from permprune.losses.objective import Loss
 from permprune.models.processors import tokenizer_of
@@ -34,7 +35,7 @@ from permprune.permuters.block_tuning import trained_blocks
 from permprune.permuters.iterate import Landscape
 from permprune.permuters.newton import Newton
 from permprune.permuters.registry import permuter
-from permprune.permuters.tuning import BETAS, KeptWeights, Schedule, train_weights
+from permprune.permuters.tuning import KeptWeights, Schedule, train_weights
 from permprune.pruning.network import PrunedNetwork
 from permprune.system.progress import log
 from permprune.system.search_state import Checkpoint, Resumable

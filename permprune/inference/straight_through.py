@@ -19,6 +19,7 @@ from torch.utils import _pytree
 
 from permprune.examples import Examples
 from permprune.inference.solved import Solved
+from permprune.kernels.adam.step import BETAS, rate_at
 from permprune.kernels.product.int4 import stored_values
 from permprune.losses.objective import relative_distance
 from permprune.models.forward import padding_of
@@ -37,12 +38,6 @@ COMPARED = 4
 
 ALIKE = 0.02
 """How far a block's outputs for a part of the examples may be from those for all, relative to these."""
-
-RISING = 0.1
-"""The share of the steps in which the learning rate rises from 0; it falls to 0 in the others."""
-
-BETAS = (0.9, 0.95)
-"""Adam's betas, as in all training of kept weights."""
 
 Call = partial[Any]
 """A block's `forward` with the arguments that it was called with for all examples."""
@@ -157,7 +152,7 @@ class BlockTraining:
             {"params": [weight], "lr": RATE * scale} for weight, scale in zip(weights.values(), scales, strict=True)
         ]
         adam = torch.optim.Adam(groups, betas=BETAS, foreach=False)
-        rates = torch.optim.lr_scheduler.LambdaLR(adam, _share_of_rate)
+        rates = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate_at((step + 0.5) / STEPS))
         generator, parameters = torch.Generator().manual_seed(0), [layer.stored for layer in weights]
         order: list[int] = []
         for _ in range(STEPS):
@@ -169,12 +164,6 @@ class BlockTraining:
                 weight.grad = layer.part_of(gradient).float() * kept[layer]
             adam.step()
             rates.step()
-
-
-def _share_of_rate(step: int) -> float:
-    """The learning rate of a step, from 0, relative to the highest."""
-    place = (step + 0.5) / STEPS
-    return min(place / RISING, (1 - place) / (1 - RISING))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from permprune.examples import Examples
-from permprune.kernels.adam.step import adam_step
+from permprune.kernels.adam.step import BETAS, adam_step, rate_at
 from permprune.losses.objective import Loss
 from permprune.losses.targets import Imitation
 from permprune.permuters.base import Run
@@ -23,12 +23,6 @@ from permprune.system.progress import bar, log
 from permprune.system.search_state import Resumable, State
 from permprune.system.shelf import Computed, Shelf
 from permprune.training.second_moments import SecondMoments
-
-BETAS = (0.9, 0.95)
-"""Adam's betas; the second is that of language models, which suits a small number of steps."""
-
-RISING = 0.1
-"""The share of the steps in which the learning rate rises from 0."""
 
 WEIGHT, MEAN, SQUARES, GENERATOR = "weight/", "mean/", "squares/", "generator"
 """The prefixes of weights and of Adam's first and second moments, and the name of the generator's state, in a saved
@@ -89,9 +83,8 @@ class Progress:
     losses: tuple[float, ...] = ()
 
     def rate(self, place: float) -> float:
-        """The learning rate at a place of the schedule, relative to the highest: it rises from 0, and falls to 0."""
-        left = (place - self.place) / (1 - self.place)
-        return self.share * min(left / RISING, (1 - left) / (1 - RISING))
+        """The learning rate at a place of the schedule, relative to the highest (`rate_at`)."""
+        return self.share * rate_at((place - self.place) / (1 - self.place))
 
 
 def has_risen(first: float, loss: float, spread: float) -> bool:

@@ -17,12 +17,11 @@ from permprune.engine.held import Prepared, prepare
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
 from permprune.forecasts.costs import state_bytes
+from permprune.kernels.adam.step import BETAS, RISING
 from permprune.losses.objective import Loss, Objective, as_loss
 from permprune.permuters.newton import Newton
 from permprune.permuters.tuning import (
-    BETAS,
     LOGGED,
-    RISING,
     SLOWER,
     Schedule,
     counted,

@@ -14,11 +14,22 @@ from permprune.kernels import library
 from permprune.kernels.adam.rounding import rounded
 from permprune.kernels.search.masks import require_layout, unpack_mask
 
+BETAS = (0.9, 0.95)
+"""Adam's betas; the second is that of language models, which suits a small number of steps."""
+
 EPSILON = 1e-8
 """Adam's epsilon, which is added to the root of the second moment."""
 
+RISING = 0.1
+"""The share of the steps in which the learning rate rises from 0; it falls to 0 in the others."""
+
 SQUARED = 256
 """Channels of a block, as in adam.h."""
+
+
+def rate_at(place: float) -> float:
+    """The learning rate at a place of a schedule, from 0 to 1, relative to the highest."""
+    return min(place / RISING, (1 - place) / (1 - RISING))
 
 
 def squared_sums(gradient: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
