@@ -111,6 +111,8 @@ class BlockTraining:
             before = self._mean_error(calls, target)
             self._steps(calls, target, weights)
             if not self._mean_error(calls, target) < before:
+                name = next(iter(solved)).name
+                log.info("int4: training brings the block of %s no nearer: its values are as solved", name)
                 return dict(solved)
         return {layer: Solved(stored(layer), solved[layer].scale, weight) for layer, weight in weights.items()}
 
@@ -159,9 +161,12 @@ class BlockTraining:
             order = order or torch.randperm(len(calls), generator=generator).tolist()
             number = order.pop()
             with torch.enable_grad():
-                gradients = torch.autograd.grad(self._error(number, calls[number], target), parameters)
+                error = self._error(number, calls[number], target)
+            if not error.requires_grad:  # the block's own code cuts the graph
+                return
+            gradients = torch.autograd.grad(error, parameters, allow_unused=True)
             for (layer, weight), gradient in zip(weights.items(), gradients, strict=True):
-                weight.grad = layer.part_of(gradient).float() * kept[layer]
+                weight.grad = None if gradient is None else layer.part_of(gradient).float() * kept[layer]
             adam.step()
             rates.step()
 

@@ -1,6 +1,7 @@
 """Training of blocks through int4: it brings a model nearer to what it computed, and changes no zero and no scale."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -102,21 +103,35 @@ def test_training_that_does_not_help_is_undone(tiny_llama: LlamaForCausalLM, mon
     )
 
 
-def test_blocks_that_mix_examples_are_not_trained(
-    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def mixing(forward: Any, x: Tensor, *args: Any, **named: Any) -> Any:
+    return forward(x + x.mean(0, keepdim=True), *args, **named)
+
+
+def cutting(forward: Any, *args: Any, **named: Any) -> Any:
+    return forward(*args, **named).detach()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (mixing, "blocks that do not compute examples one by one are solved, and not trained"),
+        (cutting, ".0.self_attn.q_proj no nearer: its values are as solved"),
+    ],
+)
+def test_blocks_that_cannot_be_trained_are_solved(
+    change: Any,
+    message: str,
+    tiny_llama: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     prune_to(tiny_llama)
     one, other = tiny_llama, copy.deepcopy(tiny_llama)
-
-    def mix(block: nn.Module) -> None:
-        forward = block.forward
-        block.forward = lambda x, *args, **named: forward(x + x.mean(0, keepdim=True), *args, **named)
-
-    for model in (one, other):
-        mix(blocks(model)[0])
-        mix(blocks(model)[1])
+    for block in (*blocks(one), *blocks(other)):
+        block.forward = partial(change, block.forward)
     values = solved_by_layer(one, Examples.of(TOKENS))
-    assert caplog.text.count("blocks that do not compute examples one by one are solved, and not trained") == 1
+    assert caplog.text.count(message) == 1
     monkeypatch.setattr(BlockTraining, "train", untrained)
     assert all(
         torch.equal(values[name].values, same.values)
