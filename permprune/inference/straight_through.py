@@ -60,8 +60,7 @@ class BlockTraining:
 
     def __init__(self, model: nn.Module, examples: Examples) -> None:
         count, size = len(examples), -(-len(examples) // PARTS)
-        self._count, self._warned = count, False
-        self._divides = True
+        self._count, self._divides, self._warned = count, True, False
         self._parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         self._paddings = [padding_of(model, examples[part]) for part in self._parts]
         self._last: tuple[Tensor, Tensor] | None = None
@@ -96,7 +95,7 @@ class BlockTraining:
         returned if training does not help, or if the block's outputs for a part of the examples are not a part of its
         outputs, as its arguments do not tell the examples apart; a warning tells so.
         """
-        if not self._divides:
+        if not (solved and self._divides):
             return dict(solved)
         weights = {layer: one.targets.clone() for layer, one in solved.items()}
 
