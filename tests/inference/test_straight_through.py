@@ -125,7 +125,7 @@ def test_blocks_that_cannot_be_trained_are_solved(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="permprune")
     prune_to(tiny_llama)
     one, other = tiny_llama, copy.deepcopy(tiny_llama)
     for block in (*blocks(one), *blocks(other)):
