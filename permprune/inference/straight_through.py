@@ -7,6 +7,7 @@ al. 2013, arXiv 1308.3432).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -146,11 +147,9 @@ class BlockTraining:
     def _steps(self, calls: list[Call], target: Tensor, weights: Mapping[Layer, Tensor]) -> None:
         """Change the weights by steps of Adam, in place; those that are 0 stay so."""
         kept = {layer: weight != 0 for layer, weight in weights.items()}
-        scales = [
-            float(weight.square().sum() / weight.count_nonzero().clamp_min(1)) ** 0.5 for weight in weights.values()
-        ]
         groups = [
-            {"params": [weight], "lr": RATE * scale} for weight, scale in zip(weights.values(), scales, strict=True)
+            {"params": [weight], "lr": RATE * float(weight.norm()) / math.sqrt(max(1, int(kept[layer].sum())))}
+            for layer, weight in weights.items()
         ]
         adam = torch.optim.Adam(groups, betas=BETAS, foreach=False)
         rates = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate_at((step + 0.5) / STEPS))

@@ -1,24 +1,24 @@
 """Training through int4: steps run with the weights as int4 stores them, and change the weights before rounding.
 
-The gradient of a stored value is taken for that of its weight (the straight-through estimator of Bengio et al. 2013,
-arXiv 1308.3432). Training begins with solved values: each weight is what was rounded to its value last, so that a small
-step can move those that are near another value. The scales stay, so that packing changes nothing.
+The gradient of a stored value is taken for that of its weight, as in `inference.straight_through`. Training begins with
+solved values: each weight is what was rounded to its value last, so that a small step can move those that are near
+another value. The scales stay, so that packing changes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from permprune.examples import Examples
 from permprune.inference.solved import Solved
 from permprune.inference.solving import solve_each
+from permprune.inference.straight_through import running_with
 from permprune.kernels.product.int4 import stored_values
 from permprune.kernels.product.layout import LARGEST_GROUP
 from permprune.kernels.product.module import PackedLinear
@@ -39,60 +39,33 @@ def packable(layers: Iterable[Layer], patterns: Mapping[str, Pattern]) -> dict[s
     }
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, transposed: bool) -> Tensor:
-        values = stored_values(weight.T, scale).T if transposed else stored_values(weight, scale)
-        return values.to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0], None, None
-
-
-class _StoredAsInt4(nn.Module):
-    """A parametrization of the weight of a layer, (channels, rows) if it is `transposed`."""
-
-    scale: Tensor
-
-    def __init__(self, scale: Tensor, transposed: bool) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale, persistent=False)
-        self.transposed = transposed
-
-    def forward(self, weight: Tensor) -> Tensor:
-        stored: Tensor = _StraightThrough.apply(weight, self.scale, self.transposed)  # type: ignore[no-untyped-call]
-        return stored
-
-
 @contextmanager
 def through_int4(model: PreTrainedModel, layers: Mapping[str, Layer], examples: Examples) -> Iterator[None]:
     """A context in which layers run with their weights as int4 stores them, solved on the first of the `examples`.
 
-    Their parameters have other names inside. At the end the weights are what is stored; after an exception they are
-    those before rounding. Without layers it does nothing.
+    At the end the weights are what is stored; after an exception they are those before rounding. Without layers it does
+    nothing.
     """
     if not layers:
         yield
         return
-    targets, scales = dict[str, Tensor](), dict[str, Tensor]()
+    targets, scales = dict[Layer, Tensor](), dict[Layer, Tensor]()
 
     def take(layer: Layer, solved: Solved) -> None:
         layer.weight.copy_(solved.values)
-        targets[layer.name], scales[layer.name] = solved.targets.to(layer.weight.dtype), solved.scale
+        targets[layer], scales[layer] = solved.targets.to(layer.weight.dtype), solved.scale
 
     solve_each(model, layers, examples[: SOLVED * EXAMPLES_PER_WINDOW[kind_of(model)]].trimmed(), take)
-    stored = [layers[name] for name in scales]
     with torch.no_grad():
-        for layer in stored:
-            layer.weight.copy_(targets.pop(layer.name))
-    for layer in stored:
-        made = _StoredAsInt4(scales[layer.name], layer.transposed)
-        parametrize.register_parametrization(layer.owner, "weight", made)
-    done = False
-    try:
+        for layer in scales:
+            layer.weight.copy_(targets.pop(layer))
+
+    def stored(layer: Layer, parameter: nn.Parameter) -> Tensor:
+        values = stored_values(layer.part_of(parameter.detach()), scales[layer])
+        return layer.part_of(values.to(parameter.dtype))
+
+    with running_with({layer: partial(stored, layer) for layer in scales}):
         yield
-        done = True
-    finally:
-        for layer in stored:
-            parametrize.remove_parametrizations(layer.owner, "weight", leave_parametrized=done)
+    with torch.no_grad():
+        for layer in scales:
+            layer.stored.copy_(stored(layer, layer.stored))
