@@ -14,6 +14,7 @@ from permprune.budget.asked import CANDIDATES, KEPT, frame_of, parse_candidates,
 from permprune.errors import PermpruneError
 from permprune.options import (
     MODES,
+    ROUNDED,
     Bytes,
     Count,
     Length,
@@ -266,6 +267,11 @@ class PruneConfig:
         """The bytes of memory that a run which offloads to the host takes there; infinite without a limit."""
         limit = self.offload.partition(":")[2]
         return parse_bytes(limit) if limit else math.inf
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the packed weights of any checkpoint are rounded."""
+        return self.packed in ROUNDED or self.packed_head is not None
 
     @property
     def sources(self) -> tuple[str | None, ...]:

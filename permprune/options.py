@@ -29,6 +29,9 @@ MODES = ("fold", "gather")
 PACKED = ("fp32", "bf16", "fp16", "int8", "int4")
 """The types of packed values."""
 
+ROUNDED = ("int8", "int4")
+"""Those that weights of any checkpoint are rounded to."""
+
 HEADS = ("int8",)
 """The types that an embedding and a head can be packed as, beside their own."""
 

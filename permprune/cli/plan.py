@@ -30,6 +30,8 @@ def plan(
         typer.Option(help="a GPU to forecast for: h100, h200, a100 or rtx4090", show_default="this machine"),
     ] = None,
     processes: Annotated[Count, typer.Option(help="processes that torchrun starts; memory is that of each")] = 1,
+    pack: cli.Pack = None,
+    head: cli.Head = None,
     json: cli.Json = None,
 ) -> Iterator[None]:
     """Forecast the memory by part, the disk space and the time of pruning MODEL, from its config alone.
@@ -38,6 +40,7 @@ def plan(
     """
 
     config.require_one_choice()
+    config = cli.packed(config, pack, head)
     from permprune.forecasts.machine import GPUS
 
     if gpu is not None:

@@ -12,8 +12,6 @@ from permprune.cli import common as cli
 from permprune.cli.plan import intention
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation, require_data
-from permprune.errors import PermpruneError
-from permprune.options import HEADS, PACKED, require_choice
 
 if TYPE_CHECKING:
     from permprune.checkpoints.record import Record
@@ -25,13 +23,7 @@ def prune(
     out: Annotated[Path, typer.Option(help="folder for the pruned checkpoint; must not exist yet")],
     config: PruneConfig,
     evaluation: Evaluation,
-    pack: Annotated[
-        str | None,
-        typer.Option(
-            help="write packed weights as fp32, bf16, fp16, int8 or int4 (see permprune pack)",
-            show_default="not packed, with zeros",
-        ),
-    ] = None,
+    pack: cli.Pack = None,
     head: cli.Head = None,
     resume: cli.Resume = False,
 ) -> Iterator[None]:
@@ -40,12 +32,7 @@ def prune(
     config.require_one_choice()
     require_data(config, evaluation)
     config, evaluation = cli.beside(config, evaluation)
-    if pack is not None:
-        require_choice("pack", pack, PACKED)
-    if head is not None:
-        require_choice("head", head, HEADS)
-        if pack is None:
-            raise PermpruneError("--head is for packed weights: give --pack too, such as int8")
+    config = cli.packed(config, pack, head)
     yield
 
     from permprune.jobs.prune import prune_to_folder

@@ -8,7 +8,7 @@ from permprune.budget.shares import ATTEMPTS
 from permprune.config import PruneConfig
 from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.resources import Phase, Stage
-from permprune.forecasts.run import EVALUATED
+from permprune.forecasts.run import evaluations
 from permprune.pattern import MIXED
 from permprune.permuters.base import Permuter
 from permprune.permuters.iterate import Iterative
@@ -24,6 +24,7 @@ OF_PHASES = {
     Phase.PATTERNS: ALLOCATE,
     Phase.UPDATE: UPDATE,
     Phase.WRITE: WRITE,
+    Phase.PACK: PACK,
 }
 """The stages of a run to which the phases of a forecast belong, beside those of a search."""
 
@@ -42,7 +43,8 @@ def stages_of_pruning(config: PruneConfig, *, packed: bool, timed: bool) -> list
     tried = [CALIBRATE, *mixed, DENSE, NATURAL, *searched]
     if config.max_loss is not None:  # a last search finds its solution
         tried = [CALIBRATE, *[*mixed, *searched, MEASURE] * ATTEMPTS, DENSE, NATURAL, *searched]
-    return [READ, *tried, MEASURE, WRITE, *([PACK] if packed else []), *([SPEED] if timed else [])]
+    packing = [PACK, *([MEASURE] if config.rounded else [])]
+    return [READ, *tried, MEASURE, WRITE, *(packing if packed else []), *([SPEED] if timed else [])]
 
 
 def stages_of_attempts(methods: Iterable[Permuter], config: PruneConfig) -> list[str]:
@@ -54,12 +56,12 @@ def stages_of_attempts(methods: Iterable[Permuter], config: PruneConfig) -> list
 def expected(forecast: Forecast) -> tuple[dict[str, float | None], tuple[str, ...]]:
     """Return the seconds of the stages of `Session.prune`, as far as known, and those that a time limit may end."""
     method, seconds = permuter(forecast.config.permute), forecast.seconds
-    # those of a search that are not forecast do nothing, and to pack and to measure the speed takes seconds
+    # those of a search that are not forecast do nothing, and to pack without solving and to measure the speed is short
     by_stage: dict[str, float | None] = dict.fromkeys((*method.stages, PACK, SPEED), 0.0)
     for stage in forecast.stages:
         taken = seconds[stage.name]
         if stage.phase == Phase.EVALUATE:
-            by_stage |= dict.fromkeys((DENSE, NATURAL, MEASURE), taken and taken / EVALUATED)
+            by_stage |= dict.fromkeys((DENSE, NATURAL, MEASURE), taken and taken / evaluations(forecast.config))
         elif stage.phase != Phase.OTHER_SHARES:  # stages that are made several times count as often
             name = _stage_of(method, stage)
             before = by_stage.get(name, 0.0)

@@ -107,6 +107,7 @@ class Phase(StrEnum):
     OTHER_SHARES = "other shares of the weights"  # are tried for a limit of the loss
     EVALUATE = "evaluate"
     WRITE = "write"
+    PACK = "pack"
 
 
 @dataclass(frozen=True)

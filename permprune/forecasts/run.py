@@ -28,7 +28,7 @@ from permprune.forecasts.mixing import stages_of_limit, stages_of_mix
 from permprune.forecasts.offloading import FILES, Offload, module_sizes
 from permprune.forecasts.passes import TYPICAL, UNCOUNTED, Shapes, batch_pass, example_pass
 from permprune.forecasts.resources import Memory, Part, Phase, Stage, Work, Workload
-from permprune.forecasts.weights import trained_weights, update_share
+from permprune.forecasts.weights import solving, trained_weights, update_share
 from permprune.models.generation import needs_decoder_inputs
 from permprune.models.modality import (
     BATCH_MULTIPLIER,
@@ -61,9 +61,6 @@ TRANSCRIBED = 1.7
 
 UNENDED = 5.4
 """The same for a text as a model writes it that is pruned in natural order: it repeats itself as far as it may."""
-
-EVALUATED = 3
-"""Evaluations of a run: the dense model, the pruned one in natural order, and in the order found."""
 
 SORTED = 8
 """The number of batches whose texts are sorted by length together: about as many as those of a step of training."""
@@ -104,6 +101,8 @@ def forecast_held(
     if held.offloads:
         device = (config.memory or 0) if run.on_device else 0
         stages, room = Offload.of(subject.model, run).stages(stages, device, config.host_limit - program_bytes())
+    if config.packed == "int4":
+        stages = *stages, held.packing()
     experts = sum(layer.weight.numel() for layer in run.outline.layers if layer.expert is not None)
     return Forecast(
         config=config,
@@ -219,9 +218,9 @@ class _HeldRun:
     def evaluating(self) -> Stage:
         """Evaluations, which compute in fp32, and the layers' errors in the natural order and in the one found."""
         model, kind = self.subject.model, kind_of(self.subject.model)
-        passes: float = EVALUATED + (kind == "embeddings")  # which are compared with the dense model's
+        passes: float = evaluations(self.config) + (kind == "embeddings")  # which are compared with the dense model's
         if kind == "speech" and model.can_generate():
-            passes = UNENDED + TRANSCRIBED * (EVALUATED - 1)
+            passes = UNENDED + TRANSCRIBED * (evaluations(self.config) - 1)
         evaluated = passes * evaluation_count(model, self.subject.windows)
         work = self.measuring.pass_work(evaluated, evaluation_batch(model)) + self.energies * 2
         parts = self.counted("none", dtype=torch.float32, batch=EVALUATION_BATCH).parts
@@ -240,6 +239,12 @@ class _HeldRun:
         else:
             parts = (*as_stored, *checked) if on_device else ()
         return Stage(Phase.WRITE, (*self.held, *parts), Work(stored=self.checkpoint) + self.energies)
+
+    def packing(self) -> Stage:
+        """Read the model that was written, whole and on the host, and solve its values of int4."""
+        memory, work = solving(self.run, self.run.measured)
+        whole = Memory("weights to pack", self.checkpoint, "host" if self.run.on_device else "device")
+        return Stage(Phase.PACK, (whole, replace(memory, place=whole.place)), work + Work(stored=2 * self.checkpoint))
 
     def checked(self) -> tuple[Memory, ...]:
         """The memory of the check of what was written, on two examples of `short_inputs`."""
@@ -287,6 +292,11 @@ class _HeldRun:
         return Work(products_fp32=sum(each))
 
 
+def evaluations(config: PruneConfig) -> int:
+    """Evaluations of a run: the dense model, the pruned one in natural order, in the order found, and rounded."""
+    return 3 + config.rounded
+
+
 def program_bytes() -> int:
     """Return the resident bytes of this process; after a forecast it has loaded what a run imports, but no weights."""
     return int(psutil.Process().memory_info().rss)
@@ -307,6 +317,8 @@ def _assumed(model: PreTrainedModel, config: PruneConfig, run: Workload, process
     if run.on_device and run.rests != "device":
         files = ", all of it from files on the disk" if run.rests == "disk" else ""
         yield f"{BUS / 1e9:.0f} GB a second travel to and from the device{files}, while nothing is computed"
+    if run.on_device and config.packed == "int4":
+        yield "values of int4 are solved on the host, which takes longer than the device would"
     if processes > 1:
         yield f"the {processes} processes do equal parts of the work, and send what they exchange in no time"
 

@@ -1,4 +1,4 @@
-"""The costs of what changes weights: training and compensation."""
+"""The costs of what changes weights: training, compensation, and solving int4 values."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from permprune.forecasts.resources import Memory, Part, Work, Workload
+from permprune.inference.solved import SWEEPS
+from permprune.inference.straight_through import PARTS, STEPS
 from permprune.losses.objective import as_loss
 from permprune.models.layers import Layer
 from permprune.permuters.block_tuning import PASSES
@@ -25,6 +27,10 @@ UPDATE_COPIES = 8.5
 
 UPDATE_PASSES = 20
 """How often an iteration of ADMM reads or writes each weight, beside the product."""
+
+
+COMPARED = 2
+"""Passes of a block beside its updating, to compare what it computes with values of int4 and without."""
 
 
 def block_update(run: Workload, examples: int) -> tuple[Memory, ...]:
@@ -53,6 +59,22 @@ def compensation_work(run: Workload, examples: int) -> Work:
         return Work(products_fp32=products, moved=UPDATE_PASSES * 4.0 * channels * rows * method.iterations)
 
     return _block_by_block(run, examples, update)
+
+
+def solving(run: Workload, examples: int) -> tuple[Memory, Work]:
+    """The memory and the work of solving int4 values, and of training one block after the other through them.
+
+    An inverse and GPTQ's order cost about as much as a pass of coordinate descent each. A block in training has its
+    weights in fp32, as solved, in training and as stored, a gradient and Adam's two moments.
+    """
+    solved = _block_by_block(
+        run, examples, lambda channels, rows, m: Work(products_fp32=2.0 * channels**2 * rows * (SWEEPS + 2))
+    )
+    trained = run.forward * (3 * STEPS * math.ceil(examples / PARTS))
+    trained += Work(moved=STEPPED * 4.0 * run.outline.weights * STEPS)
+    largest = max(sum(layer.shape.numel() for layer in block) for block in run.outline.blocks)
+    memory = Memory("int4 values of a block", 24 * largest + 3 * run.block_outputs(examples))
+    return memory, solved + run.pass_work(examples, examples, COMPARED) + trained
 
 
 def _block_by_block(run: Workload, examples: int, update: Callable[[int, int, int], Work]) -> Work:

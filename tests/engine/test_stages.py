@@ -9,7 +9,7 @@ import permprune
 from permprune.config import PruneConfig
 from permprune.engine.stages import expected, stages_of_pruning
 from permprune.forecasts.forecast import Forecast
-from permprune.system.stages import CALIBRATE, DENSE, READ, UPDATE
+from permprune.system.stages import CALIBRATE, DENSE, PACK, READ, UPDATE
 
 ALL = "newton:start=ria:rounds=2:tune=1:refine=1:compensate=true:block_steps=4:train_steps=4"
 
@@ -18,14 +18,18 @@ def forecast(source: Path, **changes: Any) -> Forecast:
     return permprune.forecast(str(source), PruneConfig(length=16, samples=24, **changes))
 
 
+@pytest.mark.parametrize("packed", ["bf16", "int4"])
 @pytest.mark.parametrize("method", ["none", "ria", "newton:start=none", "newton:rounds=0:train_steps=2", ALL])
-def test_every_stage_of_a_run_is_expected_and_all_of_the_time_is_theirs(tiny_checkpoint: Path, method: str) -> None:
-    found = forecast(tiny_checkpoint, permute=method)
+def test_every_stage_of_a_run_is_expected_and_all_of_the_time_is_theirs(
+    tiny_checkpoint: Path, method: str, packed: str
+) -> None:
+    found = forecast(tiny_checkpoint, permute=method, packed=packed)
     seconds, limited = expected(found)
     names = stages_of_pruning(found.config, packed=True, timed=True)
     assert not limited and seconds.keys() == set(names)
     assert sum(seconds[name] or 0.0 for name in names) == pytest.approx(sum(filter(None, found.seconds.values())))
     assert seconds[DENSE] and seconds[CALIBRATE] and seconds[READ]
+    assert bool(seconds[PACK]) is (packed == "int4")
 
 
 def test_each_change_of_weights_takes_its_own_time(tiny_checkpoint: Path) -> None:
