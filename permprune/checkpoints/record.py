@@ -95,7 +95,8 @@ class Measured:
     """The value of a metric for the dense model, the model pruned without a permutation, and the pruned model.
 
     `count` is the number of predictions and `unit` what they are. `overlap` is the fraction of the evaluation data that
-    also occurs in the calibration data (see `permprune.data.overlap`); None if unknown.
+    also occurs in the calibration data (see `permprune.data.overlap`); None if unknown. `packed` is the type of the
+    packed weights that `pruned` holds for; None if it was measured before they were packed.
     """
 
     data: str
@@ -107,6 +108,7 @@ class Measured:
     unit: str
     overlap: Share | None = None
     others: list[Other] = dataclasses.field(default_factory=list)
+    packed: str | None = None
 
     def __post_init__(self) -> None:
         _check_metric(self.metric, [self.dense, self.none, self.pruned])

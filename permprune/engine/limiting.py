@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from permprune.budget.asked import density_of, parse_candidates
 from permprune.budget.shares import next_share
-from permprune.checkpoints.record import Attempt
+from permprune.checkpoints.record import Attempt, Measured
 from permprune.engine.measuring import Meter
 from permprune.engine.session import Session
 from permprune.errors import PermpruneError
@@ -120,6 +120,17 @@ class _Attempts:
         except NotFinite:
             result = replace(dense, value=math.inf, terms=None, stderr=None)
         return result.value, loss_of(result, dense), error_of(result, dense)
+
+
+def warn_of_packing(measured: Measured, dense: Result, limit: float) -> None:
+    """Log a warning if a model that was within the limit before it was packed loses more as it was measured since."""
+    loss = loss_of(replace(dense, value=measured.pruned), dense)
+    if loss > limit:
+        log.warning(
+            "packed as %s the model loses %.3g %%, more than the %g %% that its patterns were chosen for: pack it as "
+            "another type, or give a smaller --max-loss",
+            *(measured.packed, 100 * loss, 100 * limit),
+        )
 
 
 def loss_of(result: Result, dense: Result) -> float:

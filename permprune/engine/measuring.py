@@ -111,10 +111,11 @@ class Meter:
         first, second = (cls(model, processor, evaluation, part) for part in (examples[:half], examples[half:]))
         return first, second
 
-    def __call__(self) -> list[Result]:
-        """Measure the model; the result that counts comes first."""
+    def __call__(self, model: PreTrainedModel | None = None) -> list[Result]:
+        """Measure the model, or another one, as the same packed; the result that counts comes first."""
         dense, batch, metric = self.dense, self.batch, self.metric
-        return evaluate_model(self.model, self.examples, self.tokenizer, dense=dense, batch=batch, metric=metric)
+        model = self.model if model is None else model
+        return evaluate_model(model, self.examples, self.tokenizer, dense=dense, batch=batch, metric=metric)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
+from transformers import PreTrainedModel
 
-from permprune.checkpoints.record import SIDES, Measured, Other, Record, Showcase, SizeAndSpeed
+from permprune.checkpoints.record import PACKED, SIDES, Measured, Other, Record, Showcase, SizeAndSpeed
 from permprune.data.overlap import warn_of_overlap
 from permprune.engine.held import Held
 from permprune.engine.measuring import DENSE, Evaluation, Measurement, Meter
@@ -34,6 +35,7 @@ class Session:
 
     def __init__(self, open_weights: Callable[[], Held], evaluation: Evaluation) -> None:
         self.evaluation, self.pruned = evaluation, False
+        self.answers: dict[str, list[str]] = {}
         self.tasks = evaluation.tasks.load() if evaluation.tasks else None
         reset_peak_memory()
         stage(stages.READ)
@@ -125,6 +127,22 @@ class Session:
         )
         return pruned, record
 
+    def with_packed(self, record: Record, model: PreTrainedModel) -> Record:
+        """Return the record of a model that was pruned and packed, with the measurement of its packed form."""
+        assert record.measured is not None
+        measurement, known = self._measurement("packed", 0.0, model), record.measured
+        self.answers = {**self.answers, "pruned": measurement.answers}
+        result, packed = measurement.result, record.extra[PACKED]["dtype"]
+        values = {one.metric.name: one.value for one in measurement.others if math.isfinite(one.value)}
+        others = [dataclasses.replace(one, pruned=values[one.metric]) for one in known.others if one.metric in values]
+        log.info("packed as %s: %s %.4g, before %.4g", packed, known.metric, result.value, known.pruned)
+        return dataclasses.replace(
+            record,
+            measured=dataclasses.replace(known, pruned=result.value, others=others, packed=packed),
+            gap_closed=gap_closed(result.value, known.dense, known.none, metric=result.metric),
+            showcase=record.showcase and self.shown.beside(self.answers, record.showcase.sides),
+        )
+
     def beside(self, none: Measurement, measured: Measurement, pruned: Pruned | None = None) -> Showcase:
         """Return the dense model, the one pruned in natural order and another side by side.
 
@@ -138,21 +156,26 @@ class Session:
             packed = [packed_bytes(model, patterns, gathers) for gathers in ((), pruned.gathers)]
             sizes = [weight_bytes(model, torch.bfloat16), *packed]
         answers = [self.dense.answers, none.answers, measured.answers]
+        self.answers = dict(zip(SIDES, answers, strict=True))
         sides = [SizeAndSpeed(stored, size) for size in sizes]
-        return self.shown.beside(dict(zip(SIDES, answers, strict=True)), dict(zip(SIDES, sides, strict=True)))
+        return self.shown.beside(self.answers, dict(zip(SIDES, sides, strict=True)))
 
-    def _measurement(self, label: str, seconds: float) -> Measurement:
-        """Measure the model with its current weights; a perplexity of a pruned model that is not finite is infinity."""
+    def _measurement(self, label: str, seconds: float, model: PreTrainedModel | None = None) -> Measurement:
+        """Measure the model with its current weights, or another form of it.
+
+        A perplexity of a pruned model that is not finite is infinity.
+        """
         release_freed_memory()  # of what came before, which needed other sizes
         try:
-            result, *others = self.measure()
+            result, *others = self.measure(model)
         except NotFinite as error:
             if label == DENSE:
                 raise
             log.warning("%s: %s", label, error)
             result, others = dataclasses.replace(self.dense.result, value=math.inf, stderr=None), []
         peak = peak_memory_mb()
-        tasks = self.tasks(self.weights.model, self.weights.processor) if self.tasks else []
+        measured = self.weights.model if model is None else model
+        tasks = self.tasks(measured, self.weights.processor) if self.tasks else []
         return Measurement(
             method=label,
             result=result,
@@ -160,7 +183,7 @@ class Session:
             peak_memory_mb=peak,
             others=others,
             tasks=tasks,
-            answers=self.shown.answers(),
+            answers=self.shown.answers(model),
         )
 
 

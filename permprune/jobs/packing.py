@@ -15,7 +15,7 @@ from permprune.checkpoints.record import PACKED, read_record
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes, weight_bytes
-from permprune.inference.pack import pack, unpack
+from permprune.inference.pack import pack, packed_type, unpack
 from permprune.inference.rounding import check_rounding
 from permprune.models.layers import merged
 from permprune.models.processors import Processor, read_processor
@@ -103,8 +103,11 @@ def pack_folder(
     rounding = check_rounding(model, probe, difference, before=probe.tolerance, what=packed)
     stored = {"gathers": record.to_json()["gathers"], "dtype": dtype, "head": head, TOLERANCE: probe.tolerance}
     measured = dataclasses.replace(probe, tolerance=max(probe.tolerance, SLACK * difference))
-    shown = record.showcase and record.showcase.resized(after[0])
-    record = dataclasses.replace(record, gathers=[], bench=None, showcase=shown, extra={**record.extra, PACKED: stored})
+    shown, known = record.showcase and record.showcase.resized(after[0]), record.measured
+    if head is None and packed_type(dtype) == model.dtype:  # no value changes
+        known = known and dataclasses.replace(known, packed=dtype)
+    extra = {**record.extra, PACKED: stored}
+    record = dataclasses.replace(record, gathers=[], bench=None, showcase=shown, measured=known, extra=extra)
 
     def weights(written: Path) -> None:
         model.save_pretrained(written)

@@ -9,14 +9,16 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel
 
+from permprune.checkpoints.io import load
 from permprune.checkpoints.offload import read_shapes, read_size
-from permprune.checkpoints.record import Record
+from permprune.checkpoints.record import Record, read_record
 from permprune.checkpoints.source import ModelSource, name_of
 from permprune.config import PruneConfig
 from permprune.engine.held import Held, open_to_prune
-from permprune.engine.limiting import keep_within
+from permprune.engine.limiting import keep_within, warn_of_packing
 from permprune.engine.measuring import Evaluation, require_data
 from permprune.engine.pruned import Pruned
 from permprune.engine.session import Session
@@ -38,14 +40,15 @@ from permprune.models.processors import Processor
 from permprune.permuters.base import Callback
 from permprune.permuters.registry import permuter
 from permprune.plan import Plan
-from permprune.pruning.folder import write_pruned
+from permprune.pruning.folder import write_pruned, write_record
 from permprune.system import distributed
+from permprune.system.device import best_device
 from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log, stage, stages
 from permprune.system.shelf import Room
-from permprune.system.stages import PACK, SPEED, Stages
+from permprune.system.stages import MEASURE, PACK, SPEED, Stages
 
 
 @failures_reported()
@@ -148,7 +151,22 @@ class _Job:
             announce(record)
             write = partial(write_pruned_weights, weights, pruned, record, work, pack=self.pack, head=self.head)
             distributed.on_first(write, others=weights.serve)
+            if self.pack is not None and distributed.world() == 1:
+                record = self.measured_packed(session, work.out)
         return record, not weights.unanswering
+
+    def measured_packed(self, session: Session, folder: Path) -> Record:
+        """Measure the packed model in a folder, if packing changed values, and write that into its record."""
+        record, config = read_record(folder), session.weights.plan.config
+        if record.measured is None or record.measured.packed == self.pack:
+            return record
+        stage(MEASURE)
+        model = nn.Module.to(load(folder, trust_remote_code=config.trust_remote_code), best_device())
+        record = session.with_packed(record, model)
+        write_record(record, folder)
+        if config.max_loss is not None and record.measured is not None:
+            warn_of_packing(record.measured, session.dense.result, config.max_loss)
+        return record
 
     def fitted(self) -> tuple[PruneConfig, Forecast | None]:
         """The settings, with what the effort and the limits lead to, and the forecast from which the latter follow.

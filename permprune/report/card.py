@@ -15,7 +15,7 @@ from permprune.checkpoints.record import PACKED
 from permprune.models.modality import POOLING
 from permprune.report.page import fill
 from permprune.report.run import decision, dense_sentence, measured_rows, mix_sentences
-from permprune.report.showcase import answers, plain, speed_note, titles
+from permprune.report.showcase import answers, plain, table_note, titles
 from permprune.report.words import kept_weights, overlap_note
 from permprune.system.files import write_whole
 from permprune.zoo.models import MODELS
@@ -68,7 +68,7 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: st
         dense=dense_sentence(record.get("dense")),
         mix=mix_sentences(record),
         table=measured_rows(record),
-        measured=" ".join(filter(None, (on, speed_note(record), TRAINED_LATER if record.get("optimised") else ""))),
+        measured=" ".join(filter(None, (on, table_note(record), TRAINED_LATER if record.get("optimised") else ""))),
         titles=titles(settings["pattern"]),
         shown=shown,
         examples=[(one, map(plain, answers(shown, one))) for one in shown["examples"]] if shown else [],

@@ -15,7 +15,7 @@ from permprune.checkpoints.record import SIDES
 from permprune.models.layers import DenseWeights
 from permprune.report import pictures
 from permprune.report.page import data_uri, fill
-from permprune.report.showcase import answers, side_rows, speed_note, titles
+from permprune.report.showcase import answers, side_rows, table_note, titles
 from permprune.report.speed import short_name, speed_bars, summary
 from permprune.report.words import (
     NONE,
@@ -48,7 +48,7 @@ def render(record: Mapping[str, Any]) -> str:
         overlap=overlap_note((record["measured"] or {}).get("overlap")),
         table=measured_rows(record),
         titles=titles(record["settings"]["pattern"]),
-        speed_note=speed_note(record),
+        table_note=table_note(record),
         shown=shown,
         sides=SIDES,
         examples=[(one, answers(shown, one)) for one in shown["examples"]] if shown else [],

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from permprune.checkpoints.record import SIDES
+from permprune.checkpoints.record import PACKED, SIDES
 from permprune.pattern import MIXED
 from permprune.report.words import DASH, NONE, count, number, overlap_note, percent, whole, with_error
 
@@ -57,7 +57,7 @@ def side_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def side_table(record: Mapping[str, Any]) -> Table:
     """Return the table of models for a terminal."""
-    table = Table(title=f"{record['model']} on this machine", caption=speed_note(record), caption_justify="left")
+    table = Table(title=f"{record['model']} on this machine", caption=table_note(record), caption_justify="left")
     table.add_column("")
     for title in titles(record["settings"]["pattern"]):
         table.add_column(title, justify="right")
@@ -87,8 +87,19 @@ def comparison_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def speed_note(record: Mapping[str, Any]) -> str:
-    """Describe how the speeds of a table were measured; "" if they were not."""
+def table_note(record: Mapping[str, Any]) -> str:
+    """Describe how the figures of a table were measured: before packing, and the speeds; "" if there is nothing."""
+    return " ".join(filter(None, (_packing_note(record), _speeds(record))))
+
+
+def _packing_note(record: Mapping[str, Any]) -> str:
+    measured, packed = record["measured"], record.get(PACKED)
+    if measured is None or packed is None or measured.get("packed") == packed["dtype"]:
+        return ""
+    return f"The {measured['metric']} is that of before the weights were packed as {packed['dtype']}."
+
+
+def _speeds(record: Mapping[str, Any]) -> str:
     shown = record.get("showcase") or {}
     if not shown.get("unit"):
         return ""

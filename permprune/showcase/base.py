@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permprune.examples import Examples
 
@@ -25,13 +25,14 @@ SIDE = 96
 
 
 class Showing(ABC):
-    """Examples that a model can answer, one answer each.
+    """Examples that a `model` can answer, one answer each.
 
     `given` are the examples as text, `expected` the right answers and `pictures` their thumbnails, as in `Example`;
     None where there is none. `note` says how answers come about. `gallery` has thumbnails of answers that are images.
     """
 
     kind: ClassVar[Kind]
+    model: PreTrainedModel
     note: str
     given: list[str]
     expected: list[str | None]

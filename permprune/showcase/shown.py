@@ -39,10 +39,14 @@ class Shown:
             with self._guarded():
                 self._showing = showing_of(model, processor, examples, count)
 
-    def answers(self) -> list[str]:
-        """Return the answers of the model with its current weights, one for each example."""
+    def answers(self, model: PreTrainedModel | None = None) -> list[str]:
+        """Return the answers of the model with its current weights, one for each example.
+
+        Another `model`, as the same one packed, answers from here on.
+        """
         answers: list[str] = []
         if self._showing is not None:
+            self._showing.model = self._showing.model if model is None else model
             with self._guarded():
                 answers = self._showing()
         return answers

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import permprune
 from permprune import PruneConfig, pack_folder
+from permprune.checkpoints.record import read_record
 from permprune.kernels.product.module import PackedLinear
 
 from .running import fails, run
@@ -120,3 +121,10 @@ def test_int4_values_are_solved_on_the_data_of_the_search(
     pack_folder(pruned, later, dtype="int4", calibration=PruneConfig(calibration=str(tiny_text), length=16, samples=24))
     one, other = (load_file(folder / "packed.safetensors") for folder in (packed, later))
     assert one.keys() == other.keys() and all(torch.equal(one[name], weight) for name, weight in other.items())
+    value = permprune.evaluate(str(packed), permprune.Evaluation(str(tiny_text), windows=4, length=16)).value
+    before, measured, unmeasured = (read_record(folder).measured for folder in (pruned, packed, later))
+    assert before and measured and unmeasured == before
+    assert measured.pruned == pytest.approx(value, rel=1e-5) != pytest.approx(before.pruned, rel=1e-5)
+    assert measured.packed == "int4" and measured.dense == before.dense
+    note = "The perplexity is that of before the weights were packed as int4."
+    assert [note in (folder / "README.md").read_text() for folder in (pruned, packed, later)] == [False, False, True]

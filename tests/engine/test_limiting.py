@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from permprune.checkpoints.record import Attempt
-from permprune.engine.limiting import keep_within
+from permprune.checkpoints.record import Attempt, Measured
+from permprune.engine.limiting import keep_within, warn_of_packing
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import Metric, NotFinite, Result
 
@@ -112,3 +112,12 @@ def test_a_share_whose_loss_is_not_finite_on_the_other_half_is_refused() -> None
     attempts = {one.keep: one for one in run.weights.mix.attempts}
     assert any(one.confirmed == math.inf for one in attempts.values())
     assert attempts[run.weights.share].confirmed == pytest.approx(0.8 * (1 - 0.02 * (1 - run.weights.share)))
+
+
+def test_a_packed_model_that_loses_more_than_its_limit_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    dense = Result("task", Metric("accuracy", higher_is_better=True), 0.9, count=100)
+    for value, told in ((0.895, False), (0.88, True)):
+        caplog.clear()
+        measured = Measured("data", "accuracy", 0.9, 0.8, value, 100, "examples", packed="int4")
+        warn_of_packing(measured, dense, 0.01)
+        assert ("packed as int4 the model loses 2.22 %, more than the 1 %" in caplog.text) is told
