@@ -127,13 +127,13 @@ def measure_labels(model: nn.Module, examples: Examples, metric: str | None = No
     right, predictions = _predict(model, counted, scores, batch)
     if scores:
         return correlations("regression", right, predictions, first=metric)
-    return [_result("classification", METRICS[metric], right.numpy(), predictions.numpy())]
+    return [bootstrapped("classification", METRICS[metric], right.numpy(), predictions.numpy())]
 
 
 def correlations(task: str, scores: Tensor, predictions: Tensor, *, first: str) -> list[Result]:
     """Measure the correlations of predictions with scores, both fp64 (count,); the metric `first` comes first."""
     names = sorted((name for name, one in METRICS.items() if one.scores), key=lambda name: name != first)
-    return [_result(task, METRICS[name], scores.numpy(), predictions.numpy()) for name in names]
+    return [bootstrapped(task, METRICS[name], scores.numpy(), predictions.numpy()) for name in names]
 
 
 @torch.inference_mode()
@@ -150,8 +150,9 @@ def _predict(model: nn.Module, examples: Examples, scores: bool, batch: int) -> 
     return right, predictions
 
 
-def _result(task: str, metric: LabelMetric, right: Any, predictions: Any) -> Result:
-    error = None
+def bootstrapped(task: str, metric: LabelMetric, right: Any, predictions: Any) -> Result:
+    """Return the metric of numpy arrays (count,); the resamples of its standard error depend on the count alone."""
+    error = drawn = None
     if len(right) > 1:  # something to resample
         draws = stats.bootstrap(
             (right, predictions),
@@ -162,5 +163,6 @@ def _result(task: str, metric: LabelMetric, right: Any, predictions: Any) -> Res
             method="percentile",
             rng=0,
         )
-        error = float(draws.standard_error)
-    return Result(task, metric.metric, metric.measure(right, predictions), count=len(right), stderr=error)
+        error, drawn = float(draws.standard_error), draws.bootstrap_distribution
+    value = metric.measure(right, predictions)
+    return Result(task, metric.metric, value, count=len(right), stderr=error, draws=drawn)
