@@ -45,6 +45,9 @@ Row = dict[str, Any]
 HELD_BACK = "held back"
 """The name of the text that is kept from the calibration, in rows."""
 
+STORED = ("task", "value", "count", "stderr", "unit")
+"""What a row has of a result beside the metric."""
+
 MOST = 10**6
 """More windows than any of the texts has."""
 
@@ -186,7 +189,7 @@ def scorer(
 
 
 def row_of(result: Result) -> Row:
-    return {**dataclasses.asdict(result), "metric": result.metric.name}
+    return {**{name: getattr(result, name) for name in STORED}, "metric": result.metric.name}
 
 
 def result_of(row: Row) -> Result:
