@@ -199,21 +199,23 @@ def _try_shares(landscape: Landscape, swaps: dict[str, Swaps], best: float) -> t
     return kept, best
 
 
-def compensate(landscape: Landscape, state: S, *, examples: int) -> S:
+def compensate(landscape: Landscape, state: S, *, examples: int, limit: float) -> S:
     """Compensate with `ADMM` for the pruned weights of a network, which shows `state`, if the held-out loss falls.
 
-    The second moments are those of `examples` training examples. Returns the state with the loss on its curve and, if
-    it fell, the new weights; the network then shows these, and keeps the masks that were chosen.
+    The second moments are those of `examples` training examples. Blocks that are not reached in `limit` seconds stay as
+    they are. Returns the state with the loss on its curve and, if it fell, the new weights; the network then shows
+    these, and keeps the masks that were chosen.
     """
     network = landscape.network
     before = network.bits
     with torch.no_grad(), network.shelf.room.without_reserved():
-        ADMM().run(network, landscape.run.batch(0, examples))
+        ADMM().run(network, landscape.run.batch(0, examples), limit=limit)
         updated, kept = network.updated, network.shelf.another()
-        network.set_bits(_bits_of(network, updated))  # `updated` is not shown any more
+        network.set_bits(before | _bits_of(network, updated))  # `updated` is not shown any more
         for name in [*updated]:  # pruned weights keep the values that they had, as in training
             dtype = network.layers[name].stored.dtype
             kept[name] = torch.where(network.masks[name], updated.pop(name), network.weights[name]).to(dtype)
+        kept.update((name, network.trained[name]) for name in network.trained if name not in kept)
     state, better = keep_if_better(landscape, state, kept, "compensation")
     if not better:
         network.set_bits(before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,9 +22,11 @@ with on_first_use(globals()):
     from permprune.calibration.moments import InputMoments
     from permprune.examples import Examples
     from permprune.models.forward import frozen, padding_of
-    from permprune.models.hooks import block_by_block
+    from permprune.models.hooks import Done, block_by_block
     from permprune.models.layers import Layer
     from permprune.pruning.network import PrunedNetwork
+    from permprune.system import distributed
+    from permprune.system.progress import log
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,27 @@ class LayerUpdate(Update):
         order of `weight`, which is not changed. Raises `PermpruneError` if H cannot be used.
         """
 
-    def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
-        """Run one forward pass over all examples in one batch, and update each block just before it runs."""
+    def run(
+        self,
+        network: PrunedNetwork,
+        examples: Examples,
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        limit: float = math.inf,
+    ) -> None:
+        """Run one forward pass over all examples in one batch, and update each block just before it runs.
+
+        After `limit` seconds the other blocks keep their weights, which a warning tells.
+        """
         columns, shown = network.stored_columns(), examples.to(network.device)
-        padding = padding_of(network.model, shown)
+        padding, began = padding_of(network.model, shown), time.monotonic()
 
         def visit(layers: list[Layer], run_block: Callable[[], Any]) -> None:
+            if distributed.mean(time.monotonic() - began) > limit:
+                log.warning(
+                    "%s: no time is left of --minutes: blocks from %s on are not updated", self.name, layers[0].name
+                )
+                raise Done
             network.show({layer.name: network.weights[layer.name].to(layer.stored.dtype) for layer in layers})
             inputs = InputMoments({network.sites[layer.name]: layer for layer in layers})
             with inputs.observe(padding):

@@ -1,6 +1,8 @@
 """Compensation between the search and the training."""
 
 import dataclasses
+import time
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.losses.objective import Objective
 from permprune.permuters.identity import Identity
+from permprune.permuters.iterate import Landscape, SearchState
 from permprune.permuters.newton import Newton
+from permprune.permuters.refinement import compensate
 from permprune.updates.admm import ADMM
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
@@ -49,6 +53,27 @@ def test_it_is_taken_back_if_the_loss_rises(prepared: Prepared, monkeypatch: pyt
     after = METHOD.solve(prepared.network, prepared.run)
     assert not after.curve[-1].kept and after.curve[-1].loss > before.curve[-1].loss
     assert all(torch.equal(weight, shown[name]) for name, weight in prepared.network.shown.items())
+
+
+def test_a_time_limit_leaves_blocks_as_they_are(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = prepared.network
+    network.set_weights({name: 1.1 * layer.weight for name, layer in network.layers.items()})
+    landscape, apply, waits = Landscape.of(network, prepared.run, METHOD.objective), ADMM.apply, [1.5]
+
+    def slow_at_first(self: ADMM, *arguments: Any) -> torch.Tensor:
+        time.sleep(waits.pop() if waits else 0)
+        return apply(self, *arguments)
+
+    monkeypatch.setattr(ADMM, "apply", slow_at_first)
+    before = {name: weight.clone() for name, weight in network.shown.items()}
+    state = SearchState(orders=network.current(), best=landscape.held_out_loss())
+    after = compensate(landscape, state, examples=16, limit=1.0)
+    assert "blocks from model.layers.1.self_attn.q_proj on are not updated" in caplog.text
+    assert after.curve[-1].kept and after.best == pytest.approx(landscape.held_out_loss(), abs=1e-6)
+    same = {name for name, weight in network.shown.items() if torch.equal(weight, before[name])}
+    assert same == {name for name in before if ".layers.1." in name}
 
 
 def test_training_follows_with_the_masks_of_the_update(prepared: Prepared) -> None:
