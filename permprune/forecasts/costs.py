@@ -232,7 +232,7 @@ def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
     weights = outline.dtype.itemsize * outline.weights if method.trains else 0
     training = weights + weights * outline.pattern.n // outline.pattern.m  # and first moments of kept ones
     training += 4 * sum(sum(layer.shape) for layer in outline.layers) if method.trains else 0  # and second ones
-    training += weights if method.block_steps else 0
+    training += weights * (bool(method.block_steps) + method.compensate)
     masks = outline.weights // 8 if method.refine or method.compensate else 0
     orders = 8 * sum(problem.size for problem in outline.problems) * method.rounds
     states = 2 * (orders + weights + masks + training)  # the old one is kept until the new one is written

@@ -39,7 +39,8 @@ def after_rounds(
         limit, examples = method.time_limit(landscape.run), 2 * method.examples
         state = refine_masks(landscape, state, rounds=method.refine, examples=examples, limit=limit, saved=saved)
     if method.compensate and (left := _time_left(landscape, state, "compensation")) > 0:
-        change = partial(compensate, landscape, examples=4 * method.examples, limit=left)
+        saved = Resumable(checkpoint, f"{method.name}.compensation", [len(state.curve), method.refine])
+        change = partial(compensate, landscape, examples=4 * method.examples, limit=left, saved=saved)
         state = _timed(method.stage("compensation"), state, change)
     if method.block_steps and (left := _time_left(landscape, state, "blocks")) > 0:
         saved = Resumable(checkpoint, f"{method.name}.blocks", _stages_before(method, state))

@@ -199,17 +199,17 @@ def _try_shares(landscape: Landscape, swaps: dict[str, Swaps], best: float) -> t
     return kept, best
 
 
-def compensate(landscape: Landscape, state: S, *, examples: int, limit: float) -> S:
+def compensate(landscape: Landscape, state: S, *, examples: int, limit: float, saved: Resumable) -> S:
     """Compensate with `ADMM` for the pruned weights of a network, which shows `state`, if the held-out loss falls.
 
-    The second moments are those of `examples` training examples. Blocks that are not reached in `limit` seconds stay as
-    they are. Returns the state with the loss on its curve and, if it fell, the new weights; the network then shows
-    these, and keeps the masks that were chosen.
+    The second moments are those of `examples` training examples. Progress is saved in `saved` after each block, and
+    blocks that are not reached in `limit` seconds stay as they are. Returns the state with the loss on its curve and,
+    if it fell, the new weights; the network then shows these, and keeps the masks that were chosen.
     """
-    network = landscape.network
+    network, state = landscape.network, replace(state, seconds=state.seconds + saved.before)
     before = network.bits
     with torch.no_grad(), network.shelf.room.without_reserved():
-        ADMM().run(network, landscape.run.batch(0, examples), limit=limit)
+        ADMM().run(network, landscape.run.batch(0, examples), saved=saved, limit=limit)
         updated, kept = network.updated, network.shelf.another()
         network.set_bits(before | _bits_of(network, updated))  # `updated` is not shown any more
         for name in [*updated]:  # pruned weights keep the values that they had, as in training

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ with on_first_use(globals()):
     from permprune.pruning.network import PrunedNetwork
     from permprune.system import distributed
     from permprune.system.progress import log
+    from permprune.system.search_state import Checkpoint, Resumable, State
+    from permprune.system.shelf import Computed
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,31 @@ class LayerUpdate(Update):
         examples: Examples,
         masks: Mapping[str, Tensor] | None = None,
         *,
+        saved: Resumable | None = None,
         limit: float = math.inf,
     ) -> None:
         """Run one forward pass over all examples in one batch, and update each block just before it runs.
 
-        After `limit` seconds the other blocks keep their weights, which a warning tells.
+        Weights are saved in `saved` after each block, and those found there are taken. After `limit` seconds the other
+        blocks keep their weights, which a warning tells.
         """
         columns, shown = network.stored_columns(), examples.to(network.device)
-        padding, began = padding_of(network.model, shown), time.monotonic()
+        padding, saved = padding_of(network.model, shown), saved or Resumable(Checkpoint(None, {}), self.name)
+        before, _ = saved.take() or ({}, {})
+        if before.keys() >= network.layers.keys():
+            network.show(before)
+            return
+        names: list[str] = []
+
+        def state() -> State:
+            return Computed(names, network.updated.__getitem__), {}
 
         def visit(layers: list[Layer], run_block: Callable[[], Any]) -> None:
-            if distributed.mean(time.monotonic() - began) > limit:
+            if found := {layer.name: before[layer.name] for layer in layers if layer.name in before}:
+                network.show(found)
+                names.extend(found)
+                return
+            if distributed.mean(saved.seconds) > limit:
                 log.warning(
                     "%s: no time is left of --minutes: blocks from %s on are not updated", self.name, layers[0].name
                 )
@@ -116,6 +131,8 @@ class LayerUpdate(Update):
                     weight = self._layer(network, layer.name, moments, columns[layer.name], mask)
                     updated[layer.name] = weight.to(layer.stored.dtype)  # as it will be stored
                 network.show(updated)
+            names.extend(updated)
+            saved.offer(state)
 
         pruned = network.layers.values()
         with (
@@ -125,6 +142,7 @@ class LayerUpdate(Update):
             network.autocast(),
         ):
             network.task(network.model, shown)
+        saved.save(state)
 
     def _layer(self, network: PrunedNetwork, name: str, moments: Tensor, order: Tensor, mask: Tensor | None) -> Tensor:
         try:

@@ -25,6 +25,7 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
 
 
 ADAM = "permprune.permuters.tuning.adam_step"
+ADMM = "permprune.updates.admm.cholesky"
 LAYERS = 14
 """Of the tiny LLaMA; each step of a training calls `adam_step` once for each."""
 
@@ -40,6 +41,7 @@ def six_steps(_: float) -> Schedule:
         ("fp32", "newton:rounds=2:tune=4:refine=2", ADAM, 6 * LAYERS + 5),  # in the third step of the second round
         ("bf16", "newton:rounds=1:tune=3:train=0.5", ADAM, (3 + 4) * LAYERS + 5),  # in the fifth step after the rounds
         ("bf16", "newton:start=ria:rounds=0:compensate=true:train_steps=6", ADAM, 4 * LAYERS + 5),
+        ("bf16", "newton:start=ria:rounds=0:compensate=true:train_steps=2", ADMM, 10),  # in the second block
         ("fp32", "newton:rounds=0:block_steps=3:train_steps=2", ADAM, 3 * LAYERS // 2 + 5),  # in the second block
         ("fp32", "newton:rounds=0:train_steps=14:rate=0.05", ADAM, 12 * LAYERS + 5),  # after it went back
         ("fp32", "learned:rounds=1:refine=3", "permprune.permuters.refinement.all_swaps", 3),
@@ -71,7 +73,7 @@ def test_a_killed_training_of_a_search_continues(
     code, _, stderr = run(*command, "--out", out, "--resume")
     assert code == 0, stderr
     steps = LAYERS if place == ADAM else 1  # the step, or block, in which it was killed is made again, and no other one
-    steps = 3 * LAYERS // 2 if "block_steps" in method else steps
+    steps = 3 * LAYERS // 2 if "block_steps" in method else LAYERS // 2 if place == ADMM else steps
     assert len(every) == made - (call - 1) // steps * steps
     records = [json.loads((folder / "permprune.json").read_text()) for folder in (whole, out)]
     assert records[0]["permutations"] == records[1]["permutations"]

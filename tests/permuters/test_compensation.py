@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from permprune.permuters.identity import Identity
 from permprune.permuters.iterate import Landscape, SearchState
 from permprune.permuters.newton import Newton
 from permprune.permuters.refinement import compensate
+from permprune.system.search_state import Checkpoint, Resumable
 from permprune.updates.admm import ADMM
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
@@ -69,11 +71,43 @@ def test_a_time_limit_leaves_blocks_as_they_are(
     monkeypatch.setattr(ADMM, "apply", slow_at_first)
     before = {name: weight.clone() for name, weight in network.shown.items()}
     state = SearchState(orders=network.current(), best=landscape.held_out_loss())
-    after = compensate(landscape, state, examples=16, limit=1.0)
+    saved = Resumable(Checkpoint(None, {}), "compensation")
+    after = compensate(landscape, state, examples=16, limit=1.0, saved=saved)
     assert "blocks from model.layers.1.self_attn.q_proj on are not updated" in caplog.text
     assert after.curve[-1].kept and after.best == pytest.approx(landscape.held_out_loss(), abs=1e-6)
     same = {name for name, weight in network.shown.items() if torch.equal(weight, before[name])}
     assert same == {name for name in before if ".layers.1." in name}
+
+
+def test_an_interrupted_one_goes_on_with_the_next_block(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    network, run, apply, calls = prepared.network, prepared.run, ADMM.apply, list[int]()
+
+    def counted(self: ADMM, *arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == stops:
+            raise KeyboardInterrupt
+        return apply(self, *arguments)
+
+    def update() -> dict[str, torch.Tensor]:
+        network.set_weights({})
+        ADMM().run(network, run.batch(0, 16), saved=Resumable(Checkpoint(tmp_path, {}), "compensation"))
+        return {name: weight.clone() for name, weight in network.updated.items()}
+
+    monkeypatch.setattr(ADMM, "apply", counted)
+    monkeypatch.setattr("permprune.system.search_state.EVERY", 0.0)
+    stops = 10  # in the second block of seven layers
+    with pytest.raises(KeyboardInterrupt):
+        update()
+    stops = 0
+    resumed = update()
+    assert len(calls) == 10 + 7
+    again = update()
+    assert len(calls) == 10 + 7  # all of them were saved
+    (tmp_path / "compensation.safetensors").unlink()
+    whole = update()
+    assert all(torch.equal(one[name], weight) for name, weight in whole.items() for one in (resumed, again))
 
 
 def test_training_follows_with_the_masks_of_the_update(prepared: Prepared) -> None:
