@@ -267,7 +267,8 @@ def _finetune(
     if options.dev is not None:
         warn_of_overlap(overlap([examples], held_out), "training")
     task = _task(model, examples, options)
-    teacher = teacher_of(options, model, examples, task)
+    taught = teacher_of(options, model, examples, task)
+    teacher = None if taught is None else taught.model  # `taught` holds its weights
     measure = _meter(model, opened.processor, held_out, options, teacher)
     identity = _identity(opened.name, model, options, teacher)
     identity |= {"training examples": examples.digest, "held-out examples": held_out.digest}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.origin import Patterns
-from permprune.checkpoints.source import open_model
+from permprune.checkpoints.source import OpenModel, open_model
 from permprune.coupling.discovery import discover
 from permprune.coupling.fold import fold_all
 from permprune.data.labelled import read_labelled_text
@@ -72,15 +73,16 @@ def with_labels_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedM
         return with_head(model, classes or ["score"])
 
 
-def teacher_of(options: FineTuning, model: PreTrainedModel, examples: Examples, task: Task) -> PreTrainedModel | None:
+def teacher_of(options: FineTuning, model: PreTrainedModel, examples: Examples, task: Task) -> OpenModel | None:
     """Return the teacher with its channels in the stored order of the pruned model; None if there is no teacher.
 
-    A teacher in memory is copied instead of changed. Raises `PermpruneError` if the shape of its outputs differs from
+    One that is read holds weights that are stored in bf16 as they are, as long as the result is referenced. A teacher
+    in memory is copied instead of changed. Raises `PermpruneError` if the shape of its outputs differs from
     that of the model's.
     """
     if options.teacher is None:
         return None
-    opened = open_model(options.teacher, task=options.task, trust_remote_code=options.trust_remote_code)
+    opened = open_model(options.teacher, task=options.task, trust_remote_code=options.trust_remote_code, narrow=True)
     teacher = opened.model
     first = examples[:1].trimmed()
     with torch.no_grad():
@@ -92,5 +94,7 @@ def teacher_of(options: FineTuning, model: PreTrainedModel, examples: Examples, 
     undone = {space: table.argsort() for space, table in folded_tables(teacher).items()}
     if tables := compose_tables(undone, folded_tables(model)):
         teacher = copy.deepcopy(teacher) if teacher is options.teacher else teacher
-        fold_all(teacher, tables, discover(teacher, short_inputs(teacher, examples.to(teacher.device))))
-    return teacher
+        with nullcontext() if opened.held is None else opened.held.as_stored():  # for the trace
+            coupling = discover(teacher, short_inputs(teacher, examples.to(teacher.device)))
+        fold_all(teacher, tables, coupling)
+    return dataclasses.replace(opened, model=teacher)

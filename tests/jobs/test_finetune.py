@@ -26,8 +26,10 @@ from permprune.jobs.student import teacher_of
 from permprune.jobs.verify import verify
 from permprune.kernels.product.module import PackedLinear
 from permprune.losses.objective import Objective, block_outputs
-from permprune.losses.targets import labelled
+from permprune.losses.targets import labelled, next_token
+from permprune.models.autocast import autocast
 from permprune.models.forward import padding_of
+from permprune.models.layers import block_linears
 from permprune.training.loop import Trainer
 
 from ..faults.pruned import SETTINGS, WINDOWS
@@ -160,12 +162,13 @@ def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(enco
     for number, (source, out) in enumerate([(dense, pruned), (pruned, twice)]):
         config = PruneConfig(permute="random", calibration=data, samples=8, length=16, seed=number, pattern="3:4")
         prune_to_folder(str(source), out, config, evaluation=Evaluation(data, 1, 16))
-    for taught, teaching in ((pruned, dense), (twice, dense), (twice, pruned)):
+    for learning, teaching in ((pruned, dense), (twice, dense), (twice, pruned)):
         options = FineTuning(data, teacher=str(teaching), hidden=1.0, train="norms", epochs=1)
-        student, processor, _ = read_model(str(taught))
+        student, processor, _ = read_model(str(learning))
         examples, _ = options.examples(student, processor)
-        teacher = teacher_of(options, student, examples, labelled)
-        assert teacher
+        taught = teacher_of(options, student, examples, labelled)
+        assert taught
+        teacher = taught.model
         plain, _, _ = read_model(str(teaching))
         with torch.no_grad():
             assert torch.allclose(labelled(teacher, examples).logits, labelled(plain, examples).logits, atol=1e-4)
@@ -178,6 +181,23 @@ def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(enco
         assert near < 0.5 * far
     assert finetune(str(twice), tmp_path / "tuned", options).to_json()["hidden"] == 1.0
     verify(tmp_path / "tuned")
+
+
+def test_a_teacher_in_bf16_is_held_as_it_is_stored(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
+    LlamaForCausalLM.from_pretrained(tiny_checkpoint).bfloat16().save_pretrained(tiny_checkpoint)
+    config = PruneConfig(permute="random", calibration=str(tiny_text), samples=24, length=16)
+    prune_to_folder(str(tiny_checkpoint), tmp_path / "pruned", config, evaluation=Evaluation(str(tiny_text), 4, 16))
+    options = FineTuning(str(tiny_text), teacher=str(tiny_checkpoint), rows=8, length=16)
+    (student, processor, _), (plain, _, _) = (read_model(str(one)) for one in (tmp_path / "pruned", tiny_checkpoint))
+    examples, _ = options.examples(student, processor)
+    taught = teacher_of(options, student, examples, next_token)
+    assert taught and {layer.stored.dtype for layer in block_linears(taught.model)} == {torch.bfloat16}
+    with torch.no_grad():
+        shown = (next_token(model, examples).logits for model in (taught.model, plain))
+        torch.testing.assert_close(*shown, rtol=1e-4, atol=1e-5)  # in fp32, in another order of channels
+        with autocast(torch.device("cpu"), torch.bfloat16):
+            taught_in_bf16, plain_in_bf16 = (next_token(model, examples).logits for model in (taught.model, plain))
+    assert (taught_in_bf16 - plain_in_bf16).norm() < 0.01 * plain_in_bf16.norm()
 
 
 def load_record(folder: Path) -> dict[str, Any]:
