@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, takewhile
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 from permprune.checkpoints.offload import read_shapes, read_size, read_skeleton
 from permprune.checkpoints.weights import GATHERED
 from permprune.config import PruneConfig
-from permprune.errors import PermpruneError
+from permprune.errors import PermpruneError, first_line
+from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.efforts import resolve
 from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.machine import Machine, machine_named, this_machine
@@ -33,6 +36,9 @@ from permprune.system.progress import log
 from permprune.updates.base import NoUpdate
 from permprune.updates.registry import update
 from permprune.zoo.models import resolve_model
+
+ROOMY, LEAST = 10, 2**31
+"""What a run needs at the most with default settings: so many times the bytes of its weights in fp32, and so many."""
 
 
 @failures_reported()
@@ -102,6 +108,27 @@ def fit_memory(name: str, config: PruneConfig, windows: int = EVALUATION_WINDOWS
     return chosen
 
 
+def warn_if_crowded(name: str, model: PreTrainedModel, config: PruneConfig, **settings: Any) -> None:
+    """Log a warning if a run without a limit needs more memory than is free.
+
+    `model` is on the meta device, and the `settings` are fields of `Subject`. Of a model that does not run without
+    numbers nothing is known.
+    """
+    free = this_machine().memory or psutil.virtual_memory().available
+    if ROOMY * weight_bytes(model, torch.float32) + LEAST < free:
+        return
+    try:
+        fitting = Fitting(name, model, outline_model(model, config), this_machine(), **settings)
+        advice = fitting.advised(config, free).advice
+    except PermpruneError:
+        raise
+    except Exception as error:  # a model's own code can raise any type
+        log.info("the memory is not known: %s", first_line(error))
+        return
+    if advice:
+        log.warning("%s", advice)
+
+
 @dataclass(frozen=True)
 class Fitting(Subject):
     """Forecasts of runs with more or less lean settings."""
@@ -160,13 +187,13 @@ class Fitting(Subject):
             raise PermpruneError(f"{whole} in memory, which takes {needed}: raise --memory to that")
         raise PermpruneError(f"the model takes {needed}: raise --memory to that{self._smaller(config, memory)}")
 
-    def advised(self, config: PruneConfig) -> Forecast:
+    def advised(self, config: PruneConfig, free: int | None = None) -> Forecast:
         """Return the forecast of the run with the settings given.
 
-        If it does not fit in the memory of the machine, `advice` says what would.
+        If it does not fit in the memory of the machine, or in the bytes that are `free`, `advice` says what would.
         """
         given = forecast_held(self, config)
-        memory = self._memory(given)
+        memory = self._memory(given) if free is None else min(free, self._memory(given))
         if given.tensors <= memory:
             return given
         fitting, least = self._leaner(config, 1, memory)

@@ -9,11 +9,13 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.io import load
 from permprune.checkpoints.offload import read_shapes, read_size
+from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.record import Record, read_record
 from permprune.checkpoints.source import ModelSource, name_of
 from permprune.config import PruneConfig
@@ -28,7 +30,7 @@ from permprune.errors import PermpruneError, first_line
 from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.costs import state_bytes
 from permprune.forecasts.efforts import resolve
-from permprune.forecasts.fitting import fit_memory
+from permprune.forecasts.fitting import fit_memory, warn_if_crowded
 from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.run import forecast_plan
 from permprune.inference.pack import head_names, packed_type
@@ -177,22 +179,25 @@ class _Job:
         if self.pack is not None:
             require_packable(config.parsed_pattern, packed_type(self.pack))
             config = config.replace(packed=self.pack, packed_head=self.head)
-        shapes, size = self.shapes()
+        shapes, stored, size = self.shapes()
         head_names(shapes, self.head)  # raises
         config = resolve(shapes, config, size)
-        fitted = None if self.in_memory else fit_memory(str(self.model), config, self.evaluation.windows)
+        name, windows = str(self.model), self.evaluation.windows
+        fitted = None if self.in_memory else fit_memory(name, config, windows)
+        if fitted is None and not self.in_memory:
+            warn_if_crowded(name, shapes, config, windows=windows, stored=stored, size=size)
         config = config if fitted is None else fitted.config
         if config.offload != "none" and (self.in_memory or distributed.world() > 1):
             raise PermpruneError("only one process offloads, and a model that it reads itself: leave --offload out")
         return config, fitted
 
-    def shapes(self) -> tuple[PreTrainedModel, tuple[int, int] | None]:
-        """The model, or one without numbers in place of a model that is read, and the size of its images."""
+    def shapes(self) -> tuple[PreTrainedModel, torch.dtype, tuple[int, int] | None]:
+        """The model, or one without numbers in place of a model that is read, its stored type, and its images' size."""
         if isinstance(self.model, PreTrainedModel):
-            return self.model, processed_size(self.processor)
+            return self.model, origin_of(self.model).dtype, processed_size(self.processor)
         name, code = str(self.model), self.config.trust_remote_code
-        shapes, _ = read_shapes(name, task=self.config.task, trust_remote_code=code)
-        return shapes, read_size(name, shapes, trust_remote_code=code)
+        shapes, stored = read_shapes(name, task=self.config.task, trust_remote_code=code)
+        return shapes, stored, read_size(name, shapes, trust_remote_code=code)
 
     def opening(
         self,

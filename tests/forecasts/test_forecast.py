@@ -354,6 +354,25 @@ def test_prune_takes_the_settings_of_its_forecast(
     assert [taken[name] for name in names] == [getattr(found.config, name) for name in names]
 
 
+@pytest.mark.slow
+def test_prune_warns_where_the_memory_that_is_free_is_too_little(
+    tiny_checkpoint: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = PruneConfig(permute="ria", calibration=str(tiny_text), length=16, samples=24, precision="fp32")
+    needed, total = permprune.forecast(str(tiny_checkpoint), config).tensors, 2**40
+    for available, told in ((needed + 1, False), (needed - 1, True)):
+        caplog.clear()
+        memory = Mock(total=total, available=available)
+        monkeypatch.setattr("permprune.forecasts.fitting.psutil.virtual_memory", lambda memory=memory: memory)
+        out = tmp_path / str(available)
+        prune_to_folder(str(tiny_checkpoint), out, config, evaluation=Evaluation(str(tiny_text), 4, 16))
+        assert bool(re.search(r"which is too little: .* GiB with --recompute .*would fit", caplog.text)) is told
+
+
 def test_a_config_with_millions_of_layers_is_refused(config_folder: Path) -> None:
     path = config_folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 10**7}))
