@@ -221,13 +221,13 @@ def _require_effect(config: KVConfig, given: Mapping[str, bool]) -> None:
 
 
 def _least_bytes(measured: BitErrors, meter: CacheMeter, max_loss: float) -> tuple[float, CacheMeasurement]:
-    """Return the fewest bytes, in steps of 1 % of 16 bits, with which perplexity grows by at most a share, and both
-    perplexities. Raises `PermpruneError` if it grows by more with the most bytes."""
+    """Return the fewest bytes, in steps of 1 % of 16 bits, with which perplexity grows by at most a share, its standard
+    error included, and both perplexities. Raises `PermpruneError` if it grows by more with the most bytes."""
     by_percent: dict[int, CacheMeasurement] = {}
 
     def fits(percent: int) -> bool:
-        by_percent[percent] = meter.compare(measured.channels(percent / 100))
-        return by_percent[percent].lost <= max_loss
+        found = by_percent[percent] = meter.compare(measured.channels(percent / 100))
+        return found.lost + (found.error or 0.0) <= max_loss
 
     least, most = math.ceil(100 * measured.range[0]), math.floor(100 * measured.range[1])
     if not fits(most):

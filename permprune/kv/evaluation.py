@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from permprune.errors import PermpruneError
 from permprune.evaluation.perplexity import perplexity
-from permprune.evaluation.result import Result
+from permprune.evaluation.result import Result, difference_error
 from permprune.examples import Examples
 from permprune.kv.cache import PrunedCache
 from permprune.kv.config import KVConfig
@@ -80,6 +80,7 @@ class CacheMeter:
     def compare(self, channels: LayerChannels) -> CacheMeasurement:
         """Measure the perplexity with whole states, and with a cache that has these channels."""
         cached = self.cached(channels)
+        error = difference_error(cached.result, self.dense)
         return CacheMeasurement(
             data=self.source or "default data",
             length=self.windows["input_ids"].shape[1],
@@ -88,4 +89,5 @@ class CacheMeter:
             pruned=cached.result.value,
             dense_bytes=cached.dense_nbytes,
             pruned_bytes=cached.nbytes,
+            error=None if error is None else error / self.dense.value,
         )

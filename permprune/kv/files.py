@@ -75,7 +75,8 @@ class Kept:
 class CacheMeasurement:
     """Perplexity with the dense and with the pruned cache, over `count` tokens, and the bytes of both caches.
 
-    Older tokens were packed in every call (`PrunedCache.exact_window`). The bytes are those of one window.
+    Older tokens were packed in every call (`PrunedCache.exact_window`). The bytes are those of one window. `error` is
+    the standard error of `lost`, on pairs of the same windows; None for one window, and in records of older releases.
     """
 
     data: str
@@ -85,6 +86,7 @@ class CacheMeasurement:
     pruned: float
     dense_bytes: int
     pruned_bytes: int
+    error: float | None = None
 
     @property
     def lost(self) -> float:
