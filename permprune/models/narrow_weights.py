@@ -26,6 +26,17 @@ def is_narrow(stored: torch.dtype) -> bool:
     return stored == torch.bfloat16
 
 
+def narrowed(parameter: nn.Parameter) -> bool:
+    """Convert a parameter in fp32 to bf16 if that changes no value; returns whether it did, or rests in bf16."""
+    if parameter.dtype != torch.float32 or rests(parameter):
+        return rests(parameter) and parameter.dtype == torch.bfloat16
+    narrow = parameter.data.bfloat16()
+    if not torch.equal(narrow.float(), parameter.data):
+        return False
+    parameter.data = narrow
+    return True
+
+
 def held_bytes(model: nn.Module, stored: torch.dtype) -> int:
     """Return the bytes of the weights of a model that is read to be pruned; it may be on the meta device."""
     kept = {id(one.parameter) for one in _holdable(model, block_linears(model))} if is_narrow(stored) else set()
@@ -63,7 +74,7 @@ class NarrowWeights:
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer], stored: torch.dtype) -> None:
         holdable = _holdable(model, layers) if is_narrow(stored) else []
-        held = [one for one in holdable if _narrow(one.parameter)]
+        held = [one for one in holdable if narrowed(one.parameter)]
         self._hold(held, [(one.parameter, torch.float32) for one in held if not rests(one.parameter)])
 
     @classmethod
@@ -171,17 +182,6 @@ def _holdable(model: nn.Module, layers: Iterable[Layer]) -> list[_Holdable]:
 
 def _wide_rows(_module: nn.Module, _inputs: object, rows: Tensor) -> Tensor:
     return rows.float()
-
-
-def _narrow(parameter: nn.Parameter) -> bool:
-    """Convert a parameter in fp32 to bf16 if that changes no value; returns whether it did, or rests in bf16."""
-    if parameter.dtype != torch.float32 or rests(parameter):
-        return rests(parameter) and parameter.dtype == torch.bfloat16
-    narrow = parameter.data.bfloat16()
-    if not torch.equal(narrow.float(), parameter.data):
-        return False
-    parameter.data = narrow
-    return True
 
 
 def _computed(parameter: nn.Parameter) -> Tensor:

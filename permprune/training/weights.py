@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from permprune.errors import PermpruneError
 from permprune.models.layers import Layer, blocks, ends_of
+from permprune.models.narrow_weights import narrowed
 
 
 def trained_weights(model: PreTrainedModel, kind: str) -> dict[str, nn.Parameter]:
@@ -71,26 +72,30 @@ class Adapter(nn.Module):
         self.register_buffer("mask", weight != 0, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return torch.addcmul(weight, self.mask, self.left @ self.right)
+        return torch.addcmul(weight.to(self.left), self.mask, self.left @ self.right)
 
 
 @contextmanager
 def adapted(model: nn.Module, layers: Iterable[Layer], rank: int, seed: int) -> Iterator[dict[str, nn.Parameter]]:
     """A context in which the layers run with adapters of this rank; it returns the adapters' parameters by name.
 
-    At the end the adapters are merged into the weights, so that the model is as it was before except for the values of
-    its weights. After an exception they are dropped. Experts that share a parameter have an adapter each.
+    Weights in fp32 whose values bf16 represents are held in bf16 inside. At the end the adapters are merged into the
+    weights, so that the model is as it was before except for the values of its weights. After an exception they are
+    dropped. Experts that share a parameter have an adapter each.
     """
     generator = torch.Generator().manual_seed(seed)
     places = {layer.parameter: (layer.owner, layer.parameter.rpartition(".")[2]) for layer in layers}
+    narrow, merged = list[nn.Parameter](), False
     for module, attribute in places.values():
-        weight = getattr(module, attribute).detach()
-        parametrize.register_parametrization(module, attribute, Adapter(weight, rank, generator))
-    merged = False
+        weight = getattr(module, attribute)
+        parametrize.register_parametrization(module, attribute, Adapter(weight.detach(), rank, generator))
+        narrow += [weight] if narrowed(weight) else []
     try:
         adapters = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
         yield {name: p for name, p in model.named_parameters() if id(p) in adapters}
         merged = True
     finally:
+        for weight in narrow:
+            weight.data = weight.data.float()
         for module, attribute in places.values():
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=merged)

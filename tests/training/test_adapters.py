@@ -26,16 +26,21 @@ def pruned(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["bert", "transposed", "gpt-oss"])
-def test_zeros_stay_and_the_change_has_the_rank(kind: str) -> None:
+def test_zeros_stay_and_the_change_has_the_rank(kind: str, stored: torch.dtype) -> None:
     model = pruned(
         {"transposed": transposed, "gpt-oss": lambda: make_experts("gpt-oss")}.get(kind, lambda: make(kind))()
     )
+    model = model.to(stored).float()
     names, layers = list(model.state_dict()), block_linears(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plain = model(input_ids=IDS).logits
     with adapted(model, layers, rank=3, seed=0) as weights:
         torch.testing.assert_close(model(input_ids=IDS).logits, plain)
+        assert {layer.stored.dtype for layer in layers} == {torch.float32}  # which they run with
+        held = {name: weight.dtype for name, weight in model.named_parameters() if name.endswith(".original")}
+        assert set(held.values()) == {stored}
         adapters = {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
         assert {p for module in adapters.values() for p in module.parameters()} == set(weights.values())
         optimizer = torch.optim.AdamW(list(weights.values()), lr=1e-2)
