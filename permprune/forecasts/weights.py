@@ -16,13 +16,13 @@ from permprune.losses.objective import as_loss
 from permprune.models.layers import Layer
 from permprune.permuters.block_tuning import PASSES
 from permprune.permuters.iterate import Iterative
-from permprune.updates.admm import ADMM
+from permprune.updates.admm import ADMM, WIDE
 
 STEPPED = 15
 """How often a step of training reads or writes each weight: to mask and convert it, for both models' products, for its
 gradient, and for Adam."""
 
-UPDATE_COPIES = 8.5
+UPDATE_COPIES = 9.5
 """The weight of a layer, and what ADMM computes of its size at a time, beside matrices of second moments."""
 
 UPDATE_PASSES = 20
@@ -51,12 +51,14 @@ def update_share(run: Workload) -> Memory:
 
 
 def compensation_work(run: Workload, examples: int) -> Work:
-    """An inverse costs about as much as an iteration."""
+    """An inverse costs about as much as an iteration, and of wide layers only the last iteration is in fp32."""
     method = ADMM()
 
     def update(channels: int, rows: int, m: int) -> Work:
-        products = 2.0 * channels**2 * rows * (method.iterations + 2)
-        return Work(products_fp32=products, moved=UPDATE_PASSES * 4.0 * channels * rows * method.iterations)
+        product, wide = 2.0 * channels**2 * rows, channels >= WIDE and run.dtype == torch.bfloat16
+        moved = UPDATE_PASSES * 4.0 * channels * rows * method.iterations
+        narrow = (method.iterations - 1) * product if wide else 0.0
+        return Work(products=narrow, products_fp32=(method.iterations + 1) * product - narrow, moved=moved)
 
     return _block_by_block(run, examples, update)
 

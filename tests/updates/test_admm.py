@@ -54,6 +54,21 @@ def test_converges_to_the_least_squares_solution_of_a_given_mask(pattern: Patter
     assert output_error(weight, short, moments) < 1.01 * output_error(weight, found, moments)
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+def test_products_in_bf16_lose_no_more(seed: int, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _, moments, order = example(rows=64, channels=256, seed=seed)
+    mask = masked(weight, moments, order, Pattern(2, 4)) != 0 if given else None
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr("permprune.updates.admm.WIDE", 256)
+        monkeypatch.setattr("permprune.updates.admm.fast_dtype", lambda _, dtype=dtype: dtype)
+        found.append(ADMM().apply(weight, moments, order, Pattern(2, 4), mask))
+    assert not torch.equal(*found)
+    one, other = (output_error(weight, pruned, moments) for pruned in found)
+    assert other == pytest.approx(one, rel=1e-3 if given else 5e-3)  # masks may differ where scores are alike
+
+
 @pytest.mark.parametrize("penalty", [0.3, 3.0])
 def test_the_penalty_changes_the_speed_and_not_the_solution(penalty: float) -> None:
     weight, inputs, moments, order = example()
