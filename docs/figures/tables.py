@@ -214,7 +214,7 @@ def cost(row: Row) -> str:
 def zero_shot() -> str:
     lines = []
     for method, name in (("dense", "dense"), ("newton:rounds=5:train=0.93", "2:4, search and training")):
-        found = rows("zeroshot.jsonl", method=method)
+        found = rows("zeroshot.jsonl", model="smollm2-135m", method=method)
         values = [row["value"] for row in found]
         errors = [math.sqrt(row["value"] * (1 - row["value"]) / (row["count"] - 1)) for row in found]
         mean = with_error(statistics.mean(values), math.hypot(*errors) / len(errors))
