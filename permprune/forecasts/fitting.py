@@ -108,25 +108,23 @@ def fit_memory(name: str, config: PruneConfig, windows: int = EVALUATION_WINDOWS
     return chosen
 
 
-def warn_if_crowded(name: str, model: PreTrainedModel, config: PruneConfig, **settings: Any) -> None:
-    """Log a warning if a run without a limit needs more memory than is free.
+def crowding(name: str, model: PreTrainedModel, config: PruneConfig, **settings: Any) -> str:
+    """Return a warning if a run without a limit needs more memory than is free, or else "".
 
     `model` is on the meta device, and the `settings` are fields of `Subject`. Of a model that does not run without
     numbers nothing is known.
     """
     free = this_machine().memory or psutil.virtual_memory().available
     if ROOMY * weight_bytes(model, torch.float32) + LEAST < free:
-        return
+        return ""
     try:
         fitting = Fitting(name, model, outline_model(model, config), this_machine(), **settings)
-        advice = fitting.advised(config, free).advice
+        return fitting.advised(config, free).advice
     except PermpruneError:
         raise
     except Exception as error:  # a model's own code can raise any type
         log.info("the memory is not known: %s", first_line(error))
-        return
-    if advice:
-        log.warning("%s", advice)
+        return ""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from permprune.errors import PermpruneError, first_line
 from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.costs import state_bytes
 from permprune.forecasts.efforts import resolve
-from permprune.forecasts.fitting import fit_memory, warn_if_crowded
+from permprune.forecasts.fitting import crowding, fit_memory
 from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.run import forecast_plan
 from permprune.inference.pack import head_names, packed_type
@@ -125,7 +125,7 @@ class _Job:
         distributed.require_same({"model": name, **asked, "pack": self.pack, "head": self.head})
         reset_peak_memory()
         started = time.monotonic()
-        config, fitted = self.fitted()
+        config, fitted, crowded = self.fitted()
         if fitted is not None:
             require_space(work.out, sum(fitted.disk.values()))
         divided = fitted is not None and fitted.shards > 1
@@ -133,6 +133,8 @@ class _Job:
         shown.plan(stages_of_pruning(config, packed=self.pack is not None, timed=alone))
 
         def forecast(known: Forecast) -> None:
+            if crowded:  # told when the model was read: a damaged one is an error alone
+                log.warning("%s", crowded)
             shown.expect(*expected(known))
             begin(known)
 
@@ -170,8 +172,10 @@ class _Job:
             warn_of_packing(record.measured, session.dense.result, config.max_loss)
         return record
 
-    def fitted(self) -> tuple[PruneConfig, Forecast | None]:
+    def fitted(self) -> tuple[PruneConfig, Forecast | None, str]:
         """The settings, with what the effort and the limits lead to, and the forecast from which the latter follow.
+
+        Without a limit there is no forecast, and a warning if memory is too small for the run.
 
         Raises `PermpruneError` for what cannot be packed, offloaded or fitted.
         """
@@ -184,12 +188,13 @@ class _Job:
         config = resolve(shapes, config, size)
         name, windows = str(self.model), self.evaluation.windows
         fitted = None if self.in_memory else fit_memory(name, config, windows)
+        crowded = ""
         if fitted is None and not self.in_memory:
-            warn_if_crowded(name, shapes, config, windows=windows, stored=stored, size=size)
+            crowded = crowding(name, shapes, config, windows=windows, stored=stored, size=size)
         config = config if fitted is None else fitted.config
         if config.offload != "none" and (self.in_memory or distributed.world() > 1):
             raise PermpruneError("only one process offloads, and a model that it reads itself: leave --offload out")
-        return config, fitted
+        return config, fitted, crowded
 
     def shapes(self) -> tuple[PreTrainedModel, torch.dtype, tuple[int, int] | None]:
         """The model, or one without numbers in place of a model that is read, its stored type, and its images' size."""

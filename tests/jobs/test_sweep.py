@@ -155,7 +155,7 @@ def test_a_cell_that_is_not_finite_is_a_row_like_others(
     measured = iter([10.0, math.inf, 12.0])
     monkeypatch.setattr(
         "permprune.engine.measuring.Meter.__call__",
-        lambda self: [Result("t", PERPLEXITY, next(measured), count=60, unit="tokens")],
+        lambda *_: [Result("t", PERPLEXITY, next(measured), count=60, unit="tokens")],
     )
     rows = run_sweep(setting, tmp_path / "out", ["2:4"], ["ria"]).rows
     assert [row.result.value for row in rows] == [math.inf, 12.0]
