@@ -30,7 +30,8 @@ class Session:
 
     `open_weights` reads and calibrates the model; the evaluation's tasks are loaded before it is called, and its data
     before anything is searched. If a loss limits the patterns of a mix, half of the data are for `choosing` them. A
-    context manager: it restores the dense weights at the end, unless the model was pruned.
+    context manager: it restores the dense weights at the end, unless the model was pruned. `answers` are those of the
+    models of `SIDES` to the examples that are shown, after `beside`.
     """
 
     def __init__(self, open_weights: Callable[[], Held], evaluation: Evaluation) -> None:

@@ -28,7 +28,6 @@ UPDATE_COPIES = 9.5
 UPDATE_PASSES = 20
 """How often an iteration of ADMM reads or writes each weight, beside the product."""
 
-
 COMPARED = 2
 """Passes of a block beside its updating, to compare what it computes with values of int4 and without."""
 

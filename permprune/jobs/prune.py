@@ -176,7 +176,6 @@ class _Job:
         """The settings, with what the effort and the limits lead to, and the forecast from which the latter follow.
 
         Without a limit there is no forecast, and a warning if memory is too small for the run.
-
         Raises `PermpruneError` for what cannot be packed, offloaded or fitted.
         """
         config = self.config
