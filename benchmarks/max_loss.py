@@ -16,6 +16,7 @@ import rows
 
 from permprune import Evaluation, PruneConfig, evaluate, prune_to_folder
 from permprune.engine.limiting import loss_of
+from permprune.errors import PermpruneError
 
 
 def main() -> None:
@@ -43,9 +44,12 @@ def main() -> None:
     for seed in options.seeds:
         out, began = options.out / f"seed-{seed}", time.process_time()
         config = PruneConfig(calibration=options.calibration, pattern="mixed", seed=seed, **shared)
-        record = prune_to_folder(
-            options.model, out, config, evaluation=Evaluation(options.data, options.windows, options.length)
-        )
+        evaluation = Evaluation(options.data, options.windows, options.length)
+        try:
+            record = prune_to_folder(options.model, out, config, evaluation=evaluation)
+        except PermpruneError as error:
+            print(f"seed {seed}: {error}", flush=True)
+            continue
         seconds, pruned = time.process_time() - began, evaluate(out, unseen)
         mix = record.mix
         assert mix is not None

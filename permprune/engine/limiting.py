@@ -32,7 +32,7 @@ def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, .
     the other half, which no choice has seen. A loss is within the limit if its sum with its standard error is
     (`error_of`): else every second choice would lose more on other data. If the share is not confirmed, the search goes
     on with larger ones. The record tells of it. If none is confirmed, a warning tells what the best one loses.
-    Raises `PermpruneError` if no share that was tried is within the limit on the first half.
+    Raises `PermpruneError` if each share that was tried loses more than the limit on the first half, without its error.
     """
     attempts = _Attempts(session, method, callbacks)
     while (share := attempts.fewest()) is not None and not attempts.confirm(share):
@@ -46,8 +46,8 @@ def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, .
 class _Attempts:
     """The runs that are tried, by the share of the weights that they keep.
 
-    `lost` are their losses on the first half of the data, with their standard errors added, and `refused` the losses
-    and the errors on the other half of those that are not within the limit there.
+    `lost` are their losses on the first half of the data with the standard errors, and `refused` those on the other
+    half of the shares that are not within the limit there.
     """
 
     def __init__(self, session: Session, method: Permuter, callbacks: tuple[Callback, ...]) -> None:
@@ -61,13 +61,14 @@ class _Attempts:
             loss_of(one, one)  # refuses one that is 0 before anything is searched
         densities = [density_of(one) for one in parse_candidates(self.weights.plan.config.candidates)]
         self.least, self.most = densities[0], min(MOST, densities[-1])
-        self.made, self.lost, self.refused = list[Attempt](), dict[float, float](), dict[float, tuple[float, float]]()
+        self.made = list[Attempt]()
+        self.lost, self.refused = dict[float, tuple[float, float]](), dict[float, tuple[float, float]]()
 
     def expected(self) -> list[tuple[float, float]]:
         """The shares with their losses; how many times more refused ones lost on the other half is expected of all."""
-        refused = {share: sum(both) for share, both in self.refused.items()}
-        times = max((loss / max(self.lost[share], self.limit / 10) for share, loss in refused.items()), default=1.0)
-        return [(share, refused.get(share, min(times, TIMES) * loss)) for share, loss in self.lost.items()]
+        lost, refused = ({share: sum(both) for share, both in half.items()} for half in (self.lost, self.refused))
+        times = max((loss / max(lost[share], self.limit / 10) for share, loss in refused.items()), default=1.0)
+        return [(share, refused.get(share, min(times, TIMES) * loss)) for share, loss in lost.items()]
 
     def fewest(self) -> float | None:
         """Try shares, and return the smallest one that is expected within the limit; None if there is none."""
@@ -76,7 +77,7 @@ class _Attempts:
             value, loss, error = self.measure(share, self.choosing, self.dense[0])
             message = "keeping %.3f of the weights: %s %.4g, %.2f %% lost, with a standard error of %.2f %%"
             log.info(message, share, metric, value, 100 * loss, 100 * error)
-            self.lost[share] = loss + error
+            self.lost[share] = loss, error
             self.made.append(Attempt(share, value))
         return min((share for share, loss in self.expected() if loss <= self.limit), default=None)
 
@@ -92,14 +93,21 @@ class _Attempts:
         return within
 
     def take_best(self) -> None:
-        """Take the share that loses least on the other half, where none is within the limit."""
+        """Take the share that loses least on the other half, where none is within the limit.
+
+        If none was within the limit on the first half either, it is the one that lost least there.
+        """
         if not self.refused:
-            share = max(self.lost)
-            raise PermpruneError(
-                f"no mix that was tried loses at most {100 * self.limit:g} %: with {share:.2f} of the weights it is "
-                f"{100 * self.lost[share]:.3g} % with its standard error; allow more, take a larger --effort, or "
-                "denser --candidates"
-            )
+            share = min(self.lost, key=lambda share: sum(self.lost[share]))
+            loss, error = self.lost[share]
+            if loss > self.limit:
+                raise PermpruneError(
+                    f"no mix that was tried loses at most {100 * self.limit:g} %: with {share:.2f} of the weights it "
+                    f"is {100 * loss:.3g} % with a standard error of {100 * error:.2g} %; allow more, take a larger "
+                    "--effort, or denser --candidates"
+                )
+            if self.confirm(share):
+                return
         share = min(self.refused, key=self.refused.__getitem__)
         self.measure(share, self.session.measure, self.dense[1])
         log.warning(

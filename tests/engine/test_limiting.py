@@ -97,6 +97,18 @@ def test_a_loss_within_the_limit_must_be_so_with_its_error() -> None:
     assert 0.03 * (1 - uncertain.weights.share) + error <= 0.01
 
 
+@pytest.mark.parametrize(("spread", "other", "confirmed"), [(0.03, 0.0, False), (0.03, -0.5, True)])
+def test_where_the_error_alone_is_beyond_the_limit_the_other_half_decides(
+    spread: float, other: float, confirmed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = session(0.8, 0.02, other, spread=spread)
+    with caplog.at_level(logging.WARNING, logger="permprune"):
+        keep_within(run, SimpleNamespace())  # type: ignore[arg-type]
+    (tried,) = [one for one in run.weights.mix.attempts if one.confirmed is not None]
+    assert tried.keep == run.weights.share == max(one.keep for one in run.weights.mix.attempts)
+    assert ("give more --data" in caplog.text) is not confirmed
+
+
 def test_a_share_whose_loss_is_not_finite_on_the_other_half_is_refused() -> None:
     run = session(0.8, 0.02, 0.02)
     measure = run.measure
