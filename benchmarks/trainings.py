@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from protocol import HELD_BACK, scorer
 from rows import add
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from permprune import Examples, PruneConfig, read_model
 from permprune.data.text import load_documents, tokenize
@@ -27,6 +29,7 @@ from permprune.engine.held import Held, prepare
 from permprune.evaluation.lm_tasks import WIKITEXT
 from permprune.evaluation.result import gap_closed
 from permprune.kernels.adam.step import BETAS
+from permprune.kernels.product.masked import MaskedWeight
 from permprune.kernels.search.masks import pack_mask, write_mask
 from permprune.losses.objective import Loss
 from permprune.models.processors import tokenizer_of
@@ -248,6 +251,50 @@ def short_texts_first(network: PrunedNetwork, run: Run, seconds: float) -> None:
     network.set_weights(steps_of(network, run, seconds, windows=windows).with_pruned())
 
 
+def packed_forward(network: PrunedNetwork, run: Run, seconds: float) -> None:
+    """Run forward passes with the kernels for many rows, which leave out what is pruned; weights are packed each time.
+
+    Backward passes multiply by weights with their zeros.
+    """
+    stored, running, columns, bits = network._stored, [""], network.stored_columns(), network.bits
+
+    def remember(layers: list[Any], *others: Any) -> Tensor:
+        running[0] = layers[0].name
+        return stored(layers, *others)
+
+    class Packed(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name, running[0] = (running[0], "") if func is F.linear else ("", running[0])
+            if not name or not torch.is_grad_enabled():
+                return func(*args, **(kwargs or {}))
+            bias = args[2] if len(args) > 2 else None
+            return _PackedProduct.apply(args[0].bfloat16(), args[1], bias, bits[name], columns[name])
+
+    network._stored = remember  # type: ignore[method-assign]
+    try:
+        with Packed():
+            kept = steps_of(network, run, seconds)
+    finally:
+        del network._stored  # type: ignore[method-assign]
+    network.set_weights(kept.with_pruned())
+
+
+class _PackedProduct(torch.autograd.Function):
+    """A linear layer in bf16 with a masked weight, whose forward pass is that of `MaskedWeight`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, MaskedWeight.of(weight.detach(), bits, columns), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        flat = gradient.flatten(0, -2)
+        bias = flat.sum(0) if ctx.needs_input_grad[2] else None
+        return gradient @ weight.to(gradient.dtype), flat.T @ x.flatten(0, -2), bias, None, None
+
+
 TRAININGS = {
     "end to end": end_to_end,
     "blocks": block_by_block,
@@ -257,6 +304,7 @@ TRAININGS = {
     "taught once": taught_once,
     "growing steps": growing_steps,
     "short texts first": short_texts_first,
+    "packed forward": packed_forward,
 }
 
 
