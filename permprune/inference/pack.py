@@ -52,11 +52,11 @@ def pack(
     """Replace linear layers of a pruned model by `PackedLinear`, in place.
 
     `patterns` maps the names of the layers to their N:M patterns, or to "dense" for those that a mix left so. `dtype`
-    is "fp32", "bf16", "fp16", "int8" or "int4" (with a scale for every 64 channels of a row); the rest of the model is
-    converted to it too, unless it is an integer: then the dense layers of a mix become int8. With `head="int8"` the
-    embedding and the head become int8 as well, whatever the `dtype`. The orders of a model in gather mode become part
-    of the packed model. Afterwards `model.save_pretrained` writes a folder that `from_pretrained` loads once permprune
-    is imported.
+    is "fp32", "bf16", "fp16", "int8" or "int4" (with a scale for every 64, or 16, channels of a row); the rest of the
+    model is converted to it too, unless it is an integer: then the dense layers of a mix become int8. With
+    `head="int8"` the embedding and the head become int8 as well, whatever the `dtype`. The orders of a model in gather
+    mode become part of the packed model. Afterwards `model.save_pretrained` writes a folder that `from_pretrained`
+    loads once permprune is imported.
 
     Values of int4 are rounded, or solved on calibration `examples` (`solving.solve`): give them where outputs count.
 
@@ -74,7 +74,7 @@ def pack(
     scales = {}
     if examples is not None:
         linears = linear_layers(model)
-        scales = solve(model, {name: linears[name] for name in layers}, examples)
+        scales = solve(model, {name: linears[name] for name in layers}, layers, examples)
     detach_gathers(model)
     for name, pattern in layers.items():
         order = orders.get(("input", name))

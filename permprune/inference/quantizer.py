@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from permprune.checkpoints.gathers import Gather
 
 METHOD = "permprune"
-VERSION = 1
+
+FORMAT, FORMATS = 1, {"int4": 2}
+"""The number of the format of packed checkpoints, and those of types whose values were once stored otherwise."""
 
 TABLES: dict[str, tuple[type[nn.Module], type[Int8Table]]] = {
     "embedding": (nn.Embedding, Int8Embedding),
@@ -72,15 +74,18 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         head: Mapping[str, str] | None = None,
         tables: Sequence[str] = (),
         weights: str | None = None,
-        version: int = VERSION,
+        version: int | None = None,
         quant_method: str = METHOD,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.version, self.layers, self.dtype = version, dict(layers), dtype
+        current = FORMATS.get(dtype, FORMAT)
+        self.version, self.layers, self.dtype = current if version is None else version, dict(layers), dtype
         self.ordered, self.reordered, self.head = list(ordered), dict(reordered or {}), dict(head or {})
         self.tables, self.weights = list(tables), weights
-        if version != VERSION:
-            raise PermpruneError(f"the packed checkpoint has format {version}: install a permprune that reads it")
+        if self.version != current:
+            earlier = "pack the folder that it was made from again"
+            cure = earlier if self.version < current else "install a permprune that reads it"
+            raise PermpruneError(f"the packed checkpoint has format {self.version}, not {current}: {cure}")
         known = set(self.ordered) <= set(self.layers) and set(self.head) <= {"embedding", "linear", "tied"}
         if self.stored not in DTYPES or not known:
             raise PermpruneError("the packed checkpoint's quantization_config is damaged: pack the model again")

@@ -58,7 +58,7 @@ def _noisy(generator: torch.Generator, module: nn.Module, args: tuple[Any, ...],
         return outputs
     table = module.embedding if isinstance(module, TiedHead) else module
     if isinstance(table, PackedLinear):
-        noise = _noise(table.packed.unpack(), table.packed.scale, table.layout.dtype, generator)
+        noise = _noise(table.packed.unpack(), table.packed.scale, table.layout.dtype, generator, table.layout.part)
         inputs = args[0] if table.order is None else args[0][..., table.order]
         outputs = outputs + F.linear(inputs.float(), noise).to(outputs.dtype)
     elif isinstance(table, Int8Table):
@@ -68,13 +68,16 @@ def _noisy(generator: torch.Generator, module: nn.Module, args: tuple[Any, ...],
     return outputs + _noise(outputs, None, outputs.dtype, generator) if outputs.dtype.itemsize < 4 else outputs
 
 
-def _noise(numbers: Tensor, scale: Tensor | None, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def _noise(
+    numbers: Tensor, scale: Tensor | None, dtype: torch.dtype, generator: torch.Generator, part: int = BLOCK
+) -> Tensor:
     """Return noise within half a step up or down for numbers that are stored as `dtype`; zeros stay.
 
-    Integers have a `scale` (rows, blocks of a row); a step of other types is relative to the number.
+    Integers have a `scale` (rows, parts of a row) for each `part` channels; a step of other types is relative to the
+    number.
     """
     noise = torch.rand(numbers.shape, generator=generator).sub_(0.5).to(numbers.device)
     if scale is None:
         return (noise * numbers * torch.finfo(dtype).eps).to(numbers.dtype)
-    steps = scale.float().repeat_interleave(BLOCK, -1)[:, : numbers.shape[1]]
+    steps = scale.float().repeat_interleave(part, -1)[:, : numbers.shape[1]]
     return noise * steps * (numbers != 0)

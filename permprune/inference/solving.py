@@ -14,40 +14,45 @@ from permprune.examples import Examples
 from permprune.inference.solved import Solved, solve_layer
 from permprune.inference.straight_through import BlockTraining, Call, outputs_of
 from permprune.kernels.product.int4 import exact_scale
-from permprune.kernels.product.layout import BLOCK
+from permprune.kernels.product.layout import BLOCK, has_positions
 from permprune.models.autocast import fast
 from permprune.models.experts import Routed
 from permprune.models.forward import frozen, inference, padding_of, run_model
 from permprune.models.hooks import block_by_block, hooked
 from permprune.models.layers import Layer
+from permprune.pattern import Pattern
 from permprune.system.device import compute_device
 
 
-def solve(model: nn.Module, layers: Mapping[str, Layer], examples: Examples) -> dict[str, Tensor]:
-    """Make the weights of layers steps of int4, in place, and return their scales by layer, bf16 (rows, blocks).
+def solve(
+    model: nn.Module, layers: Mapping[str, Layer], patterns: Mapping[str, Pattern], examples: Examples
+) -> dict[str, Tensor]:
+    """Make the weights of layers steps of int4, in place, and return their scales by layer, bf16 (rows, parts).
 
-    Weights that are steps already stay as they are; the others are solved (`solve_each`).
+    `patterns` are by layer, too. Weights that are steps already stay as they are; the others are solved (`solve_each`).
     """
     scales: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        scale, is_exact = exact_scale(
-            F.pad(layer.weight.float(), (0, -layer.weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-        )
-        if is_exact.all():
-            scales[name] = scale
+        blocks = F.pad(layer.weight.float(), (0, -layer.weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+        if (scale := exact_scale(blocks, paired=has_positions(patterns[name]))) is not None:
+            scales[name] = scale.flatten(1)
 
     def take(layer: Layer, solved: Solved) -> None:
         layer.weight.copy_(solved.values)
         scales[layer.name] = solved.scale
 
     if unsolved := {name: layer for name, layer in layers.items() if name not in scales}:
-        solve_each(model, unsolved, examples, take)
+        solve_each(model, unsolved, patterns, examples, take)
     return scales
 
 
 @torch.no_grad()
 def solve_each(
-    model: nn.Module, layers: Mapping[str, Layer], examples: Examples, take: Callable[[Layer, Solved], None]
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    patterns: Mapping[str, Pattern],
+    examples: Examples,
+    take: Callable[[Layer, Solved], None],
 ) -> None:
     """Call `take` with each layer and its solved weights, which it makes the layer run with.
 
@@ -69,7 +74,8 @@ def solve_each(
                 moments = moments_of(padding.real(x, None, first.owner), first.name)
                 for layer in readers:
                     try:
-                        solved[layer] = solve_layer(layer.weight.float(), moments)
+                        paired = has_positions(patterns[layer.name])
+                        solved[layer] = solve_layer(layer.weight.float(), moments, paired=paired)
                     except PermpruneError as error:
                         raise PermpruneError(f"{layer.name}: {error}") from error
         read.clear()

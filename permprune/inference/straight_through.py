@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -21,7 +22,6 @@ from torch.utils import _pytree
 from permprune.examples import Examples
 from permprune.inference.solved import Solved
 from permprune.kernels.adam.step import BETAS, rate_at
-from permprune.kernels.product.int4 import stored_values
 from permprune.losses.objective import relative_distance
 from permprune.models.forward import padding_of
 from permprune.models.hooks import attached, replaced_while_running
@@ -101,7 +101,7 @@ class BlockTraining:
         weights = {layer: one.targets.clone() for layer, one in solved.items()}
 
         def stored(layer: Layer) -> Tensor:
-            return stored_values(weights[layer], solved[layer].scale)
+            return solved[layer].stored(weights[layer])
 
         def shown(layer: Layer, _parameter: nn.Parameter) -> Tensor:
             return layer.part_of(stored(layer).to(types[layer]))
@@ -114,7 +114,7 @@ class BlockTraining:
                 name = next(iter(solved)).name
                 log.info("int4: training brings the block of %s no nearer: its values are as solved", name)
                 return dict(solved)
-        return {layer: Solved(stored(layer), solved[layer].scale, weight) for layer, weight in weights.items()}
+        return {layer: replace(solved[layer], values=stored(layer), targets=weights[layer]) for layer in weights}
 
     def _share(self, part: slice, tensor: Tensor) -> Tensor:
         """A part of an argument, if it has a row for each example."""

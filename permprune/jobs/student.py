@@ -47,7 +47,7 @@ def parameters_to_train(
     Inside, the layers `stored` run with their weights as int4 stores them, solved on the first of the `examples`.
     """
     if options.adapters is None:
-        with KeptZeros(model, patterns), through_int4(model, stored, examples):
+        with KeptZeros(model, patterns), through_int4(model, stored, patterns, examples):
             yield trained_weights(model, options.train)
         return
     layers = block_linears(model)

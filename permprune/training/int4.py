@@ -40,28 +40,32 @@ def packable(layers: Iterable[Layer], patterns: Mapping[str, Pattern]) -> dict[s
 
 
 @contextmanager
-def through_int4(model: PreTrainedModel, layers: Mapping[str, Layer], examples: Examples) -> Iterator[None]:
+def through_int4(
+    model: PreTrainedModel, layers: Mapping[str, Layer], patterns: Mapping[str, Pattern], examples: Examples
+) -> Iterator[None]:
     """A context in which layers run with their weights as int4 stores them, solved on the first of the `examples`.
 
-    At the end the weights are what is stored; after an exception they are those before rounding. Without layers it does
-    nothing.
+    `patterns` are by layer, as `layers` are. At the end the weights are what is stored; after an exception they are
+    those before rounding. Without layers it does nothing.
     """
     if not layers:
         yield
         return
-    targets, scales = dict[Layer, Tensor](), dict[Layer, Tensor]()
+    targets, scales, paired = dict[Layer, Tensor](), dict[Layer, Tensor](), dict[Layer, bool]()
 
     def take(layer: Layer, solved: Solved) -> None:
         layer.weight.copy_(solved.values)
         targets[layer], scales[layer] = solved.targets.to(layer.weight.dtype), solved.scale
+        paired[layer] = solved.paired
 
-    solve_each(model, layers, examples[: SOLVED * EXAMPLES_PER_WINDOW[kind_of(model)]].trimmed(), take)
+    shown = examples[: SOLVED * EXAMPLES_PER_WINDOW[kind_of(model)]].trimmed()
+    solve_each(model, layers, patterns, shown, take)
     with torch.no_grad():
         for layer in scales:
             layer.weight.copy_(targets.pop(layer))
 
     def stored(layer: Layer, parameter: nn.Parameter) -> Tensor:
-        values = stored_values(layer.part_of(parameter.detach()), scales[layer])
+        values = stored_values(layer.part_of(parameter.detach()), scales[layer], paired=paired[layer])
         return layer.part_of(values.to(parameter.dtype))
 
     with running_with({layer: partial(stored, layer) for layer in scales}):

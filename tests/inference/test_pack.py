@@ -359,6 +359,10 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "a layer that is not there": (_damage_config(layers={"model.layers.7.mlp.down_proj": "2:4"}), "does not have"),
     "an embedding": (_damage_config(layers={"model.embed_tokens": "2:4"}), "but a Embedding in the model"),
     "another dtype": (_damage_config(dtype="load"), "quantization_config is damaged"),
+    "int4 of an earlier format": (
+        _damage_config(dtype="int4"),
+        "has format 1, not 2: pack the folder that it was made",
+    ),
     "a newer format": (_damage_config(version=2), "install a permprune that reads it"),
     "an unknown key": (_damage_config(color="red"), "color"),
 }

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from permprune.inference.solved import solve_layer
-from permprune.kernels.product.int4 import stored_values
 from permprune.kernels.product.packed import PackedWeight
 from permprune.pattern import Pattern
 from tests.kernels.product.weights import sparse
@@ -19,10 +18,10 @@ def test_solved_values_cost_less_than_rounded_ones(rows: int, groups: int, text:
     generator = torch.Generator().manual_seed(groups)
     few = torch.randn(max(4, width // 8), width, generator=generator)  # inputs that are correlated
     x = torch.randn(500, len(few), generator=generator) @ few + 0.1 * torch.randn(500, width, generator=generator)
-    found = solve_layer(weight, x.T @ x / len(x))
+    found = solve_layer(weight, x.T @ x / len(x), paired=text == "2:4")
     solved = found.values
     assert not solved[weight == 0].any() and not found.targets[weight == 0].any()
-    assert torch.equal(stored_values(found.targets, found.scale), solved)
+    assert torch.equal(found.stored(found.targets), solved)
     packed = PackedWeight.pack(solved, pattern, torch.int4, found.scale)
     torch.testing.assert_close(packed.unpack(), solved)
     rounded = PackedWeight.pack(weight, pattern, torch.int4).unpack()
@@ -32,5 +31,5 @@ def test_solved_values_cost_less_than_rounded_ones(rows: int, groups: int, text:
 def test_a_channel_that_is_always_zero_keeps_its_weights() -> None:
     weight, x = sparse(8, 64, Pattern(2, 4)), torch.randn(100, 64)
     x[:, 5] = 0
-    solved = solve_layer(weight, x.T @ x / len(x))
-    assert ((solved.values - weight)[:, 5].abs() <= 4 * solved.scale[:, 0].float().abs()).all()
+    solved = solve_layer(weight, x.T @ x / len(x), paired=True)
+    assert ((solved.values - weight)[:, 5].abs() <= 4 * solved.scale[:, 0].float()).all()

@@ -127,14 +127,50 @@ static ALWAYS_INLINE block_i8 expand_i8(const int8_t *p, uint64_t bits)
 }
 
 /* |w| x sign(w): two products of at most 127 x 128 fit into 16 bits. */
+static ALWAYS_INLINE __m256i dot_half(__m256i w, __m256i x)
+{
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), _mm256_set1_epi16(1));
+}
+
 static ALWAYS_INLINE __m256i dot_i8(block_i8 w, block_i8 x)
 {
-    __m256i sum = _mm256_setzero_si256();
-    for (int i = 0; i < 2; i++) {
-        __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w.half[i]), _mm256_sign_epi8(x.half[i], w.half[i]));
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    }
-    return sum;
+    return _mm256_add_epi32(dot_half(w.half[0], x.half[0]), dot_half(w.half[1], x.half[1]));
+}
+
+/* The scales of I4 for vectors of two parts, each a lane of 128 bits. */
+typedef struct {
+    __m256 half[2];
+} scales_i4;
+
+/* The scales of a block of I4 of two rows, as lanes of 32 bits in turns of two, moved left by so many bits. */
+static ALWAYS_INLINE scales_i4 scales_in_lanes(const char *first, const char *second, __m256i left, __m256i other_left)
+{
+    const __m256i own = _mm256_set1_epi32(7 << 20), least = _mm256_set1_epi32(LEAST_POWER);
+    const __m256i both = _mm256_blend_epi32(_mm256_set1_epi32((int32_t)read_scales(first)),
+                                            _mm256_set1_epi32((int32_t)read_scales(second)), 0xcc);
+    const __m256i power = _mm256_add_epi32(least, _mm256_slli_epi32(_mm256_srli_epi32(both, 12), 23));
+    const __m256i one = _mm256_and_si256(_mm256_sllv_epi32(both, left), own);
+    const __m256i two = _mm256_and_si256(_mm256_sllv_epi32(both, other_left), own);
+    return (scales_i4){{_mm256_castsi256_ps(_mm256_or_si256(power, one)),
+                        _mm256_castsi256_ps(_mm256_or_si256(power, two))}};
+}
+
+/* Those of the four parts of one row. */
+static ALWAYS_INLINE scales_i4 scales_of_halves(const char *block)
+{
+    return scales_in_lanes(block, block, _mm256_setr_epi32(20, 20, 20, 20, 17, 17, 17, 17),
+                           _mm256_setr_epi32(14, 14, 14, 14, 11, 11, 11, 11));
+}
+
+static ALWAYS_INLINE __m256 add_scaled(__m256 sum, __m256i count, __m256 w_scale, float x_scale)
+{
+    return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(x_scale)), w_scale, sum);
+}
+
+static ALWAYS_INLINE __m256 add_parts(__m256 sum, block_i8 w, block_i8 x, scales_i4 w_scale, float x_scale)
+{
+    sum = add_scaled(sum, dot_half(w.half[0], x.half[0]), w_scale.half[0], x_scale);
+    return add_scaled(sum, dot_half(w.half[1], x.half[1]), w_scale.half[1], x_scale);
 }
 
 /* ---- integers, two rows that keep half: in each lane of 128 bits, four groups of both ---- */
@@ -143,7 +179,7 @@ static ALWAYS_INLINE __m256i dot_i8(block_i8 w, block_i8 x)
 
 typedef struct {
     __m256i w[2], index[2]; /* of the first and third, and of the second and fourth 16 channels */
-    __m256 scale;
+    scales_i4 scale;        /* of I8 the first is that of all */
 } two_blocks;
 
 /* Of each kept value, its channel in its four groups. */
@@ -155,29 +191,46 @@ static ALWAYS_INLINE __m256i places_in_lanes(const char *block)
     return _mm256_or_si256(code, _mm256_set1_epi64x(0x0c0c080804040000));
 }
 
-static ALWAYS_INLINE two_blocks read_two(const char *first, const char *second, int32_t number)
+/* Of the kept values of I4 with these places, twice the integers, and one more where the first place is the larger one. */
+static ALWAYS_INLINE __m256i read_nibbles(const char *block, __m256i places)
 {
-    const __m256i a = read_kept(first, number), b = read_kept(second, number);
-    const __m256i c = places_in_lanes(first), d = places_in_lanes(second);
-    return (two_blocks){
-        .w = {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)},
-        .index = {_mm256_unpacklo_epi64(c, d), _mm256_unpackhi_epi64(c, d)},
-        .scale = _mm256_blend_ps(_mm256_set1_ps(read_scale(first, number)), _mm256_set1_ps(read_scale(second, number)),
-                                 0xcc),
-    };
+    const __m256i turn = _mm256_set_epi64x(0x0e0f0c0d0a0b0809, 0x0607040502030001, 0x0e0f0c0d0a0b0809, 0x0607040502030001);
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(block + HEADER_I4)));
+    const __m256i apart = _mm256_or_si256(_mm256_slli_epi16(wide, 1), _mm256_slli_epi16(wide, 5));
+    const __m256i twice = _mm256_sub_epi8(_mm256_and_si256(apart, _mm256_set1_epi8(30)), _mm256_set1_epi8(16));
+    return _mm256_sub_epi8(twice, _mm256_cmpgt_epi16(_mm256_shuffle_epi8(places, turn), places));
 }
 
-/* Sums in 16 bits: two products of at most 128 x 127, or four of at most 8 x 127. */
-static ALWAYS_INLINE __m256i dot_two(const two_blocks *two, const __m256i *x, int32_t number)
+static ALWAYS_INLINE __m256i read_kept(const char *block, int32_t number, __m256i places)
 {
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i pairs[2];
-    UNROLLED for (int i = 0; i < 2; i++)
-        pairs[i] = _mm256_maddubs_epi16(_mm256_abs_epi8(two->w[i]),
-                                        _mm256_sign_epi8(_mm256_shuffle_epi8(x[i], two->index[i]), two->w[i]));
+    return number == I4 ? read_nibbles(block, places) : _mm256_loadu_si256((const __m256i *)(block + HEADER_I8));
+}
+
+static ALWAYS_INLINE two_blocks read_two(const char *first, const char *second, int32_t number)
+{
+    const __m256i c = places_in_lanes(first), d = places_in_lanes(second);
+    const __m256i a = read_kept(first, number, c), b = read_kept(second, number, d);
+    two_blocks two = {
+        .w = {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)},
+        .index = {_mm256_unpacklo_epi64(c, d), _mm256_unpackhi_epi64(c, d)},
+    };
     if (number == I4)
-        return _mm256_madd_epi16(_mm256_add_epi16(pairs[0], pairs[1]), ones);
-    return _mm256_add_epi32(_mm256_madd_epi16(pairs[0], ones), _mm256_madd_epi16(pairs[1], ones));
+        two.scale = scales_in_lanes(first, second, _mm256_setr_epi32(20, 20, 20, 20, 14, 14, 14, 14),
+                                    _mm256_setr_epi32(17, 17, 17, 17, 11, 11, 11, 11));
+    else
+        two.scale.half[0] = _mm256_blend_ps(_mm256_set1_ps(read_scale(first, I8, 0)),
+                                            _mm256_set1_ps(read_scale(second, I8, 0)), 0xcc);
+    return two;
+}
+
+static ALWAYS_INLINE __m256 add_two(__m256 sum, const two_blocks *two, const __m256i *x, float x_scale, int32_t number)
+{
+    __m256i dot[2];
+    UNROLLED for (int i = 0; i < 2; i++)
+        dot[i] = dot_half(two->w[i], _mm256_shuffle_epi8(x[i], two->index[i]));
+    if (number == I8)
+        return add_scaled(sum, _mm256_add_epi32(dot[0], dot[1]), two->scale.half[0], x_scale);
+    return add_scaled(add_scaled(sum, dot[0], two->scale.half[0], x_scale), dot[1], two->scale.half[1], x_scale);
 }
 
 static ALWAYS_INLINE void add_two_integers(__m256 sums[][WIDE_BATCH], const two_blocks *two, const struct product *job,
@@ -188,11 +241,8 @@ static ALWAYS_INLINE void add_two_integers(__m256 sums[][WIDE_BATCH], const two_
         const block_i8 x = load_i8((const int8_t *)job->staged->values + place * BLOCK);
         const __m256i lanes[2] = {_mm256_permute2x128_si256(x.half[0], x.half[1], 0x20),
                                   _mm256_permute2x128_si256(x.half[0], x.half[1], 0x31)};
-        const __m256 scale = _mm256_set1_ps(job->staged->scale[place]);
-        UNROLLED for (int p = 0; p < PAIRS; p++) {
-            const __m256 count = _mm256_cvtepi32_ps(dot_two(&two[p], lanes, number));
-            sums[p][b] = _mm256_fmadd_ps(_mm256_mul_ps(count, scale), two[p].scale, sums[p][b]);
-        }
+        UNROLLED for (int p = 0; p < PAIRS; p++)
+            sums[p][b] = add_two(sums[p][b], &two[p], lanes, job->staged->scale[place], number);
     }
 }
 
@@ -213,6 +263,8 @@ static ALWAYS_INLINE void add_two_integers(__m256 sums[][WIDE_BATCH], const two_
 #define LOAD(p) load_i8(p)
 #define EXPAND_BLOCK(p, bits) expand_i8(p, bits)
 #define DOT(w, x) dot_i8(w, x)
-#define SCALE(sum, count, w_scale, x_scale)                                                                            \
-    _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(x_scale)), _mm256_set1_ps(w_scale), sum)
+#define SCALE(sum, count, w_scale, x_scale) add_scaled(sum, count, _mm256_set1_ps(w_scale), x_scale)
+#define SCALES scales_i4
+#define READ_SCALES(block) scales_of_halves(block)
+#define ADD_PARTS(sum, w, x, w_scale, x_scale) add_parts(sum, w, x, w_scale, x_scale)
 #include "product/family_i8.h"

@@ -148,15 +148,7 @@ static ALWAYS_INLINE __m256i index_of_half(const char *block)
 
 static ALWAYS_INLINE half_block read_half_i8(const char *block)
 {
-    return (half_block){read_kept(block, I8), index_of_half(block)};
-}
-
-/* Integers of four bits are stored plus 8, unsigned. */
-static ALWAYS_INLINE half_block read_half_i4(const char *block)
-{
-    __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(block + HEADER_I4)));
-    __m256i w = _mm256_ternarylogic_epi64(wide, _mm256_slli_epi16(wide, 4), _mm256_set1_epi8(15), AND_OF_OR);
-    return (half_block){w, index_of_half(block)};
+    return (half_block){_mm256_loadu_si256((const __m256i *)(block + HEADER_I8)), index_of_half(block)};
 }
 
 static ALWAYS_INLINE __m256i pick_half(half_block half, __m512i x)
@@ -168,23 +160,6 @@ static ALWAYS_INLINE __m256i dot_half_i8(half_block half, __m512i x)
 {
     __m256i picked = pick_half(half, x);
     return _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_abs_epi8(half.w), _mm256_sign_epi8(picked, half.w));
-}
-
-/* The product in floats. Added to the bits of 1.5 x 2^23, a sum makes them those of 1.5 x 2^23 plus the sum. */
-static ALWAYS_INLINE __m256 dot_half_i4(half_block half, __m512i x)
-{
-    const __m256i start = _mm256_set1_epi32(0x4b400000);
-    __m256i picked = pick_half(half, x);
-    __m256i shifted = _mm256_dpbusd_epi32(start, half.w, picked);
-    __m256i shift = _mm256_dpbusd_epi32(start, _mm256_set1_epi8(8), picked);
-    return _mm256_sub_ps(_mm256_castsi256_ps(shifted), _mm256_castsi256_ps(shift));
-}
-
-static ALWAYS_INLINE __m256 scale_half_i4(const char *block)
-{
-    uint16_t scale;
-    memcpy(&scale, block + CODE, sizeof scale);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16((int16_t)scale), 16));
 }
 
 static ALWAYS_INLINE float total_half(__m256 sum)
@@ -201,23 +176,12 @@ static ALWAYS_INLINE float total_half(__m256 sum)
 #define ZERO() _mm256_setzero_ps()
 #define TOTAL(sum) total_half(sum)
 #define NAME half_i8
-#define SCALE_OF(weights, block, place) read_scale(block, I8)
+#define SCALE_OF(weights, block, place) read_scale(block, I8, 0)
 #define SCALE(sum, count, w_scale, x_scale)                                                                            \
     _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(x_scale)), _mm256_set1_ps(w_scale), sum)
 #define FACTORS half_block
 #define READ(weights, block, end, room) ((void)(end), (void)(room), read_half_i8(block))
 #define DOT(w, x) dot_half_i8(w, x)
-#include "product/product_i8.h"
-#undef SCALE
-#undef DOT
-#define NAME half_i4
-#define SCALE_TYPE __m256
-#define SCALE_OF(weights, block, place) scale_half_i4(block)
-#define SCALE(sum, product, w_scale, x_scale)                                                                          \
-    _mm256_fmadd_ps(product, _mm256_mul_ps(w_scale, _mm256_set1_ps(x_scale)), sum)
-#define FACTORS half_block
-#define READ(weights, block, end, room) ((void)(end), (void)(room), read_half_i4(block))
-#define DOT(w, x) dot_half_i4(w, x)
 #include "product/product_i8.h"
 #define HALF_I8
 
@@ -245,25 +209,62 @@ static ALWAYS_INLINE __m512i as_lower_half(__m256i v)
 #endif
 }
 
-/* In each lane of 128 bits, four groups: eight channels of the first row and eight of the second. */
-static ALWAYS_INLINE two_blocks read_two(const char *first, const char *second, int32_t number)
+/* The scales of a block of I4 of two rows: each lane of 128 bits is a part. */
+static ALWAYS_INLINE __m512 scales_in_lanes(const char *first, const char *second)
+{
+    const __m512i left = _mm512_setr_epi32(20, 20, 20, 20, 17, 17, 17, 17, 14, 14, 14, 14, 11, 11, 11, 11);
+    const __m512i power = _mm512_set1_epi32(15 << 23), own = _mm512_set1_epi32(15 << 23 | 7 << 20);
+    const __m512i both = _mm512_mask_set1_epi32(_mm512_set1_epi32((int32_t)read_scales(first)), SECOND_ROW,
+                                                (int32_t)read_scales(second));
+    const __m512i bits = _mm512_ternarylogic_epi32(power, _mm512_slli_epi32(both, 11), _mm512_sllv_epi32(both, left), SELECT);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_and_si512(bits, own), _mm512_set1_epi32(LEAST_POWER)));
+}
+
+/* The channels of the kept values of two rows: in each lane of 128 bits, four groups of both. */
+static ALWAYS_INLINE __m512i index_of_two(const char *first, const char *second)
 {
 #define FIELDS(bit) bit, bit + 2, bit + 4, bit + 6, bit + 8, bit + 10, bit + 12, bit + 14
     static const uint8_t fields[64] __attribute__((aligned(64))) = {FIELDS(0),  FIELDS(0),  FIELDS(16), FIELDS(16),
                                                                     FIELDS(32), FIELDS(32), FIELDS(48), FIELDS(48)};
 #undef FIELDS
     const __m512i groups = _mm512_set4_epi32(0x0c0c0808, 0x04040000, 0x0c0c0808, 0x04040000);
-    const __m512i ones = _mm512_set1_epi8(-1), three = _mm512_set1_epi8(3);
     __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(fields), two_codes(first, second));
-    __m512i w = alternate(as_lower_half(read_kept(first, number)), as_lower_half(read_kept(second, number)), 0);
-    return (two_blocks){
-        .w = w,
-        .index = add_groups(shifted, three, groups),
-        /* 128 x (-w - 1), plus 128, of four each */
-        .shift = _mm512_dpbusd_epi32(_mm512_set1_epi32(4 * 128), _mm512_set1_epi8(-128), _mm512_xor_si512(w, ones)),
-        .scale = _mm512_mask_blend_ps(SECOND_ROW, _mm512_set1_ps(read_scale(first, number)),
-                                      _mm512_set1_ps(read_scale(second, number))),
-    };
+    return add_groups(shifted, _mm512_set1_epi8(3), groups);
+}
+
+/* In each lane of 128 bits, four groups: eight channels of the first row and eight of the second. */
+static ALWAYS_INLINE two_blocks two_blocks_of(__m512i w, __m512i index, __m512 scale)
+{
+    const __m512i inverted = _mm512_xor_si512(w, _mm512_set1_epi8(-1));
+    /* 128 x (-w - 1), plus 128, of four each */
+    const __m512i shift = _mm512_dpbusd_epi32(_mm512_set1_epi32(4 * 128), _mm512_set1_epi8(-128), inverted);
+    return (two_blocks){w, index, shift, scale};
+}
+
+static ALWAYS_INLINE two_blocks read_two_i8(const char *first, const char *second)
+{
+    const __m256i one = _mm256_loadu_si256((const __m256i *)(first + HEADER_I8));
+    const __m256i other = _mm256_loadu_si256((const __m256i *)(second + HEADER_I8));
+    const __m512 scale = _mm512_mask_blend_ps(SECOND_ROW, _mm512_set1_ps(read_scale(first, I8, 0)),
+                                              _mm512_set1_ps(read_scale(second, I8, 0)));
+    return two_blocks_of(alternate(as_lower_half(one), as_lower_half(other), 0), index_of_two(first, second), scale);
+}
+
+/* Twice the integers, and one more in groups whose first position is behind the second. */
+static ALWAYS_INLINE two_blocks read_two_i4(const char *first, const char *second)
+{
+    const __m512i turn = _mm512_set4_epi32(0x0e0f0c0d, 0x0a0b0809, 0x06070405, 0x02030001);
+    const __m512i index = index_of_two(first, second);
+    const __m128i one = _mm_loadu_si128((const __m128i *)(first + HEADER_I4));
+    const __m128i other = _mm_loadu_si128((const __m128i *)(second + HEADER_I4));
+    const __m128i low = _mm_unpacklo_epi32(one, other), high = _mm_unpackhi_epi32(one, other);
+    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
+    const __m512i twice = _mm512_ternarylogic_epi64(_mm512_slli_epi16(wide, 1), _mm512_slli_epi16(wide, 5),
+                                                    _mm512_set1_epi8(30), AND_OF_OR);
+    const __mmask32 turned = _mm512_cmpgt_epi16_mask(_mm512_shuffle_epi8(index, turn), index);
+    const __m512i even = _mm512_set1_epi8(-16), odd = _mm512_set1_epi8(-15);
+    const __m512i w = _mm512_add_epi8(twice, _mm512_mask_blend_epi16(turned, even, odd));
+    return two_blocks_of(w, index, scales_in_lanes(first, second));
 }
 
 static ALWAYS_INLINE __m512 add_dot(__m512 sum, two_blocks two, __m512i x, float scale)
@@ -290,16 +291,16 @@ static ALWAYS_INLINE void add_two_i8(SUM sums[][WIDE_BATCH], const two_blocks *t
 
 #define NAME two_rows_i8
 #define TWO two_blocks
-#define READ_TWO(first, second) read_two(first, second, I8)
+#define READ_TWO(first, second) read_two_i8(first, second)
 #define ADD_TWO add_two_i8
 #include "product/two_rows.h"
 #define TWO_ROWS_I8 2
 #define NAME two_rows_i4
 #define TWO two_blocks
-#define READ_TWO(first, second) read_two(first, second, I4)
+#define READ_TWO(first, second) read_two_i4(first, second)
 #define ADD_TWO add_two_i8
 #include "product/two_rows.h"
-#define TWO_ROWS_I4 2
+#define TWO_ROWS_I4 1
 
 /* ---- integers, any pattern ---- */
 
@@ -328,4 +329,8 @@ static ALWAYS_INLINE __m512i dot_signed(signed_block w, __m512i x)
 #define DOT(w, x) dot_signed(w, x)
 #define SCALE(sum, count, w_scale, x_scale)                                                                            \
     _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(count), _mm512_set1_ps(x_scale)), _mm512_set1_ps(w_scale), sum)
+#define SCALES __m512
+#define READ_SCALES(block) scales_in_lanes(block, block)
+#define ADD_PARTS(sum, w, x, w_scale, x_scale)                                                                         \
+    _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(DOT(w, x)), _mm512_set1_ps(x_scale)), w_scale, sum)
 #include "product/family_i8.h"

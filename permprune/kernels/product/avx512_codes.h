@@ -1,5 +1,5 @@
 /* How AVX-512 reads codes, inside BEGIN_TARGET and END_TARGET. */
-enum { OR_AND = 0xf8, AND_OF_OR = 0xa8 }; /* of ternarylogic: a | (b & c), (a | b) & c */
+enum { OR_AND = 0xf8, AND_OF_OR = 0xa8, SELECT = 0xca }; /* of ternarylogic: a | (b & c), (a | b) & c, a ? b : c */
 
 /* The channels that a mask keeps, in the first 32 bytes. */
 static ALWAYS_INLINE __m512i channels_of(uint64_t mask)

@@ -61,17 +61,23 @@ static float weight_at(const struct weights *weights, int64_t row, int64_t chann
 {
     const int64_t n = row * weights->count + channel / BLOCK;
     const char *block = weights->blocks + n * block_bytes(weights), *values = block + header_bytes(weights);
-    int64_t slot = channel % BLOCK;
+    const int place = (int)(channel % BLOCK);
+    int64_t slot = place;
+    int is_turned = 0;
     if (weights->kind != PLAIN) {
-        const uint64_t kept = kept_channels(read_code(block), weights->kind), is_kept = kept >> slot & 1;
-        slot = __builtin_popcountll(before(kept, (int)slot));
+        const uint64_t code = read_code(block), kept = kept_channels(code, weights->kind), is_kept = kept >> place & 1;
+        is_turned = weights->kind == POSITIONS && turned(code) >> place / 4 * 4 & 1;
+        slot = __builtin_popcountll(before(kept, place)) ^ is_turned;
         if (!is_kept || slot >= weights->slots)
             return 0.0f;
     }
     if (!are_integers(weights))
         return read_number(values, slot, weights->number);
-    const int integer = weights->number == I8 ? (int8_t)values[slot] : ((uint8_t)values[slot / 2] >> slot % 2 * 4 & 15) - 8;
-    return (float)integer * (weights->kind == PLAIN ? weights->scale[n] : read_scale(block, weights->number));
+    const float scale = weights->kind == PLAIN ? weights->scale[n] : read_scale(block, weights->number, place);
+    if (weights->number == I8)
+        return (float)(int8_t)values[slot] * scale;
+    const int integer = ((uint8_t)values[slot / 2] >> slot % 2 * 4 & 15) - 8;
+    return (float)(weights->kind == POSITIONS ? 2 * integer + is_turned : integer) * scale;
 }
 
 /* The products of a row of activations that are not all finite: only those count. Zeros are multiplied, too, as in the
@@ -254,14 +260,14 @@ static int keeps_pattern(const struct weights *weights, const char *block, int32
     return !bad;
 }
 
-/* Whether the positions of every group ascend, and are 0 and 1 after the width. */
+/* Whether the positions of every group ascend, except in those of I4, and are 0 and 1 after the width. */
 static int positions_ascend(const struct weights *weights, const char *block)
 {
     const int64_t size = block_bytes(weights);
     int bad = 0;
     for (int64_t group = 0; group < weights->count * (BLOCK / 4); group++) {
         int pair = (int)(read_code(block + group / (BLOCK / 4) * size) >> group % (BLOCK / 4) * 4 & 15);
-        bad |= (pair & 3) >= pair >> 2 || (group * 4 >= weights->width && pair != 4);
+        bad |= (weights->number != I4 && (pair & 3) >= pair >> 2) || (group * 4 >= weights->width && pair != 4);
     }
     return !bad;
 }

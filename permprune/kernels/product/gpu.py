@@ -35,7 +35,7 @@ def _block(
     codes, values, scales, row, inside, n, row_bytes, block_bytes, slots,
     HEADER: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Return the 64 channels of block `n` of some rows, including zeros, and its scales (1 without).
+    """Return the 64 channels of block `n` of some rows, including zeros, and its scales (1 without, and of int4).
 
     No value outside a block is read, even if its code is damaged.
     """
@@ -48,21 +48,27 @@ def _block(
         byte = tl.load(codes + start[:, None] + channel[None, :] // 8, mask=inside[:, None], other=0).to(tl.int32)
         if KIND == POSITIONS:
             pair = byte >> (channel // 4 % 2 * 4)[None, :]
-            place, second = (channel % 4)[None, :], (pair >> 2) & 3
-            bit = ((place == (pair & 3)) | (place == second)).to(tl.int32)
+            place, first, second = (channel % 4)[None, :], pair & 3, (pair >> 2) & 3
+            bit = ((place == first) | (place == second)).to(tl.int32)
             rank = (channel // 4 * 2)[None, :] + (place == second).to(tl.int32)
         else:
             bit = (byte >> (channel % 8)[None, :]) & 1
             rank = tl.cumsum(bit, axis=1) - bit
         shown = inside[:, None] & (bit == 1) & (rank < slots)
-        if SIZE == 0:  # two values in a byte
-            pair = tl.load(values + (start + HEADER)[:, None] + rank // 2, mask=shown, other=0).to(tl.int32)
-            weight = tl.where(shown, ((pair >> (rank % 2 * 4)) & 15) - 8, 0)
+        scale = tl.full((1,), 1.0, tl.float32)
+        if SIZE == 0:  # int4: two values in a byte
+            stored = tl.load(values + (start + HEADER)[:, None] + rank // 2, mask=shown, other=0).to(tl.int32)
+            integer = ((stored >> (rank % 2 * 4)) & 15) - 8
+            if KIND == POSITIONS:
+                integer = 2 * integer + (first > second).to(tl.int32)
+            own = tl.load(scales + (start + 8) // SCALE, mask=inside, other=0).to(tl.int32)[:, None]
+            level = (own >> (channel // 16 * 3)[None, :]) & 7
+            step = ((((own >> 12) & 15) + 114) << 23 | level << 20).to(tl.float32, bitcast=True)
+            weight = tl.where(shown, integer, 0).to(tl.float32) * step
         else:
             weight = tl.load(values + ((start + HEADER) // SIZE)[:, None] + rank, mask=shown, other=0)
-        scale = tl.full((1,), 1.0, tl.float32)
-        if SCALE > 0:
-            scale = tl.load(scales + (start + 8) // SCALE, mask=inside, other=0).to(tl.float32)
+            if SCALE > 0:
+                scale = tl.load(scales + (start + 8) // SCALE, mask=inside, other=0).to(tl.float32)
     return weight, scale
 
 

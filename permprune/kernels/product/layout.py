@@ -13,6 +13,8 @@ from permprune.system.device import INT4
 
 BLOCK = 64
 """Number of channels of a block: the unit of packed rows, and of the scales of integers."""
+PART = 16
+"""Number of channels that share a scale of int4."""
 CODE = 8
 """Bytes of a block that say which channels are kept."""
 LARGEST_GROUP = 16
@@ -29,9 +31,10 @@ class Layout:
     """How a packed weight of some pattern, stored type and width is stored.
 
     A row is a sequence of `count` blocks of 64 channels, the last padded. A block consists of 8 bytes of code, a scale
-    (int8: fp32, int4: bf16), and `slots` values: the kept weights in channel order, then zeros. The code of 2:4 has two
-    bits for each kept weight: its position among the four of its group (`positions`). That of another pattern has a bit
-    for each channel. Raises `PermpruneError` for a pattern, type or width that cannot be packed.
+    (int8: fp32; int4: two bytes for those of its `part` channels, see `int4`), and `slots` values: the kept weights in
+    channel order, then zeros. The code of 2:4 has two bits for each kept weight: its position among the four of its
+    group (`positions`). That of another pattern has a bit for each channel. Raises `PermpruneError` for a pattern, type
+    or width that cannot be packed.
     """
 
     pattern: Pattern
@@ -45,7 +48,7 @@ class Layout:
     @property
     def positions(self) -> bool:
         """Whether codes are positions of two bits; if not, masks."""
-        return (self.pattern.n, self.pattern.m) == (2, 4)
+        return has_positions(self.pattern)
 
     @property
     def count(self) -> int:
@@ -66,8 +69,13 @@ class Layout:
 
     @property
     def scale(self) -> torch.dtype | None:
-        """The type of the scales of integers; None of other values."""
-        return {torch.int8: torch.float32, INT4: torch.bfloat16}.get(self.dtype)
+        """The type in which the scale of a block of integers is stored; None of other values."""
+        return {torch.int8: torch.float32, INT4: torch.int16}.get(self.dtype)
+
+    @property
+    def part(self) -> int:
+        """Channels that share a scale of integers."""
+        return PART if self.dtype == INT4 else BLOCK
 
     @property
     def header(self) -> int:
@@ -108,6 +116,11 @@ class Layout:
                 raise PermpruneError(
                     f"{name} has {part} on {tensor.device} and blocks on {blocks.device}: move them together"
                 )
+
+
+def has_positions(pattern: Pattern) -> bool:
+    """Whether the code of a pattern names the positions of what is kept: that of 2:4 does."""
+    return (pattern.n, pattern.m) == (2, 4)
 
 
 def require_packable(pattern: Pattern, dtype: torch.dtype) -> None:

@@ -102,12 +102,22 @@ static ALWAYS_INLINE const float *float_values(const struct weights *weights, co
         break;
     case I8:
         for (; i < slots; i++)
-            room[i] = (float)bytes[i] * read_scale(block, I8);
+            room[i] = (float)bytes[i] * read_scale(block, I8, 0);
         break;
     default:
         for (; i < slots / 2; i++) {
-            room[2 * i] = (float)((pairs[i] & 15) - 8) * read_scale(block, I4);
-            room[2 * i + 1] = (float)((pairs[i] >> 4) - 8) * read_scale(block, I4);
+            room[2 * i] = (float)((pairs[i] & 15) - 8);
+            room[2 * i + 1] = (float)((pairs[i] >> 4) - 8);
+        }
+        const uint64_t code = read_code(block), kept = kept_channels(code, weights->kind), odd = turned(code);
+        if (weights->kind == POSITIONS)
+            for (i = 0; i < BLOCK / 2; i++)
+                room[i] = 2 * room[i] + (float)(odd >> i / 2 * 4 & 1);
+        for (int part = 0, first = 0; part < BLOCK; part += PART) {
+            const int last = first + __builtin_popcountll(kept >> part & ((1u << PART) - 1));
+            for (int slot = first; slot < last && slot < slots; slot++)
+                room[slot] *= read_scale(block, I4, part);
+            first = last;
         }
     }
     return room;

@@ -122,27 +122,72 @@ static ALWAYS_INLINE uint64_t places_of(uint64_t code)
     return (code & 0x3333333333333333) + (code >> 1 & 0x6666666666666666);
 }
 
-/* The integers of a block as bf16, which are exact. */
-static ALWAYS_INLINE __m512i read_steps(const char *block, int32_t number)
+/* A code of POSITIONS with the lower position of each group first. */
+static ALWAYS_INLINE uint64_t in_order(uint64_t code)
 {
-    const __m256i bytes = read_kept(block, number);
+    const uint64_t first = 0x3333333333333333, some = turned(code) * 15;
+    return (code & ~some) | (((code & first) << 2 | (code >> 2 & first)) & some);
+}
+
+/* The integers of a block as bf16, which are exact. */
+static ALWAYS_INLINE __m512i read_steps(__m256i bytes, __m512 low_scale, __m512 high_scale)
+{
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, high_scale), _mm512_mul_ps(low, low_scale));
+}
+
+static ALWAYS_INLINE __m512i read_steps_i8(const char *block)
+{
+    const __m512 one = _mm512_set1_ps(1);
+    return read_steps(_mm256_loadu_si256((const __m256i *)(block + HEADER_I8)), one, one);
+}
+
+/* The scales of two parts, each of eight values, from the bit of the first on. */
+static ALWAYS_INLINE __m512 scales_of_two(uint32_t scales, int bit)
+{
+    const __m512i all = _mm512_set1_epi32((int32_t)(scales >> bit));
+    const __m512i own = _mm512_mask_srli_epi32(all, 0xff00, all, 3);
+    const __m512i power = _mm512_set1_epi32((int32_t)(LEAST_POWER + (scales >> 12 << 23)));
+    const __m512i seven = _mm512_set1_epi32(7 << 20);
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(power, _mm512_slli_epi32(own, 20), seven, OR_AND));
+}
+
+/* The values of a block of I4 as bf16, which are exact, with those of the lower positions first. */
+static ALWAYS_INLINE __m512i read_steps_i4(const char *block)
+{
+    const uint64_t groups = _pext_u64(turned(read_code(block)), 0x1111111111111111);
+    const __m256i bytes = load_nibbles(block + HEADER_I4), even = _mm256_add_epi8(bytes, bytes);
+    const __mmask32 odd = (__mmask32)(_pdep_u64(groups, 0x55555555) * 3);
+    const __m256i steps = _mm256_mask_add_epi8(even, odd, even, _mm256_set1_epi8(1));
+    const uint32_t scales = read_scales(block);
+    const __m512i pairs = read_steps(steps, scales_of_two(scales, 0), scales_of_two(scales, 6));
+    return _mm512_mask_rol_epi32(pairs, (__mmask16)groups, pairs, 16);
+}
+
+static ALWAYS_INLINE __m512i read_pairs(const char *block, const int32_t number)
+{
+    switch (number) {
+    case I8: return read_steps_i8(block);
+    case I4: return read_steps_i4(block);
+    default: return _mm512_loadu_si512(block + CODE);
+    }
 }
 
 /* Adds the products of a block of some rows, `apart` bytes from each other, with a tile. */
-static ALWAYS_INLINE void add_rows(const char *block, int64_t apart, int32_t number, const char *lines,
-                                   float (*sums)[PAIR_TOKENS], int first, const int integers, const int vectors, const int rows)
+static ALWAYS_INLINE void add_rows(const char *block, int64_t apart, const char *lines, float (*sums)[PAIR_TOKENS],
+                                   int first, const int32_t number, const int vectors, const int rows)
 {
+    const int scaled = number == I8; /* afterwards */
     uint64_t places[PAIR_ROWS];
     __m512i pairs[PAIR_ROWS], four[PAIR_ROWS];
     __m512 sum[PAIR_ROWS][PAIR_VECTORS];
     UNROLLED for (int r = 0; r < rows; r++) {
-        places[r] = places_of(read_code(block + r * apart));
-        pairs[r] = integers ? read_steps(block + r * apart, number) : _mm512_loadu_si512(block + r * apart + CODE);
+        const uint64_t code = read_code(block + r * apart);
+        places[r] = places_of(number == I4 ? in_order(code) : code);
+        pairs[r] = read_pairs(block + r * apart, number);
         UNROLLED for (int v = 0; v < vectors; v++)
-            sum[r][v] = first || integers ? _mm512_setzero_ps() : _mm512_load_ps(sums[r] + v * PAIR_LANES);
+            sum[r][v] = first || scaled ? _mm512_setzero_ps() : _mm512_load_ps(sums[r] + v * PAIR_LANES);
     }
 /* Pairs are broadcast from registers: lines take all loads that a core makes. Shuffles need literal numbers. */
 #define ADD_GROUP(group)                                                                                               \
@@ -158,10 +203,10 @@ static ALWAYS_INLINE void add_rows(const char *block, int64_t apart, int32_t num
     ADD_GROUP(8) ADD_GROUP(9) ADD_GROUP(10) ADD_GROUP(11) ADD_GROUP(12) ADD_GROUP(13) ADD_GROUP(14) ADD_GROUP(15)
 #undef ADD_GROUP
     UNROLLED for (int r = 0; r < rows; r++) {
-        const __m512 scale = _mm512_set1_ps(integers ? read_scale(block + r * apart, number) : 1.0f);
+        const __m512 scale = _mm512_set1_ps(scaled ? read_scale(block + r * apart, I8, 0) : 1.0f);
         UNROLLED for (int v = 0; v < vectors; v++) {
             float *to = sums[r] + v * PAIR_LANES;
-            if (integers)
+            if (scaled)
                 sum[r][v] = _mm512_fmadd_ps(sum[r][v], scale, first ? _mm512_setzero_ps() : _mm512_load_ps(to));
             _mm512_store_ps(to, sum[r][v]);
         }
@@ -196,7 +241,7 @@ static void write_sums(const struct many_pairs *job, int64_t row, int rows, int6
 
 /* The products of `rows` rows from `row` on with a tile of `vectors` vectors. */
 static ALWAYS_INLINE void multiply_tile(const struct many_pairs *job, int64_t row, int rows, int64_t tile,
-                                        float (*sums)[PAIR_TOKENS], const int integers, const int vectors)
+                                        float (*sums)[PAIR_TOKENS], const int32_t number, const int vectors)
 {
     const struct weights *weights = job->weights;
     const int64_t size = block_bytes(weights), apart = weights->count * size;
@@ -211,9 +256,9 @@ static ALWAYS_INLINE void multiply_tile(const struct many_pairs *job, int64_t ro
                 __builtin_prefetch((const char *)(ahead + (uintptr_t)(size - 1)));
             }
             if (rows - r >= PAIR_ROWS)
-                add_rows(block, apart, weights->number, lines, sums + r, n == 0, integers, vectors, PAIR_ROWS);
+                add_rows(block, apart, lines, sums + r, n == 0, number, vectors, PAIR_ROWS);
             else
-                add_rows(block, apart, weights->number, lines, sums + r, n == 0, integers, vectors, 1);
+                add_rows(block, apart, lines, sums + r, n == 0, number, vectors, 1);
         }
     }
     const int64_t token = first_vector(job, tile) * PAIR_LANES;
@@ -228,18 +273,15 @@ static void multiply_pairs(const void *argument, int64_t first, int64_t last)
     for (int64_t item = first; item < last; item++) {
         const int64_t tile = item / job->chunks, row = item % job->chunks * job->chunk;
         const int rows = (int)smaller(job->chunk, job->weights->rows - row);
-        const int integers = are_integers(job->weights), many = (int)(first_vector(job, tile + 1) - first_vector(job, tile));
-        switch (integers * PAIR_VECTORS + many) {
-#define MULTIPLY(integers, many)                                                                                       \
-    case integers * PAIR_VECTORS + many: multiply_tile(job, row, rows, tile, sums, integers, many); break;
-            MULTIPLY(0, 1)
-            MULTIPLY(0, 2)
-            MULTIPLY(0, 3)
-            MULTIPLY(0, 4)
-            MULTIPLY(1, 1)
-            MULTIPLY(1, 2)
-            MULTIPLY(1, 3)
-            MULTIPLY(1, 4)
+        const int many = (int)(first_vector(job, tile + 1) - first_vector(job, tile));
+        switch (job->weights->number * PAIR_VECTORS + many) {
+#define MULTIPLY(number, many)                                                                                         \
+    case number * PAIR_VECTORS + many: multiply_tile(job, row, rows, tile, sums, number, many); break;
+#define MULTIPLY_ALL(number) MULTIPLY(number, 1) MULTIPLY(number, 2) MULTIPLY(number, 3) MULTIPLY(number, 4)
+            MULTIPLY_ALL(BF16)
+            MULTIPLY_ALL(I8)
+            MULTIPLY_ALL(I4)
+#undef MULTIPLY_ALL
 #undef MULTIPLY
         }
     }

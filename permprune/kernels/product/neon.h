@@ -72,17 +72,30 @@ static ALWAYS_INLINE block_i8 expand_i8(const int8_t *p, uint64_t bits)
     return block;
 }
 
-static ALWAYS_INLINE int32x4_t dot_i8(block_i8 w, block_i8 x)
+/* The products of parts of 8 channels. */
+static ALWAYS_INLINE int32x4_t dot_parts(block_i8 w, block_i8 x, int first, int last)
 {
     int32x4_t sum = vdupq_n_s32(0);
-    for (int i = 0; i < 8; i++)
+    for (int i = first; i < last; i++)
         sum = vpadalq_s16(sum, vmull_s8(w.part[i], x.part[i]));
+    return sum;
+}
+
+static ALWAYS_INLINE float32x4_t add_parts(float32x4_t sum, block_i8 w, block_i8 x, const char *block, float x_scale)
+{
+    for (int part = 0; part < BLOCK; part += PART) {
+        float32x4_t count = vcvtq_f32_s32(dot_parts(w, x, part / 8, (part + PART) / 8));
+        sum = vfmaq_n_f32(sum, vmulq_n_f32(count, x_scale), read_scale(block, I4, part));
+    }
     return sum;
 }
 
 #define VECTOR block_i8
 #define LOAD(p) load_i8(p)
 #define EXPAND_BLOCK(p, bits) expand_i8(p, bits)
-#define DOT(w, x) dot_i8(w, x)
+#define DOT(w, x) dot_parts(w, x, 0, 8)
 #define SCALE(sum, count, w_scale, x_scale) vfmaq_n_f32(sum, vmulq_n_f32(vcvtq_f32_s32(count), x_scale), w_scale)
+#define SCALES const char *
+#define READ_SCALES(block) (block)
+#define ADD_PARTS(sum, w, x, w_scale, x_scale) add_parts(sum, w, x, w_scale, x_scale)
 #include "product/family_i8.h"

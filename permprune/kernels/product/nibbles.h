@@ -6,12 +6,6 @@ static ALWAYS_INLINE __m256i load_nibbles(const char *pairs)
     return _mm256_sub_epi8(_mm256_and_si256(apart, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
 }
 
-/* The kept integers of a block of which half are kept. */
-static ALWAYS_INLINE __m256i read_kept(const char *block, int32_t number)
-{
-    return number == I4 ? load_nibbles(block + HEADER_I4) : _mm256_loadu_si256((const __m256i *)(block + HEADER_I8));
-}
-
 static ALWAYS_INLINE void unpack_nibbles(const uint8_t *pairs, int8_t *to)
 {
     for (int half = 0; half < BLOCK; half += 32)

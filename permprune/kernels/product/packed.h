@@ -4,16 +4,21 @@
  * channels, so that a product reads memory from front to back. A block is
  *
  *     code     8 bytes that say which channels are kept
- *     scale    of integers, the value of one step: fp32 of I8, bf16 of I4
+ *     scale    of integers, the value of one step: fp32 of I8, and of I4 two bytes for all of its parts
  *     values   `slots` numbers: the kept weights in channel order, then zeros
  *
  * An integer of I4 is from -8 to 7, plus 8 in four bits: two of them in a byte, the first in its low bits. `slots` is a
- * multiple of four then.
+ * multiple of four then. Each PART channels have a scale of their own, a positive float with three bits of mantissa, those
+ * of the first channels in the lowest bits of the two bytes. The upper four are the exponent of all, from that of
+ * LEAST_POWER on, as in the bits of a float.
  *
  * A code of kind MASK has a bit for every channel; the bits after the width are zero. One of kind POSITIONS, for 2:4, has
  * four bits for each group of four channels: the position of the first kept channel in bits 0 and 1, that of the second
  * in bits 2 and 3. After the width the positions are 0 and 1, and the values zeros. No code can refer to a channel
  * outside its block; a kernel never reads outside the blocks, whatever the codes are.
+ *
+ * Of I4 and POSITIONS a kept weight is twice its integer, or, in groups whose first position is behind the second
+ * (`turned`), twice its integer plus one, which a code of an order has no other use for. The integers follow the positions.
  *
  * PLAIN weights, tables of int8 and dense layers, have no codes, all values, and their scales elsewhere.
  */
@@ -25,6 +30,7 @@
 enum { BLOCK = 64 };     /* channels of a block */
 enum { CODE = 8 };       /* bytes of a code */
 enum { HEADER_I8 = 12, HEADER_I4 = 10 }; /* bytes of a code and a scale */
+enum { PART = 16, PARTS = BLOCK / PART, LEAST_POWER = (127 - 13) << 23 }; /* of the scales of I4 */
 enum { I4 = NUMBERS, STORED };           /* the types of weights: numbers, and I4 */
 enum { TILE_ROWS = 4 };  /* rows of the weight that a tile multiplies at once */
 enum { TILE_BATCH = 4 }; /* rows of the activations that a tile multiplies at once */
@@ -133,17 +139,31 @@ static ALWAYS_INLINE uint64_t read_code(const char *block)
     return code;
 }
 
-/* Of a block of integers. */
-static ALWAYS_INLINE float read_scale(const char *block, int32_t number)
+/* The scales of a block of I4. */
+static ALWAYS_INLINE uint32_t read_scales(const char *block)
+{
+    uint16_t scales;
+    memcpy(&scales, block + CODE, sizeof scales);
+    return scales;
+}
+
+/* Of a block of integers, the scale of a channel. */
+static ALWAYS_INLINE float read_scale(const char *block, int32_t number, int channel)
 {
     float scale;
-    uint16_t half;
     if (number == I4) {
-        memcpy(&half, block + CODE, sizeof half);
-        return bf16_to_f32(half);
+        const uint32_t scales = read_scales(block), own = scales >> 3 * (channel / PART) & 7;
+        return from_bits((LEAST_POWER + (scales >> 12 << 23)) | own << 20);
     }
     memcpy(&scale, block + CODE, sizeof scale);
     return scale;
+}
+
+/* A one in the lowest bit of each group of a code of POSITIONS whose first position is behind the second. */
+static ALWAYS_INLINE uint64_t turned(uint64_t code)
+{
+    const uint64_t low = code & ~(code >> 2), equal = ~(code ^ code >> 2), high = low >> 1;
+    return (high | (equal >> 1 & low)) & 0x1111111111111111;
 }
 
 /* The mask with a bit for each channel that a code keeps. */

@@ -12,13 +12,25 @@ from torch import Tensor
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
-from permprune.kernels.product.int4 import exact_scale, pack_pairs, round_to_int4, search_scale, unpack_pairs
-from permprune.kernels.product.layout import BLOCK, CODE, Layout, type_name
+from permprune.kernels.product.int4 import (
+    LARGEST,
+    SMALLEST,
+    apart,
+    exact_scale,
+    joined,
+    nearest_steps,
+    pack_pairs,
+    pack_scales,
+    search_scale,
+    unpack_pairs,
+    unpack_scales,
+)
+from permprune.kernels.product.layout import BLOCK, CODE, PART, Layout, type_name
 from permprune.pattern import Pattern
 from permprune.system.device import INT4
 
-AT_ONCE = 1 << 24
-"""Number of weights that are packed or unpacked at a time by PyTorch, to bound the memory of intermediate results."""
+AT_ONCE = 1 << 20
+"""Number of weights that are packed or unpacked at a time by PyTorch, so that what is computed stays in the cache."""
 DAMAGED = "the file is damaged, pack the model again"
 
 
@@ -46,9 +58,9 @@ class PackedWeight:
         """Pack a floating-point weight (rows, width) whose groups have at most n non-zeros.
 
         Values are stored as `dtype`, by default the type of the weight. int8 rounds each block of 64 channels of a row
-        to 255 steps from minus its largest magnitude to its largest magnitude. int4 rounds to 16 steps, of a size that
-        is searched in each block (`search_scale`), unless its weights are such steps already or the size is given as
-        `scale`, bf16 (rows, blocks of a row). Raises `PermpruneError` as `layout_of`.
+        to 255 steps from minus its largest magnitude to its largest magnitude. int4 rounds to steps (`int4`) of a size
+        that is searched for each 16 channels (`search_scale`), unless the rows are such steps already or the size is
+        given as `scale`, bf16 (rows, parts of a row). Raises `PermpruneError` as `layout_of`.
         """
         layout = cls.layout_of(weight, pattern, dtype or weight.dtype)
         blocks = torch.empty(weight.shape[0], layout.row_bytes, dtype=torch.uint8, device=weight.device)
@@ -70,6 +82,12 @@ class PackedWeight:
             raise PermpruneError(f"a weight to pack does not hold {pattern}: prune the model to {pattern} first")
         if dtype.is_floating_point and not ends.to(dtype).isfinite().all():
             raise PermpruneError(f"a weight to pack is too large for {type_name(dtype)}: pack as bf16 or fp32")
+        largest = float(ends.abs().max()) if weight.numel() else 0.0
+        if dtype == INT4 and largest and not SMALLEST <= largest <= LARGEST:
+            raise PermpruneError(
+                f"the largest weight to pack is {largest:.2g}, which has to be between {SMALLEST:.2g} and "
+                f"{LARGEST:.2g} in int4: pack as int8"
+            )
         return layout
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -78,11 +96,17 @@ class PackedWeight:
         weight = torch.empty(rows, width, dtype=dtype, device=self.blocks.device)
         for lines in _parts(rows, width):
             some = PackedWeight(self.layout, self.blocks[lines])
-            kept, values, scale = some.kept, some.values.float(), some.scale
+            values, scale = some.values.float(), some.scale
+            if self.layout.positions:
+                dense = values.new_zeros(*values.shape[:2], BLOCK).scatter_(-1, some.channels, values)
+            else:
+                kept = some.kept
+                rank = (kept.cumsum(-1) - 1).clamp_(0, values.shape[-1] - 1)
+                dense = torch.where(kept, values.gather(-1, rank), 0)
+            dense = dense.flatten(1)
             if scale is not None:
-                values = values * scale.unsqueeze(-1)
-            rank = (kept.cumsum(-1) - 1).clamp_(0, values.shape[-1] - 1)
-            weight[lines] = torch.where(kept, values.gather(-1, rank), 0).flatten(1)[:, :width].to(dtype)
+                dense *= scale.float().repeat_interleave(self.layout.part, 1)
+            weight[lines] = dense[:, :width].to(dtype)
         return weight
 
     @property
@@ -91,26 +115,34 @@ class PackedWeight:
         code = self._fields[..., :CODE]
         if not self.layout.positions:
             return unpack_bits(code)
-        channels = unpack_bits(code, 2) + torch.arange(BLOCK // 2, device=code.device) // 2 * 4
         mask = torch.zeros(*code.shape[:2], BLOCK, dtype=torch.bool, device=code.device)
-        mask.scatter_(-1, channels, value=True)
-        return mask
+        return mask.scatter_(-1, self.channels, value=True)
+
+    @property
+    def channels(self) -> Tensor:
+        """The channel of each value of a block of 2:4, int64 (rows, blocks of a row, slots)."""
+        code = self._fields[..., :CODE]
+        return unpack_bits(code, 2) + torch.arange(BLOCK // 2, device=code.device) // 2 * 4
 
     @property
     def values(self) -> Tensor:
         """The values of each block in the stored type, (rows, blocks of a row, slots); a view of `blocks`.
 
-        Of int4 they are a new tensor in int8.
+        Of int4 they are a new tensor in int8, of steps of the scale.
         """
         stored = self._fields[..., self.layout.header :]
-        return unpack_pairs(stored) if self.layout.dtype == INT4 else stored.view(self.layout.dtype)
+        if self.layout.dtype != INT4:
+            return stored.view(self.layout.dtype)
+        integers = unpack_pairs(stored)
+        return joined(integers, self.channels) if self.layout.positions else integers
 
     @property
     def scale(self) -> Tensor | None:
-        """Of integers, the value of one step in each block, (rows, blocks of a row); a view of `blocks`."""
+        """Of integers, the value of one step in each `layout.part` channels, (rows, parts of a row)."""
         if self.layout.scale is None:
             return None
-        return self._fields[..., CODE : self.layout.header].view(self.layout.scale).squeeze(-1)
+        stored = self._fields[..., CODE : self.layout.header]
+        return unpack_scales(stored).flatten(1) if self.layout.dtype == INT4 else stored.view(torch.float32).squeeze(-1)
 
     @property
     def _fields(self) -> Tensor:
@@ -134,7 +166,8 @@ class PackedWeight:
     def _row_off_pattern(self) -> int | None:
         """Return the first row whose codes do not keep n of every m channels, or None.
 
-        Channels after the width are not kept; in codes of positions they are the first two of their groups.
+        Channels after the width are not kept; in codes of positions they are the first two of their groups. Positions
+        ascend, except in int4.
         """
         layout, blocks = self.layout, self.blocks.contiguous()  # must live as long as its description
         if library.available() and blocks.device.type == "cpu":
@@ -144,7 +177,8 @@ class PackedWeight:
         bad = (groups.sum(-1) != layout.pattern.n).any(-1)
         if layout.positions:
             first, second = unpack_bits(self._fields[..., :CODE], 2).unflatten(-1, (-1, 2)).unbind(-1)
-            bad |= (first >= second).flatten(1).any(-1)
+            if layout.dtype != INT4:
+                bad |= (first >= second).flatten(1).any(-1)
             rest = rest != (torch.arange(rest.shape[1], device=rest.device) % 4 < 2)
         bad |= rest.any(-1)
         return int(bad.int().argmax()) if bad.any() else None
@@ -188,16 +222,22 @@ def _blocks_of(weight: Tensor, layout: Layout, scale: Tensor | None) -> Tensor:
     if layout.dtype == torch.int8:
         weight, scale = quantize(weight.float())
         header = [scale.contiguous().unsqueeze(-1).view(torch.uint8)]
+    elif layout.dtype == INT4:
+        blocks = F.pad(weight.float(), padding).unflatten(1, (-1, BLOCK))
+        scale = _scale_of(blocks, layout) if scale is None else scale.unflatten(1, (layout.count, -1))
+        parts, header = blocks.unflatten(2, (-1, PART)), [pack_scales(scale)]
+        weight = nearest_steps(parts, scale.float(), paired=layout.positions).flatten(1)[:, : layout.width]
     kept, padded = (part.unflatten(1, (-1, BLOCK)) for part in (kept, F.pad(weight, padding)))
     channels = (~kept).to(torch.uint8).argsort(stable=True, dim=-1)[..., : layout.slots]  # the kept ones first
     values = torch.where(kept.gather(-1, channels), padded.gather(-1, channels), 0)
-    if layout.dtype == INT4:
-        values = values.float()
-        if scale is None:
-            known, is_exact = exact_scale(values)
-            scale = torch.where(is_exact, known, search_scale(values))
-        header, values = [scale.unsqueeze(-1).view(torch.uint8)], pack_pairs(round_to_int4(values, scale))
-    else:
-        values = values.to(layout.dtype)
+    if layout.dtype == INT4 and layout.positions:
+        values, channels = apart(values, channels)
+    values = pack_pairs(values) if layout.dtype == INT4 else values.to(layout.dtype)
     code = pack_bits(channels % 4, 2) if layout.positions else pack_bits(kept)
     return torch.cat([code, *header, values.contiguous().view(torch.uint8)], -1).flatten(1)
+
+
+def _scale_of(weight: Tensor, layout: Layout) -> Tensor:
+    """Return the scales of int4, bf16 (rows, blocks, parts), of a weight in fp32, (rows, blocks, 64)."""
+    scale = exact_scale(weight, paired=layout.positions)
+    return search_scale(weight, paired=layout.positions) if scale is None else scale

@@ -86,11 +86,18 @@ static ALWAYS_INLINE block_i8 expand_i8(const int8_t *p, uint64_t bits)
     return block;
 }
 
-static ALWAYS_INLINE int32_t dot_i8(const block_i8 *w, const block_i8 *x)
+static ALWAYS_INLINE int32_t dot_i8(const block_i8 *w, const block_i8 *x, int first, int last)
 {
     int32_t sum = 0;
-    for (int channel = 0; channel < BLOCK; channel++)
+    for (int channel = first; channel < last; channel++)
         sum += w->channel[channel] * x->channel[channel];
+    return sum;
+}
+
+static ALWAYS_INLINE float add_parts(float sum, const block_i8 *w, const block_i8 *x, const char *block, float x_scale)
+{
+    for (int part = 0; part < BLOCK; part += PART)
+        sum += (float)dot_i8(w, x, part, part + PART) * x_scale * read_scale(block, I4, part);
     return sum;
 }
 
@@ -98,8 +105,11 @@ static ALWAYS_INLINE int32_t dot_i8(const block_i8 *w, const block_i8 *x)
 #define SUM float
 #define LOAD(p) load_i8(p)
 #define EXPAND_BLOCK(p, bits) expand_i8(p, bits)
-#define DOT(w, x) dot_i8(&(w), &(x))
+#define DOT(w, x) dot_i8(&(w), &(x), 0, BLOCK)
 #define ZERO() 0
 #define SCALE(sum, count, w_scale, x_scale) ((sum) + (float)(count) * (x_scale) * (w_scale))
 #define TOTAL(sum) (sum)
+#define SCALES const char *
+#define READ_SCALES(block) (block)
+#define ADD_PARTS(sum, w, x, w_scale, x_scale) add_parts(sum, &(w), &(x), w_scale, x_scale)
 #include "product/family_i8.h"

@@ -3,10 +3,14 @@
  *
  * Expects NAME; SCALE_OF(const struct weights *, const char *block, int64_t place), the scale of block number `place`;
  * READ(const struct weights *, const char *block, const char *end, int8_t *room), its FACTORS; and DOT, SUM, ZERO, SCALE
- * and TOTAL (family_i8.h). SCALE_TYPE is that of a scale, by default float.
+ * and TOTAL (family_i8.h). SCALE_TYPE is that of a scale, by default float; ADD(SUM, w, x, w_scale, x_scale) adds the
+ * product of a block, by default SCALE of its DOT.
  */
 #ifndef SCALE_TYPE
 #define SCALE_TYPE float
+#endif
+#ifndef ADD
+#define ADD(sum, w, x, w_scale, x_scale) SCALE(sum, DOT(w, x), w_scale, x_scale)
 #endif
 #define TILE PASTE(NAME, _tile)
 
@@ -39,7 +43,7 @@ static ALWAYS_INLINE void TILE(const struct product *job, int64_t row, int64_t a
         UNROLLED for (int b = 0; b < batch; b++) {
             VECTOR channels = LOAD(x + b * BLOCK);
             UNROLLED for (int r = 0; r < height; r++)
-                sums[r][b] = SCALE(sums[r][b], DOT(w[r], channels), scale[r], x_scale[b]);
+                sums[r][b] = ADD(sums[r][b], w[r], channels, scale[r], x_scale[b]);
         }
     }
     UNROLLED for (int r = 0; r < height; r++)
@@ -53,5 +57,6 @@ DEFINE_TILED(NAME, TILE, 2) /* two rows share what is read of the activations */
 #undef NAME
 #undef SCALE_OF
 #undef SCALE_TYPE
+#undef ADD
 #undef FACTORS
 #undef READ

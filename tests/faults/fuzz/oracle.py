@@ -61,6 +61,16 @@ def holds(weight: Tensor, pattern: str) -> bool:
     return bool(((weight.unflatten(1, (-1, m)) != 0).sum(-1) <= n).all())
 
 
+def int4_values(code: Tensor, rest: Tensor, pattern: str) -> Tensor:
+    """The kept weights of a block of int4, fp64 (rows, slots), in steps of their scales."""
+    pairs = rest[:, 2:].int()
+    values = (torch.stack([pairs & 15, pairs >> 4], -1).flatten(1) - 8).double()
+    if pattern != "2:4":
+        return values
+    places = torch.stack([code[:, i // 4] >> 2 * (i % 4) & 3 for i in range(BLOCK // 2)], 1)
+    return 2 * values + (places[:, ::2] > places[:, 1::2]).double().repeat_interleave(2, 1)
+
+
 def decode_blocks(blocks: Tensor, pattern: str, dtype: torch.dtype, width: int) -> Tensor:
     """Return the weight, fp64 (rows, width), in packed rows of uint8 (docs/packed-weights.md)."""
     weight = torch.zeros(len(blocks), -(-width // BLOCK) * BLOCK, dtype=torch.float64)
@@ -70,8 +80,7 @@ def decode_blocks(blocks: Tensor, pattern: str, dtype: torch.dtype, width: int) 
         if dtype == torch.int8:
             scale, rest = rest[:, :4].contiguous().view(torch.float32), rest[:, 4:]
         if dtype == torch.int4:  # two in a byte
-            scale, pairs = rest[:, :2].contiguous().view(torch.bfloat16), rest[:, 2:].char()
-            values = (torch.stack([pairs & 15, pairs >> 4 & 15], -1).flatten(1) - 8).double() * scale.double()
+            values = int4_values(code, rest, pattern)
         else:
             values = rest.contiguous().view(dtype).double() * scale.double()
         if pattern == "2:4":  # two bits for each kept weight: where it is in its group
@@ -81,6 +90,10 @@ def decode_blocks(blocks: Tensor, pattern: str, dtype: torch.dtype, width: int) 
             bits = torch.stack([code[:, c // 8] >> c % 8 & 1 for c in range(BLOCK)], 1)
             rank = (bits.cumsum(1) - 1).clamp(0, values.shape[1] - 1)
             weight[:, first : first + BLOCK] = torch.where(bits == 1, values.gather(1, rank), 0)
+        if dtype == torch.int4:
+            word = rest[:, 0].int() + 256 * rest[:, 1].int()
+            for c in range(BLOCK):
+                weight[:, first + c] *= (1 + (word >> c // 16 * 3 & 7) / 8) * 2.0 ** ((word >> 12) - 13)
     return weight[:, :width]
 
 
