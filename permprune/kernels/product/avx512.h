@@ -214,9 +214,11 @@ static ALWAYS_INLINE __m512 scales_in_lanes(const char *first, const char *secon
 {
     const __m512i left = _mm512_setr_epi32(20, 20, 20, 20, 17, 17, 17, 17, 14, 14, 14, 14, 11, 11, 11, 11);
     const __m512i power = _mm512_set1_epi32(15 << 23), own = _mm512_set1_epi32(15 << 23 | 7 << 20);
-    const __m512i both = _mm512_mask_set1_epi32(_mm512_set1_epi32((int32_t)read_scales(first)), SECOND_ROW,
-                                                (int32_t)read_scales(second));
-    const __m512i bits = _mm512_ternarylogic_epi32(power, _mm512_slli_epi32(both, 11), _mm512_sllv_epi32(both, left), SELECT);
+    const __mmask32 other = 0xf0f0f0f0; /* SECOND_ROW, in lanes of 16 bits */
+    const __m512i both = _mm512_mask_set1_epi16(_mm512_set1_epi16((int16_t)read_scales(first)), other,
+                                                (int16_t)read_scales(second));
+    /* the upper 16 bits of a lane are the same again, so that the exponent is there, too */
+    const __m512i bits = _mm512_ternarylogic_epi32(power, _mm512_srli_epi32(both, 5), _mm512_sllv_epi32(both, left), SELECT);
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_and_si512(bits, own), _mm512_set1_epi32(LEAST_POWER)));
 }
 
@@ -250,21 +252,37 @@ static ALWAYS_INLINE two_blocks read_two_i8(const char *first, const char *secon
     return two_blocks_of(alternate(as_lower_half(one), as_lower_half(other), 0), index_of_two(first, second), scale);
 }
 
-/* Twice the integers, and one more in groups whose first position is behind the second. */
-static ALWAYS_INLINE two_blocks read_two_i4(const char *first, const char *second)
+/* Two blocks of I4: twice the integers as they are stored, plus 8, and one more in groups whose first position is behind
+ * the second. */
+typedef struct {
+    __m512i w, index;
+    __m512 scale;
+} two_blocks_i4;
+
+static ALWAYS_INLINE two_blocks_i4 read_two_i4(const char *first, const char *second)
 {
     const __m512i turn = _mm512_set4_epi32(0x0e0f0c0d, 0x0a0b0809, 0x06070405, 0x02030001);
+    const __m256i apart = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     const __m512i index = index_of_two(first, second);
-    const __m128i one = _mm_loadu_si128((const __m128i *)(first + HEADER_I4));
-    const __m128i other = _mm_loadu_si128((const __m128i *)(second + HEADER_I4));
-    const __m128i low = _mm_unpacklo_epi32(one, other), high = _mm_unpackhi_epi32(one, other);
-    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
-    const __m512i twice = _mm512_ternarylogic_epi64(_mm512_slli_epi16(wide, 1), _mm512_slli_epi16(wide, 5),
-                                                    _mm512_set1_epi8(30), AND_OF_OR);
+    const __m256i one = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(first + HEADER_I4)));
+    const __m256i both = _mm256_inserti128_si256(one, _mm_loadu_si128((const __m128i *)(second + HEADER_I4)), 1);
+    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(both, apart));
+    const __m512i even = _mm512_ternarylogic_epi64(_mm512_slli_epi16(wide, 1), _mm512_slli_epi16(wide, 5),
+                                                   _mm512_set1_epi8(30), AND_OF_OR);
     const __mmask32 turned = _mm512_cmpgt_epi16_mask(_mm512_shuffle_epi8(index, turn), index);
-    const __m512i even = _mm512_set1_epi8(-16), odd = _mm512_set1_epi8(-15);
-    const __m512i w = _mm512_add_epi8(twice, _mm512_mask_blend_epi16(turned, even, odd));
-    return two_blocks_of(w, index, scales_in_lanes(first, second));
+    const __m512i w = _mm512_mask_add_epi16(even, turned, even, _mm512_set1_epi8(1));
+    return (two_blocks_i4){w, index, scales_in_lanes(first, second)};
+}
+
+/* The products in floats: added to the bits of 1.5 x 2^23, a sum makes them those of 1.5 x 2^23 plus the sum. */
+static ALWAYS_INLINE __m512 add_dot_i4(__m512 sum, two_blocks_i4 two, __m512i x, float scale)
+{
+    const __m512i start = _mm512_set1_epi32(0x4b400000);
+    const __m512i picked = _mm512_shuffle_epi8(x, two.index);
+    const __m512i shifted = _mm512_dpbusd_epi32(start, two.w, picked);
+    const __m512i shift = _mm512_dpbusd_epi32(start, _mm512_set1_epi8(16), picked);
+    const __m512 product = _mm512_sub_ps(_mm512_castsi512_ps(shifted), _mm512_castsi512_ps(shift));
+    return _mm512_fmadd_ps(_mm512_mul_ps(product, _mm512_set1_ps(scale)), two.scale, sum);
 }
 
 static ALWAYS_INLINE __m512 add_dot(__m512 sum, two_blocks two, __m512i x, float scale)
@@ -277,17 +295,20 @@ static ALWAYS_INLINE __m512 add_dot(__m512 sum, two_blocks two, __m512i x, float
 #define SUM __m512
 #define ZERO() _mm512_setzero_ps()
 
-static ALWAYS_INLINE void add_two_i8(SUM sums[][WIDE_BATCH], const two_blocks *two, const char *const *block,
-                                     const struct product *job, int64_t pair, int64_t n, const int batch)
-{
-    (void)block;
-    UNROLLED for (int b = 0; b < batch; b++) {
-        const int64_t place = wide_place(pair, job->weights->count, n, b, batch);
-        VECTOR channels = LOAD((const int8_t *)job->staged->values + place * BLOCK);
-        UNROLLED for (int p = 0; p < PAIRS; p++)
-            sums[p][b] = add_dot(sums[p][b], two[p], channels, job->staged->scale[place]);
+#define ADD_TWO_INTEGERS(NAME, BLOCKS, ADD_DOT)                                                                        \
+    static ALWAYS_INLINE void NAME(SUM sums[][WIDE_BATCH], const BLOCKS *two, const char *const *block,                \
+                                   const struct product *job, int64_t pair, int64_t n, const int batch)                \
+    {                                                                                                                  \
+        (void)block;                                                                                                   \
+        UNROLLED for (int b = 0; b < batch; b++) {                                                                     \
+            const int64_t place = wide_place(pair, job->weights->count, n, b, batch);                                  \
+            const __m512i channels = _mm512_loadu_si512((const int8_t *)job->staged->values + place * BLOCK);          \
+            UNROLLED for (int p = 0; p < PAIRS; p++)                                                                   \
+                sums[p][b] = ADD_DOT(sums[p][b], two[p], channels, job->staged->scale[place]);                         \
+        }                                                                                                              \
     }
-}
+ADD_TWO_INTEGERS(add_two_i8, two_blocks, add_dot)
+ADD_TWO_INTEGERS(add_two_i4, two_blocks_i4, add_dot_i4)
 
 #define NAME two_rows_i8
 #define TWO two_blocks
@@ -296,9 +317,9 @@ static ALWAYS_INLINE void add_two_i8(SUM sums[][WIDE_BATCH], const two_blocks *t
 #include "product/two_rows.h"
 #define TWO_ROWS_I8 2
 #define NAME two_rows_i4
-#define TWO two_blocks
+#define TWO two_blocks_i4
 #define READ_TWO(first, second) read_two_i4(first, second)
-#define ADD_TWO add_two_i8
+#define ADD_TWO add_two_i4
 #include "product/two_rows.h"
 #define TWO_ROWS_I4 1
 
