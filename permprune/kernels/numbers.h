@@ -31,8 +31,10 @@
 /* Before a loop with a constant count: sums in an array stay in registers only if the loop is unrolled early. */
 #if defined(__clang__)
 #define UNROLLED PRAGMA(clang loop unroll(full))
+#define NOT_UNROLLED PRAGMA(clang loop unroll(disable))
 #else
 #define UNROLLED PRAGMA(GCC unroll 16)
+#define NOT_UNROLLED PRAGMA(GCC unroll 1)
 #endif
 
 enum { LINE = 16 }; /* numbers that are worked on side by side where each processor is to find the same bits */

@@ -98,11 +98,10 @@ static void multiply_nonfinite(const struct product *job, const void *x, int64_t
 /* Replaces the products of the rows of activations that are not finite. `line` has room for a row. */
 static void correct_nonfinite(const struct product *job, const void *activations, int32_t number, float *line)
 {
-    const int64_t width = job->weights->width, batch = job->staged->batch, row_bytes = width * (number == F32 ? 4 : 2);
-    if (!all_finite(activations, batch * width, number))
-        for (int64_t row = 0; row < batch; row++)
-            if (!all_finite((const char *)activations + row * row_bytes, width, number))
-                multiply_nonfinite(job, activations, row, number, line);
+    const int64_t width = job->weights->width, row_bytes = width * (number == F32 ? 4 : 2);
+    for (int64_t row = 0; row < job->staged->batch; row++)
+        if (!all_finite((const char *)activations + row * row_bytes, width, number))
+            multiply_nonfinite(job, activations, row, number, line);
 }
 
 static kernel *choose_kernel(const struct kernels *kernels, int32_t number, int pairs, int dense)
@@ -173,18 +172,21 @@ static int are_pairs(const struct kernels *kernels, const struct weights *weight
            kernels->many_pairs && runs_pairs(index);
 }
 
-/* Works on so many tokens at a time that they take the memory that the lines of many.h take. */
-static void multiply_many_pairs(const struct many *job, const struct kernels *kernels, int32_t threads)
+/* Works on so many tokens at a time that they take the memory that the lines of many.h take. Returns whether all activations
+ * are finite. */
+static int multiply_many_pairs(const struct many *job, const struct kernels *kernels, int32_t threads)
 {
     enum { AT_ONCE = TILES * 192 };
     const struct weights *weights = job->product.weights;
     const int64_t batch = job->product.staged->batch, least = (weights->rows + PAIR_CHUNK - 1) / PAIR_CHUNK;
+    int32_t nonfinite = 0;
     for (int64_t first = 0; first < batch; first += AT_ONCE) {
         struct many_pairs part = {
             .weights = weights,
             .activations = (const uint16_t *)job->activations + first * weights->width,
             .channels = job->product.staged->values,
             .output = (uint16_t *)job->product.output + first * weights->rows,
+            .nonfinite = &nonfinite,
             .batch = smaller(AT_ONCE, batch - first),
         };
         part.tiles = (part.batch + PAIR_TOKENS - 1) / PAIR_TOKENS;
@@ -195,6 +197,7 @@ static void multiply_many_pairs(const struct many *job, const struct kernels *ke
         run_in_pieces(&part, kernels->turn_pairs, part.tiles, 1, threads);
         run_in_pieces(&part, kernels->many_pairs, part.tiles * part.chunks, 1, threads);
     }
+    return !nonfinite;
 }
 
 static void multiply_many_floats(struct many *job, const struct kernels *kernels, int64_t tokens, int32_t threads)
@@ -227,11 +230,13 @@ EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void
         return BAD_SIZE;
     struct staged staged = {memory, NULL, batch};
     struct many job = {.product = {weights, &staged, output, number}, .activations = activations};
+    int finite = 0;
     if (are_pairs(kernels, weights, number, index))
-        multiply_many_pairs(&job, kernels, threads);
+        finite = multiply_many_pairs(&job, kernels, threads);
     else
         multiply_many_floats(&job, kernels, tokens, threads);
-    correct_nonfinite(&job.product, activations, number, (float *)memory + lines);
+    if (!finite)
+        correct_nonfinite(&job.product, activations, number, (float *)memory + lines);
     return DONE;
 }
 

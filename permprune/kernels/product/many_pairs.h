@@ -7,13 +7,13 @@
  * after those of the group before. Whatever a code is, its place is at most 9, and in the lines of the block.
  *
  * The activations of a tile of tokens are turned first, so that any order of channels is one of rows. Then the tile is
- * multiplied by a chunk of rows, block by block of channels. Its lines stay in the level 1 cache, and
- * are written again for each chunk, which takes less time than reading them from another cache. Sums are in the level 2 cache. */
+ * multiplied by a chunk of rows, block by block of channels. Its lines stay in the level 1 cache, and are written again for
+ * each chunk, which takes less time than reading them from another cache. Sums are in the level 2 cache. */
 #include "product/nibbles.h"
 
 enum { PLACES = 7, PAIR_LINES = BLOCK / 4 * PLACES + 3 };
 enum { PAIR_LANES = 16, PAIR_VECTORS = PAIR_TOKENS / PAIR_LANES }; /* the lines that are used take 24 KiB */
-enum { PAIR_ROWS = 2 };                                            /* enough sums to hide their latency */
+enum { PAIR_ROWS = 4 };                                            /* enough sums to hide their latency */
 enum { PAIR_AHEAD = 12 }; /* rows: their blocks are too far apart to be fetched by hardware */
 
 /* The transpose of 16 x 16 numbers of 32 bits. */
@@ -53,21 +53,27 @@ static ALWAYS_INLINE uint16_t *channels_of_tile(const struct many_pairs *job, in
     return job->channels + tile * job->weights->count * BLOCK * PAIR_TOKENS;
 }
 
-/* Turns 16 tokens of 32 channels, with zeros after the last token and channel: `even` and `odd` are those of 16 pairs. */
-static ALWAYS_INLINE void turn_channels(const struct many_pairs *job, int64_t token, int64_t channel, __m256i even[16],
-                                        __m256i odd[16])
+/* Turns 16 tokens of 32 channels, with zeros after the last token and channel: `even` and `odd` are those of 16 pairs. Returns
+ * the channels in which some are not finite. */
+static ALWAYS_INLINE __mmask32 turn_channels(const struct many_pairs *job, int64_t token, int64_t channel, __m256i even[16],
+                                             __m256i odd[16])
 {
+    const __m512i exponent = _mm512_set1_epi16(0x7f80);
+    __mmask32 nonfinite = 0;
     const int64_t width = job->weights->width, left = job->batch - token;
     const __mmask32 some = (__mmask32)((1ull << smaller(32, width - channel)) - 1);
     __m512i row[16];
     UNROLLED for (int i = 0; i < 16; i++)
         row[i] = i < left ? _mm512_maskz_loadu_epi16(some, job->activations + (token + i) * width + channel)
                           : _mm512_setzero_si512();
+    UNROLLED for (int i = 0; i < 16; i++)
+        nonfinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(row[i], exponent), exponent);
     turn_16(row);
     UNROLLED for (int i = 0; i < 16; i++) {
         even[i] = _mm512_cvtepi32_epi16(row[i]);
         odd[i] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(row[i], 16));
     }
+    return nonfinite;
 }
 
 /* Writes the tokens of some tiles as a row of PAIR_TOKENS for each channel. Of each 32 tokens the first and the second 16 take
@@ -76,19 +82,22 @@ static void turn_tiles(const void *argument, int64_t first, int64_t last)
 {
     const struct many_pairs *job = argument;
     const __m512i turns = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    __mmask32 nonfinite = 0;
     for (int64_t tile = first; tile < last; tile++)
         for (int64_t channel = 0; channel < job->weights->width; channel += 32)
             for (int half = 0; half < PAIR_TOKENS; half += 32) {
                 __m256i one[2][16], two[2][16];
                 const int64_t token = first_vector(job, tile) * PAIR_LANES + half;
-                turn_channels(job, token, channel, one[0], one[1]);
-                turn_channels(job, token + PAIR_LANES, channel, two[0], two[1]);
+                nonfinite |= turn_channels(job, token, channel, one[0], one[1]);
+                nonfinite |= turn_channels(job, token + PAIR_LANES, channel, two[0], two[1]);
                 uint16_t *to = channels_of_tile(job, tile) + channel * PAIR_TOKENS + half;
                 for (int i = 0; i < 32; i++) {
                     const __m512i low = _mm512_castsi256_si512(one[i % 2][i / 2]), high = _mm512_castsi256_si512(two[i % 2][i / 2]);
                     _mm512_store_si512(to + i * PAIR_TOKENS, _mm512_permutex2var_epi64(low, turns, high));
                 }
             }
+    if (nonfinite)
+        __atomic_store_n(job->nonfinite, 1, __ATOMIC_RELAXED);
 }
 
 /* Writes the lines of block `n` of a tile. */
@@ -129,18 +138,21 @@ static ALWAYS_INLINE uint64_t in_order(uint64_t code)
     return (code & ~some) | (((code & first) << 2 | (code >> 2 & first)) & some);
 }
 
-/* The integers of a block as bf16, which are exact. */
-static ALWAYS_INLINE __m512i read_steps(__m256i bytes, __m512 low_scale, __m512 high_scale)
+/* Integers of a block, which bf16 holds exactly. */
+static ALWAYS_INLINE __m512 low_steps(__m256i bytes)
 {
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, high_scale), _mm512_mul_ps(low, low_scale));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+}
+
+static ALWAYS_INLINE __m512 high_steps(__m256i bytes)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
 }
 
 static ALWAYS_INLINE __m512i read_steps_i8(const char *block)
 {
-    const __m512 one = _mm512_set1_ps(1);
-    return read_steps(_mm256_loadu_si256((const __m256i *)(block + HEADER_I8)), one, one);
+    const __m256i bytes = _mm256_loadu_si256((const __m256i *)(block + HEADER_I8));
+    return (__m512i)_mm512_cvtne2ps_pbh(high_steps(bytes), low_steps(bytes));
 }
 
 /* The scales of two parts, each of eight values, from the bit of the first on. */
@@ -161,46 +173,64 @@ static ALWAYS_INLINE __m512i read_steps_i4(const char *block)
     const __mmask32 odd = (__mmask32)(_pdep_u64(groups, 0x55555555) * 3);
     const __m256i steps = _mm256_mask_add_epi8(even, odd, even, _mm256_set1_epi8(1));
     const uint32_t scales = read_scales(block);
-    const __m512i pairs = read_steps(steps, scales_of_two(scales, 0), scales_of_two(scales, 6));
+    const __m512 low = _mm512_mul_ps(low_steps(steps), scales_of_two(scales, 0));
+    const __m512 high = _mm512_mul_ps(high_steps(steps), scales_of_two(scales, 6));
+    const __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     return _mm512_mask_rol_epi32(pairs, (__mmask16)groups, pairs, 16);
 }
 
-static ALWAYS_INLINE __m512i read_pairs(const char *block, const int32_t number)
+/* The pairs of a block: in the block, or as bf16 in `memory`. */
+static ALWAYS_INLINE const char *find_pairs(const char *block, const int32_t number, char *memory)
 {
-    switch (number) {
-    case I8: return read_steps_i8(block);
-    case I4: return read_steps_i4(block);
-    default: return _mm512_loadu_si512(block + CODE);
-    }
+    if (number == BF16)
+        return block + CODE;
+    _mm512_store_si512(memory, number == I8 ? read_steps_i8(block) : read_steps_i4(block));
+    return memory;
 }
 
-/* Adds the products of a block of some rows, `apart` bytes from each other, with a tile. */
+/* Four pairs, four times. Of a value that it knows to be loaded, a compiler makes a load of each pair, and the loads of lines
+ * are all that a core makes: it does not get to know. */
+static ALWAYS_INLINE __m512i load_four(const char *pairs)
+{
+    __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)pairs));
+    __asm__("" : "+v"(four));
+    return four;
+}
+
+/* Adds the products of a block of some rows, `apart` bytes from each other, with a tile. The loop over the groups is not
+ * unrolled: its code would be larger than what processors read at the speed of these products. */
 static ALWAYS_INLINE void add_rows(const char *block, int64_t apart, const char *lines, float (*sums)[PAIR_TOKENS],
                                    int first, const int32_t number, const int vectors, const int rows)
 {
-    const int scaled = number == I8; /* afterwards */
+    const int scaled = number == I8, size = vectors * 64; /* scaled afterwards; the bytes of a line */
+    char memory[PAIR_ROWS][64] __attribute__((aligned(64)));
+    const char *pairs[PAIR_ROWS];
     uint64_t places[PAIR_ROWS];
-    __m512i pairs[PAIR_ROWS], four[PAIR_ROWS];
     __m512 sum[PAIR_ROWS][PAIR_VECTORS];
     UNROLLED for (int r = 0; r < rows; r++) {
         const uint64_t code = read_code(block + r * apart);
         places[r] = places_of(number == I4 ? in_order(code) : code);
-        pairs[r] = read_pairs(block + r * apart, number);
+        pairs[r] = find_pairs(block + r * apart, number, memory[r]);
         UNROLLED for (int v = 0; v < vectors; v++)
             sum[r][v] = first || scaled ? _mm512_setzero_ps() : _mm512_load_ps(sums[r] + v * PAIR_LANES);
     }
-/* Pairs are broadcast from registers: lines take all loads that a core makes. Shuffles need literal numbers. */
+/* Shuffles need literal numbers. */
 #define ADD_GROUP(group)                                                                                               \
     UNROLLED for (int r = 0; r < rows; r++) {                                                                          \
-        if (group % 4 == 0)                                                                                            \
-            four[r] = _mm512_shuffle_i32x4(pairs[r], pairs[r], group / 4 * 0x55);                                      \
-        const __m512bh w = (__m512bh)_mm512_shuffle_epi32(four[r], group % 4 * 0x55);                                  \
-        const char *line = lines + (group * PLACES + (places[r] >> 4 * group & 15)) * (vectors * 64);                  \
+        const __m512bh w = (__m512bh)_mm512_shuffle_epi32(four[r], group * 0x55);                                      \
+        const char *line = lines + (group * PLACES + (places[r] >> 4 * group & 15)) * size;                            \
         UNROLLED for (int v = 0; v < vectors; v++)                                                                     \
             sum[r][v] = _mm512_dpbf16_ps(sum[r][v], w, (__m512bh)_mm512_load_si512(line + v * 64));                    \
     }
-    ADD_GROUP(0) ADD_GROUP(1) ADD_GROUP(2) ADD_GROUP(3) ADD_GROUP(4) ADD_GROUP(5) ADD_GROUP(6) ADD_GROUP(7)
-    ADD_GROUP(8) ADD_GROUP(9) ADD_GROUP(10) ADD_GROUP(11) ADD_GROUP(12) ADD_GROUP(13) ADD_GROUP(14) ADD_GROUP(15)
+    NOT_UNROLLED for (int64_t done = 0; done < 64; done += 16) {
+        __m512i four[PAIR_ROWS];
+        UNROLLED for (int r = 0; r < rows; r++)
+            four[r] = load_four(pairs[r] + done);
+        ADD_GROUP(0) ADD_GROUP(1) ADD_GROUP(2) ADD_GROUP(3)
+        lines += 4 * PLACES * size;
+        UNROLLED for (int r = 0; r < rows; r++)
+            places[r] >>= 16;
+    }
 #undef ADD_GROUP
     UNROLLED for (int r = 0; r < rows; r++) {
         const __m512 scale = _mm512_set1_ps(scaled ? read_scale(block + r * apart, I8, 0) : 1.0f);
@@ -249,13 +279,14 @@ static ALWAYS_INLINE void multiply_tile(const struct many_pairs *job, int64_t ro
     for (int64_t n = 0; n < weights->count; n++) {
         write_lines(weights, channels_of_tile(job, tile), n, lines, vectors);
         const char *block = weights->blocks + row * apart + n * size;
-        for (int r = 0; r < rows; r += PAIR_ROWS, block += PAIR_ROWS * apart) {
-            for (int i = 0; i < PAIR_ROWS; i++) { /* outside of the weight it does no harm */
+        for (int r = 0, many; r < rows; r += many, block += many * apart) {
+            many = rows - r < PAIR_ROWS ? 1 : PAIR_ROWS;
+            for (int i = 0; i < many; i++) { /* outside of the weight it does no harm */
                 const uintptr_t ahead = (uintptr_t)block + (uintptr_t)((PAIR_AHEAD + i) * apart);
                 __builtin_prefetch((const char *)ahead);
                 __builtin_prefetch((const char *)(ahead + (uintptr_t)(size - 1)));
             }
-            if (rows - r >= PAIR_ROWS)
+            if (many == PAIR_ROWS)
                 add_rows(block, apart, lines, sums + r, n == 0, number, vectors, PAIR_ROWS);
             else
                 add_rows(block, apart, lines, sums + r, n == 0, number, vectors, 1);
@@ -265,13 +296,13 @@ static ALWAYS_INLINE void multiply_tile(const struct many_pairs *job, int64_t ro
     write_sums(job, row, rows, token, (int)smaller(vectors * PAIR_LANES, job->batch - token), sums);
 }
 
-/* The products of some tiles with chunks of rows: the chunks of a tile follow each other. */
+/* The products of some tiles with chunks of rows: the tiles follow each other, so that a chunk is in a cache for all but one. */
 static void multiply_pairs(const void *argument, int64_t first, int64_t last)
 {
     const struct many_pairs *job = argument;
     float sums[PAIR_CHUNK][PAIR_TOKENS] __attribute__((aligned(64)));
     for (int64_t item = first; item < last; item++) {
-        const int64_t tile = item / job->chunks, row = item % job->chunks * job->chunk;
+        const int64_t tile = item % job->tiles, row = item / job->tiles * job->chunk;
         const int rows = (int)smaller(job->chunk, job->weights->rows - row);
         const int many = (int)(first_vector(job, tile + 1) - first_vector(job, tile));
         switch (job->weights->number * PAIR_VECTORS + many) {

@@ -30,7 +30,7 @@
 enum { BLOCK = 64 };     /* channels of a block */
 enum { CODE = 8 };       /* bytes of a code */
 enum { HEADER_I8 = 12, HEADER_I4 = 10 }; /* bytes of a code and a scale */
-enum { PART = 16, PARTS = BLOCK / PART, LEAST_POWER = (127 - 13) << 23 }; /* of the scales of I4 */
+enum { PART = 16, LEAST_POWER = (127 - 13) << 23 }; /* of the scales of I4 */
 enum { I4 = NUMBERS, STORED };           /* the types of weights: numbers, and I4 */
 enum { TILE_ROWS = 4 };  /* rows of the weight that a tile multiplies at once */
 enum { TILE_BATCH = 4 }; /* rows of the activations that a tile multiplies at once */
@@ -96,7 +96,7 @@ struct many {
 
 /* Of many_pairs.h: */
 enum { PAIR_TOKENS = 64 };  /* the most of a tile */
-enum { PAIR_CHUNK = 2048 }; /* the most rows of the weight whose sums are kept: 512 KiB */
+enum { PAIR_CHUNK = 1024 }; /* the most rows of the weight whose sums are kept: 256 KiB */
 
 /* A product of many rows of activations in bf16. */
 struct many_pairs {
@@ -104,6 +104,7 @@ struct many_pairs {
     const uint16_t *activations; /* (batch, width) */
     uint16_t *channels;          /* (tiles, channels in whole blocks, PAIR_TOKENS): the activations, turned */
     uint16_t *output;            /* (batch, rows) */
+    int32_t *nonfinite;          /* becomes 1 if some of the activations are not finite */
     int64_t batch, tiles;
     int64_t chunk, chunks; /* rows of the weight that are multiplied at a time */
 };
