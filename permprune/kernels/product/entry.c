@@ -192,7 +192,7 @@ static int multiply_many_pairs(const struct many *job, const struct kernels *ker
         part.tiles = (part.batch + PAIR_TOKENS - 1) / PAIR_TOKENS;
         const int64_t wanted = (threads + part.tiles - 1) / part.tiles; /* chunks, so that each thread has work */
         part.chunks = least < wanted ? wanted : least;
-        part.chunk = ((weights->rows + part.chunks - 1) / part.chunks + 15) / 16 * 16;
+        part.chunk = ((weights->rows + part.chunks - 1) / part.chunks + 31) / 32 * 32;
         part.chunks = (weights->rows + part.chunk - 1) / part.chunk;
         run_in_pieces(&part, kernels->turn_pairs, part.tiles, 1, threads);
         run_in_pieces(&part, kernels->many_pairs, part.tiles * part.chunks, 1, threads);

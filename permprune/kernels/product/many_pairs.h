@@ -243,28 +243,33 @@ static ALWAYS_INLINE void add_rows(const char *block, int64_t apart, const char 
     }
 }
 
-/* Rounds sums, (rows, tokens), and writes them, (tokens, rows), 16 x 16 at a time. */
+/* Rounds sums, (rows, tokens), and writes them, (tokens, rows), 32 rows of 16 tokens at a time: whole lines of a cache. There is
+ * room for sums of whole chunks. */
 static void write_sums(const struct many_pairs *job, int64_t row, int rows, int64_t token, int tokens,
                        float (*sums)[PAIR_TOKENS])
 {
     const struct weights *weights = job->weights;
-    for (int r = 0; r < rows; r += 16) {
-        const int many = (int)smaller(16, rows - r);
-        const __mmask16 some = (__mmask16)((1u << many) - 1);
-        float bias[16] = {0};
+    static const uint16_t pairs[32] __attribute__((aligned(64))) = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                                    21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                                    11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    for (int r = 0; r < rows; r += 32) {
+        const int many = (int)smaller(32, rows - r);
+        const __mmask32 some = (__mmask32)((1ull << many) - 1);
+        float bias[32] = {0};
         for (int i = 0; weights->bias && i < many; i++)
             bias[i] = read_number(weights->bias, row + r + i, weights->bias_number);
         for (int t = 0; t < tokens; t += 16) {
             __m512i line[16];
-            UNROLLED for (int i = 0; i < 16; i++)
-                line[i] = _mm512_load_si512(sums[r + i] + t); /* there is room for whole chunks */
+            UNROLLED for (int i = 0; i < 16; i++) {
+                const __m512 even = _mm512_add_ps(_mm512_load_ps(sums[r + 2 * i] + t), _mm512_set1_ps(bias[2 * i]));
+                const __m512 odd = _mm512_add_ps(_mm512_load_ps(sums[r + 2 * i + 1] + t), _mm512_set1_ps(bias[2 * i + 1]));
+                line[i] = _mm512_permutexvar_epi16(_mm512_load_si512(pairs), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+            }
             turn_16(line);
             uint16_t *to = job->output + (token + t) * weights->rows + row + r;
             UNROLLED for (int i = 0; i < 16; i++)
-                if (t + i < tokens) {
-                    const __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(line[i]), _mm512_loadu_ps(bias));
-                    _mm256_mask_storeu_epi16(to + i * weights->rows, some, (__m256i)_mm512_cvtneps_pbh(sum));
-                }
+                if (t + i < tokens)
+                    _mm512_mask_storeu_epi16(to + i * weights->rows, some, line[i]);
         }
     }
 }
