@@ -165,11 +165,11 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
 
 /* ---- many rows of activations ---- */
 
-/* Whether many_pairs.h multiplies these. */
+/* Whether many_pairs.h multiplies these. Beside integers, activations in fp32 are rounded, too. */
 static int are_pairs(const struct kernels *kernels, const struct weights *weights, int32_t number, int32_t index)
 {
-    return number == BF16 && (weights->number == BF16 || are_integers(weights)) && weights->kind == POSITIONS &&
-           kernels->many_pairs && runs_pairs(index);
+    const int rounded = are_integers(weights) ? number == BF16 || number == F32 : number == BF16 && weights->number == BF16;
+    return rounded && weights->kind == POSITIONS && kernels->many_pairs && runs_pairs(index);
 }
 
 /* Works on so many tokens at a time that they take the memory that the lines of many.h take. Returns whether all activations
@@ -179,13 +179,16 @@ static int multiply_many_pairs(const struct many *job, const struct kernels *ker
     enum { AT_ONCE = TILES * 192 };
     const struct weights *weights = job->product.weights;
     const int64_t batch = job->product.staged->batch, least = (weights->rows + PAIR_CHUNK - 1) / PAIR_CHUNK;
+    const int32_t number = job->product.output_number;
+    const int64_t bytes = number == F32 ? 4 : 2;
     int32_t nonfinite = 0;
     for (int64_t first = 0; first < batch; first += AT_ONCE) {
         struct many_pairs part = {
             .weights = weights,
-            .activations = (const uint16_t *)job->activations + first * weights->width,
+            .activations = (const char *)job->activations + first * weights->width * bytes,
             .channels = job->product.staged->values,
-            .output = (uint16_t *)job->product.output + first * weights->rows,
+            .output = (char *)job->product.output + first * weights->rows * bytes,
+            .number = number,
             .nonfinite = &nonfinite,
             .batch = smaller(AT_ONCE, batch - first),
         };

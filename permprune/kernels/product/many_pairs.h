@@ -1,5 +1,5 @@
-/* Products of many rows of activations in bf16 with 2:4 weights, by an instruction that multiplies pairs of bf16 and adds both
- * products: as many.h, with lines of pairs.
+/* Products of many rows of activations with 2:4 weights, by an instruction that multiplies pairs of bf16 and adds both products:
+ * as many.h, with lines of pairs. Activations are bf16, or fp32 that are rounded to it.
  *
  * Of each group of four channels, every pair that a row may keep has a line, whose numbers are the pairs of the tokens. A row
  * then needs one broadcast and one multiply-add for each vector of tokens and group. Channels p and q have line p + 2 q, so that
@@ -53,21 +53,30 @@ static ALWAYS_INLINE uint16_t *channels_of_tile(const struct many_pairs *job, in
     return job->channels + tile * job->weights->count * BLOCK * PAIR_TOKENS;
 }
 
+/* 32 channels of a token from `place` on, with zeros where `some` has no bit. */
+static ALWAYS_INLINE __m512i load_channels(const struct many_pairs *job, int64_t place, __mmask32 some)
+{
+    if (job->number == BF16)
+        return _mm512_maskz_loadu_epi16(some, (const uint16_t *)job->activations + place);
+    const float *from = (const float *)job->activations + place;
+    const __m512 high = _mm512_maskz_loadu_ps((__mmask16)(some >> 16), from + 16);
+    return (__m512i)_mm512_cvtne2ps_pbh(high, _mm512_maskz_loadu_ps((__mmask16)some, from));
+}
+
 /* Turns 16 tokens of 32 channels, with zeros after the last token and channel: `even` and `odd` are those of 16 pairs. Returns
  * the channels in which some are not finite. */
 static ALWAYS_INLINE __mmask32 turn_channels(const struct many_pairs *job, int64_t token, int64_t channel, __m256i even[16],
                                              __m256i odd[16])
 {
     const __m512i exponent = _mm512_set1_epi16(0x7f80);
-    __mmask32 nonfinite = 0;
     const int64_t width = job->weights->width, left = job->batch - token;
     const __mmask32 some = (__mmask32)((1ull << smaller(32, width - channel)) - 1);
+    __mmask32 nonfinite = 0;
     __m512i row[16];
-    UNROLLED for (int i = 0; i < 16; i++)
-        row[i] = i < left ? _mm512_maskz_loadu_epi16(some, job->activations + (token + i) * width + channel)
-                          : _mm512_setzero_si512();
-    UNROLLED for (int i = 0; i < 16; i++)
+    UNROLLED for (int i = 0; i < 16; i++) {
+        row[i] = i < left ? load_channels(job, (token + i) * width + channel, some) : _mm512_setzero_si512();
         nonfinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(row[i], exponent), exponent);
+    }
     turn_16(row);
     UNROLLED for (int i = 0; i < 16; i++) {
         even[i] = _mm512_cvtepi32_epi16(row[i]);
@@ -243,34 +252,61 @@ static ALWAYS_INLINE void add_rows(const char *block, int64_t apart, const char 
     }
 }
 
-/* Rounds sums, (rows, tokens), and writes them, (tokens, rows), 32 rows of 16 tokens at a time: whole lines of a cache. There is
- * room for sums of whole chunks. */
+/* Writes the sums of up to 32 rows, (rows, tokens), as bf16, (tokens, rows): whole lines of a cache. */
+static ALWAYS_INLINE void write_pairs(uint16_t *to, int64_t apart, __mmask32 some, int tokens, float (*sums)[PAIR_TOKENS],
+                                      const float bias[32])
+{
+    static const uint16_t pairs[32] __attribute__((aligned(64))) = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                                    21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                                    11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    for (int t = 0; t < tokens; t += 16) {
+        __m512i line[16];
+        UNROLLED for (int i = 0; i < 16; i++) {
+            const __m512 even = _mm512_add_ps(_mm512_load_ps(sums[2 * i] + t), _mm512_set1_ps(bias[2 * i]));
+            const __m512 odd = _mm512_add_ps(_mm512_load_ps(sums[2 * i + 1] + t), _mm512_set1_ps(bias[2 * i + 1]));
+            line[i] = _mm512_permutexvar_epi16(_mm512_load_si512(pairs), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+        }
+        turn_16(line);
+        UNROLLED for (int i = 0; i < 16; i++)
+            if (t + i < tokens)
+                _mm512_mask_storeu_epi16(to + (t + i) * apart, some, line[i]);
+    }
+}
+
+/* The same of up to 16 rows, as fp32. */
+static ALWAYS_INLINE void write_singles(float *to, int64_t apart, __mmask16 some, int tokens, float (*sums)[PAIR_TOKENS],
+                                        const float bias[16])
+{
+    for (int t = 0; t < tokens; t += 16) {
+        __m512i line[16];
+        UNROLLED for (int i = 0; i < 16; i++)
+            line[i] = (__m512i)_mm512_add_ps(_mm512_load_ps(sums[i] + t), _mm512_set1_ps(bias[i]));
+        turn_16(line);
+        UNROLLED for (int i = 0; i < 16; i++)
+            if (t + i < tokens)
+                _mm512_mask_storeu_ps(to + (t + i) * apart, some, (__m512)line[i]);
+    }
+}
+
+/* Writes sums in the type of the activations. There is room for sums of whole chunks. */
 static void write_sums(const struct many_pairs *job, int64_t row, int rows, int64_t token, int tokens,
                        float (*sums)[PAIR_TOKENS])
 {
     const struct weights *weights = job->weights;
-    static const uint16_t pairs[32] __attribute__((aligned(64))) = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                                    21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                                    11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     for (int r = 0; r < rows; r += 32) {
         const int many = (int)smaller(32, rows - r);
         const __mmask32 some = (__mmask32)((1ull << many) - 1);
+        const int64_t place = token * weights->rows + row + r;
         float bias[32] = {0};
         for (int i = 0; weights->bias && i < many; i++)
             bias[i] = read_number(weights->bias, row + r + i, weights->bias_number);
-        for (int t = 0; t < tokens; t += 16) {
-            __m512i line[16];
-            UNROLLED for (int i = 0; i < 16; i++) {
-                const __m512 even = _mm512_add_ps(_mm512_load_ps(sums[r + 2 * i] + t), _mm512_set1_ps(bias[2 * i]));
-                const __m512 odd = _mm512_add_ps(_mm512_load_ps(sums[r + 2 * i + 1] + t), _mm512_set1_ps(bias[2 * i + 1]));
-                line[i] = _mm512_permutexvar_epi16(_mm512_load_si512(pairs), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-            }
-            turn_16(line);
-            uint16_t *to = job->output + (token + t) * weights->rows + row + r;
-            UNROLLED for (int i = 0; i < 16; i++)
-                if (t + i < tokens)
-                    _mm512_mask_storeu_epi16(to + i * weights->rows, some, line[i]);
+        if (job->number == BF16) {
+            write_pairs((uint16_t *)job->output + place, weights->rows, some, tokens, sums + r, bias);
+            continue;
         }
+        float *to = (float *)job->output + place;
+        write_singles(to, weights->rows, (__mmask16)some, tokens, sums + r, bias);
+        write_singles(to + 16, weights->rows, (__mmask16)(some >> 16), tokens, sums + r + 16, bias + 16);
     }
 }
 

@@ -191,6 +191,7 @@ def is_fastest(weights: Weights, x: Tensor) -> bool:
 
     It is from `MANY` rows on, or `PAIRS_FROM`, except where both are multiplied as bf16 (`multiplies_bf16`) and the
     kernel does not, or the processor has matrix units (AMX), or both are fp16 and the processor multiplies these.
+    Activations in fp32 are rounded to bf16 by the kernel for pairs, if the weights are integers of 2:4.
     """
     name, rows = library.best()[0], x.shape[0]
     if name not in MANY:
@@ -205,7 +206,10 @@ def is_fastest(weights: Weights, x: Tensor) -> bool:
         return MASKS_FROM <= rows < MASKS_TO and weights.number != NUMBERS[torch.bfloat16]
     if x.dtype == torch.float16 and weights.number == NUMBERS[x.dtype] and processor_has("avx512_fp16"):
         return False
-    return rows >= MANY[name][weights.number >= NUMBERS[torch.int8]]
+    integers = weights.number >= NUMBERS[torch.int8]
+    if integers and weights.kind == _POSITIONS and x.dtype == torch.float32 and library.best()[1]:
+        return rows > PAIRS_FROM
+    return rows >= MANY[name][integers]
 
 
 def multiplies_bf16(weights: Weights, x: Tensor) -> bool:

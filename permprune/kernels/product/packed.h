@@ -98,12 +98,13 @@ struct many {
 enum { PAIR_TOKENS = 64 };  /* the most of a tile */
 enum { PAIR_CHUNK = 1024 }; /* the most rows of the weight whose sums are kept: 256 KiB */
 
-/* A product of many rows of activations in bf16. */
+/* A product of many rows of activations in bf16, or in fp32 that is rounded to bf16. */
 struct many_pairs {
     const struct weights *weights;
-    const uint16_t *activations; /* (batch, width) */
+    const void *activations;     /* (batch, width) of `number` */
     uint16_t *channels;          /* (tiles, channels in whole blocks, PAIR_TOKENS): the activations, turned */
-    uint16_t *output;            /* (batch, rows) */
+    void *output;                /* (batch, rows) of `number` */
+    int32_t number;
     int32_t *nonfinite;          /* becomes 1 if some of the activations are not finite */
     int64_t batch, tiles;
     int64_t chunk, chunks; /* rows of the weight that are multiplied at a time */
