@@ -87,7 +87,8 @@ class _Solver:
     def __init__(self, columns: Tensor, kept: Tensor, importance: Tensor, paired: bool) -> None:
         self.columns, self.kept, self.importance, self.paired = columns, kept, importance, paired
         self.targets, self.odd = torch.zeros_like(columns), torch.zeros_like(columns)
-        self.scales: list[Tensor] = []
+        self.exponents: list[Tensor] = []  # of blocks
+        self.scales: list[Tensor] = []  # of parts
 
     def round(self, part: slice, factor: Tensor) -> Tensor:
         """Round the columns of a part, one after the other; returns their errors, (k, rows).
@@ -136,9 +137,9 @@ class _Solver:
     def _search(self, part: slice) -> None:
         """Find the scales of a part, and with the first of a block the exponents of all."""
         if part.start % BLOCK == 0:
-            self._exponent = search_exponent(*self._shown(part.start, BLOCK), paired=self.paired)
+            self.exponents.append(search_exponent(*self._shown(part.start, BLOCK), paired=self.paired))
         weights, importance = self._shown(part.start, PART)
-        scale = search_part(weights[:, 0], self._exponent, importance[0], paired=self.paired)[0]
+        scale = search_part(weights[:, 0], self.exponents[-1], importance[0], paired=self.paired)[0]
         self.scales.append(scale.float())
 
     def _shown(self, start: int, count: int) -> tuple[Tensor, Tensor]:
