@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from permprune.checkpoints.probe import Probe, make_probe, output_difference
 from permprune.errors import PermpruneError
@@ -13,7 +13,7 @@ from permprune.kernels.product.module import PackedLinear
 from .test_pack import TOKENS, prune_to
 
 
-def packed(model: LlamaForCausalLM, dtype: str, head: str | None = None) -> Probe:
+def packed(model: PreTrainedModel, dtype: str, head: str | None = None) -> Probe:
     """Prune and pack a model; return the probe of the model with zeros."""
     patterns = prune_to(model)
     probe = make_probe(model, {"input_ids": TOKENS})
@@ -21,7 +21,7 @@ def packed(model: LlamaForCausalLM, dtype: str, head: str | None = None) -> Prob
     return probe
 
 
-def checked(model: LlamaForCausalLM, probe: Probe) -> tuple[float, float]:
+def checked(model: PreTrainedModel, probe: Probe) -> tuple[float, float]:
     """The difference of the outputs, and what rounding at random changes."""
     difference = output_difference(model, probe, "it")
     return difference, check_rounding(model, probe, difference, before=probe.tolerance, what="it")
@@ -35,6 +35,19 @@ def test_noise_is_of_the_size_of_rounding_errors(dtype: str, head: str | None, t
     model = LlamaForCausalLM(LlamaConfig(vocab_size=96, tie_word_embeddings=tied, **sizes)).eval().requires_grad_(False)
     difference, rounding = checked(model, packed(model, dtype, head))
     assert rounding / 4 < difference < 4 * rounding
+
+
+def test_noise_is_drawn_more_than_once_for_few_outputs() -> None:
+    """One draw may happen not to move the two logits of a classifier, whose rounding error would then be refused."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    found = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = LlamaForSequenceClassification(LlamaConfig(vocab_size=96, pad_token_id=0, num_labels=2, **sizes))
+        model.eval().requires_grad_(False)
+        difference, rounding = checked(model, packed(model, "bf16"))
+        found.append(rounding / difference)
+    assert min(found) > 0.5 and max(found) < 20
 
 
 def test_another_error_is_refused(tiny_llama: LlamaForCausalLM) -> None:

@@ -130,7 +130,7 @@ def test_scales_of_int4_are_searched(seed: int, paired: bool, power: float) -> N
     found = search_part(parts, exponent, paired=paired)[1].sum(-1)
     for other in (exponent - 1, exponent, exponent + 1):
         cost = search_part(parts, other.clamp(-13, 2), paired=paired, all_levels=True)[1].sum(-1)
-        assert found.sum() <= 1.06 * cost.sum() and (found <= 2 * cost).all()
+        assert found.sum() <= 1.06 * cost.sum() and (found <= 3 * cost).all()
 
 
 def test_pairs_of_lattices_halve_the_error() -> None:
