@@ -29,7 +29,7 @@ Row = dict[str, Any]
 LISTS = json.loads(Path(__file__).with_name("lists.json").read_text(encoding="utf-8"))
 """Tables with a line for each row: the file of the rows, the heads, and the cells, empty where a row has no value.
 
-`where` are the values of the rows that are shown, if not all are.
+`table` is that of the rows, if it has another name, and `where` are the values of those that are shown, if not all are.
 """
 
 
@@ -54,7 +54,7 @@ def filled(template: str, row: Row) -> str:
 def listed(name: str) -> str:
     own = LISTS[name]
     shown = own.get("where", {})
-    found = [row for row in rows(own["rows"]) if row.get("table", name) == name]
+    found = [row for row in rows(own["rows"]) if row.get("table", name) == own.get("table", name)]
     found = [row for row in found if all(row[key] in values for key, values in shown.items())]
     cells = re.split(r" ?\| ", own["cells"])
     return markdown(own["heads"], ([filled(cell, row) for cell in cells] for row in found))
