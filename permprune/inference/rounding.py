@@ -24,8 +24,8 @@ MARGIN = 4.0
 """The accepted difference relative to the change by noise. Of nine packed models the ratio was from 0.5 to 1.9."""
 
 
-DRAWS, NUMBERS = 8, 64
-"""Most draws of the noise, and the numbers that all of them are to change: the two logits of a classifier may happen to
+DRAWS, LEAST_OUTPUTS = 8, 64
+"""Most draws of the noise, and the outputs that all of them are to change: the two logits of a classifier may happen to
 move by a twentieth of what others do."""
 
 
@@ -38,7 +38,7 @@ def rounding_change(model: PreTrainedModel, probe: Probe) -> float:
     generator = torch.Generator().manual_seed(0)
     modules = [module for module in model.modules() if not any(module.children())]
     before = probe.outputs_of(model)
-    draws = min(DRAWS, -(-NUMBERS // max(1, before.numel())))
+    draws = min(DRAWS, -(-LEAST_OUTPUTS // max(1, before.numel())))
     with attached(module.register_forward_hook(partial(_noisy, generator)) for module in modules):
         return max(largest_difference(before, probe.outputs_of(model))[0] for _ in range(draws))
 

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from permprune.checkpoints.probe import Probe, make_probe, output_difference
 from permprune.errors import PermpruneError
 from permprune.inference.pack import pack
-from permprune.inference.rounding import NUMBERS, check_rounding, rounding_change
+from permprune.inference.rounding import LEAST_OUTPUTS, check_rounding, rounding_change
 from permprune.kernels.product.module import PackedLinear
 
 from .test_pack import TOKENS, prune_to
@@ -46,7 +46,7 @@ def test_noise_is_drawn_more_than_once_for_few_outputs(monkeypatch: pytest.Monke
     probe = packed(model, "bf16")
     found = rounding_change(model, probe)
     monkeypatch.setattr("permprune.inference.rounding.DRAWS", 1)
-    assert probe.outputs.numel() < NUMBERS and 0 < rounding_change(model, probe) < found
+    assert probe.outputs.numel() < LEAST_OUTPUTS and 0 < rounding_change(model, probe) < found
 
 
 def test_another_error_is_refused(tiny_llama: LlamaForCausalLM) -> None:
