@@ -111,7 +111,7 @@ def run(model: str, methods: list[Permuter], config: PruneConfig, evaluations: l
 
 def measured(method: str, meters: list[Meter], peaks: list[float]) -> list[Result]:
     """Measure the network on each text, print the results, and note the peak memory."""
-    results = [meter() for meter in meters]
+    results = [meter()[0] for meter in meters]
     values = ", ".join(shown(result) for result in results)
     peaks.append(report(f"{method}: {results[0].metric} {values}"))
     return results

@@ -15,7 +15,7 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vn
 #include "attention/avx512.h"
 END_TARGET
 
-kernel avx512_pairs, avx512_dense_pairs, avx512_turn_pairs, avx512_many_pairs;
+kernel avx512_pairs, avx512_dense_pairs, avx512_turn_pairs, avx512_many_pairs, avx512_lay_out_tiles, avx512_many_tiles;
 
 const struct kernels avx512_kernels = {
     .name = "avx512",
@@ -26,5 +26,8 @@ const struct kernels avx512_kernels = {
     .dense_pairs = avx512_dense_pairs,
     .turn_pairs = avx512_turn_pairs,
     .many_pairs = avx512_many_pairs,
+    .tiles_run_here = has_amx_bf16,
+    .lay_out_tiles = avx512_lay_out_tiles,
+    .many_tiles = avx512_many_tiles,
 };
 #endif

@@ -19,7 +19,7 @@ typedef void kernel(const void *job, int64_t first, int64_t last);
  * Products are by the type of the weight: `products`; `dense`, the same for PLAIN weights; and `unpack`, which writes the
  * weight with its zeros, (rows, width). `pairs` multiplies bf16 by bf16 if there is such an instruction, else it is NULL.
  * `spread` and `many` multiply many rows of activations, and `many_pairs` those of bf16 by 2:4 weights of bf16 or integers where
- * `pairs` run. `stage_i8` rounds a row of activations for int8 weights (product/family_i8.h). */
+ * `pairs` run; `many_tiles` those of bf16 where there are matrix units. `stage_i8` rounds a row of activations for int8 weights (product/family_i8.h). */
 struct kernels {
     const char *name;
     int (*runs_here)(void); /* NULL where they always do */
@@ -30,6 +30,8 @@ struct kernels {
     int (*pairs_run_here)(void);
     kernel *pairs, *dense_pairs;
     kernel *turn_pairs, *many_pairs; /* of tiles of tokens; of (tiles, chunks of rows): see product/many_pairs.h */
+    int (*tiles_run_here)(void);
+    kernel *lay_out_tiles, *many_tiles; /* of groups of tokens; of shares of the rows: see product/many_tiles.h */
     kernel *mask, *keep, *apply, *step;         /* of rows */
     kernel *square;                             /* of blocks of channels */
     kernel *prune;                              /* of groups */
@@ -56,6 +58,9 @@ const struct kernels *find_kernels(int32_t index);
 
 /* Whether products of pairs of bf16 numbers run here. */
 int runs_pairs(int32_t index);
+
+/* Whether matrix units multiply here. */
+int runs_tiles(int32_t index);
 
 /* Runs `function` on `count` items, in pieces of whole units, such as the rows of a tile: the result does not depend on
  * the threads. */

@@ -18,7 +18,7 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,15 +144,24 @@ def chosen(kernels: str | None = None) -> tuple[ctypes.CDLL, int] | None:
     raise PermpruneError(f"{FORCED} asks for kernels {forced!r}, which do not run here: choose {choices}")
 
 
-def best() -> tuple[str, bool]:
-    """Return the name of the kernels in use, and whether they multiply pairs of bf16 numbers."""
+class Traits(NamedTuple):
+    """Of some kernels, their name, and whether they multiply pairs of bf16 numbers, and tiles of them (AMX)."""
+
+    name: str
+    pairs: bool
+    tiles: bool
+
+
+def best() -> Traits:
+    """Return the traits of the kernels in use."""
     return _traits(require()[1])
 
 
 @cache
-def _traits(index: int) -> tuple[str, bool]:
+def _traits(index: int) -> Traits:
     library, _ = require()
-    return dict(_running(library))[index], bool(library.permprune_runs_pairs(index))
+    runs = (bool(function(index)) for function in (library.permprune_runs_pairs, library.permprune_runs_tiles))
+    return Traits(dict(_running(library))[index], *runs)
 
 
 @cache
@@ -203,10 +212,12 @@ def _declare(library: ctypes.CDLL) -> None:
         "kernels": (text, [number]),
         "structure": (text, [number]),
         "runs_pairs": (number, [number]),
+        "runs_tiles": (number, [number]),
         "sources": (text, []),
         "use_threads_of": (None, [pointer]),
         "multiply": (number, [pointer, pointer, number, size, pointer, number, number]),
         "multiply_many": (number, [pointer, pointer, number, size, pointer, pointer, size, number, number]),
+        "many_bytes": (size, [pointer, number, size, number, number]),
         "unpack": (number, [pointer, size, size, pointer, number, number, number]),
         "check": (size, [pointer, number, number]),
         **dict.fromkeys(JOBS, (number, [pointer, number, number])),

@@ -1,9 +1,12 @@
-/* AVX512-BF16: products of pairs of bf16, added in fp32. Wherever it is, so are VBMI, VBMI2 and VNNI, except on Cooper Lake. */
+/* AVX512-BF16: products of pairs of bf16, added in fp32. Wherever it is, so are VBMI, VBMI2 and VNNI, except on Cooper Lake.
+ * AMX-BF16: products of tiles of these; where it is, so is all else. */
 #if defined(__x86_64__)
 #include "library.h"
 #include <immintrin.h>
 
-BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,bmi,bmi2,popcnt")
+#define FEATURES "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,bmi,bmi2,popcnt"
+
+BEGIN_TARGET(FEATURES)
 
 #include "product/avx512_codes.h"
 
@@ -70,7 +73,11 @@ static ALWAYS_INLINE __m512i index_in_groups(__m512i codes, int step)
 
 END_TARGET
 
-kernel avx512_pairs, avx512_dense_pairs, avx512_turn_pairs, avx512_many_pairs;
+BEGIN_TARGET(FEATURES ",amx-tile,amx-bf16")
+#include "product/many_tiles.h"
+END_TARGET
+
+kernel avx512_pairs, avx512_dense_pairs, avx512_turn_pairs, avx512_many_pairs, avx512_lay_out_tiles, avx512_many_tiles;
 
 void avx512_pairs(const void *job, int64_t first, int64_t last) { product_pairs(job, first, last); }
 
@@ -79,4 +86,8 @@ void avx512_dense_pairs(const void *job, int64_t first, int64_t last) { dense_pa
 void avx512_turn_pairs(const void *job, int64_t first, int64_t last) { turn_tiles(job, first, last); }
 
 void avx512_many_pairs(const void *job, int64_t first, int64_t last) { multiply_pairs(job, first, last); }
+
+void avx512_lay_out_tiles(const void *job, int64_t first, int64_t last) { lay_out_tokens(job, first, last); }
+
+void avx512_many_tiles(const void *job, int64_t first, int64_t last) { multiply_tiles(job, first, last); }
 #endif

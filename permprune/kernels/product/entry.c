@@ -165,11 +165,67 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
 
 /* ---- many rows of activations ---- */
 
-/* Whether many_pairs.h multiplies these. Beside integers, activations in fp32 are rounded, too. */
-static int are_pairs(const struct kernels *kernels, const struct weights *weights, int32_t number, int32_t index)
+/* Whether a product may be one of bf16. Beside integers, activations in fp32 are rounded, too. */
+static int are_bf16(const struct weights *weights, int32_t number)
 {
-    const int rounded = are_integers(weights) ? number == BF16 || number == F32 : number == BF16 && weights->number == BF16;
-    return rounded && weights->kind == POSITIONS && kernels->many_pairs && runs_pairs(index);
+    return are_integers(weights) ? number == BF16 || number == F32 : number == BF16 && weights->number == BF16;
+}
+
+/* Whether many_pairs.h multiplies these. */
+static int are_pairs(const struct weights *weights, int32_t number, int32_t index)
+{
+    return are_bf16(weights, number) && weights->kind == POSITIONS && find_kernels(index)->many_pairs && runs_pairs(index);
+}
+
+/* Whether many_tiles.h multiplies these: all that bf16 holds exactly, and beside activations in bf16 I8, too. */
+static int are_tiles(const struct weights *weights, int32_t number, int32_t index)
+{
+    const int held = number == BF16 || weights->number == I4;
+    return held && are_bf16(weights, number) && weights->kind != PLAIN && weights->count > 0 && runs_tiles(index);
+}
+
+static int64_t pairs_of_groups(int64_t tokens) { return (tokens + 31) / 32; }
+
+/* The rows of the weight that matrix units multiply at a time: if the activations are larger than what is left of a level 2
+ * cache, as many as leave their sums there. */
+static int64_t rows_of_tiles(const struct weights *weights, int64_t tokens)
+{
+    return tokens * weights->count * BLOCK > 1 << 19 ? 8 * TILE_PANEL : TILE_PANEL;
+}
+
+/* The bytes of the tiles of activations, and of the sums of a thread. */
+static int64_t bytes_of_tokens(const struct weights *weights, int64_t tokens)
+{
+    return pairs_of_groups(tokens) * 32 * weights->count * BLOCK * (int64_t)sizeof(uint16_t);
+}
+
+static int64_t bytes_of_sums(const struct weights *weights, int64_t tokens)
+{
+    return rows_of_tiles(weights, tokens) * pairs_of_groups(tokens) * 32 * (int64_t)sizeof(float);
+}
+
+static void multiply_many_tiles(const struct many *job, const struct kernels *kernels, int32_t threads)
+{
+    const struct weights *weights = job->product.weights;
+    const int64_t batch = job->product.staged->batch, most = smaller(batch, TILE_TOKENS);
+    const int32_t number = job->product.output_number;
+    const int64_t bytes = number == F32 ? 4 : 2;
+    char *memory = job->product.staged->values;
+    for (int64_t first = 0; first < batch; first += most) {
+        struct many_pairs part = {
+            .weights = weights,
+            .activations = (const char *)job->activations + first * weights->width * bytes,
+            .channels = (uint16_t *)memory,
+            .sums = (float *)(memory + bytes_of_tokens(weights, most)),
+            .output = (char *)job->product.output + first * weights->rows * bytes,
+            .number = number,
+            .batch = smaller(most, batch - first),
+            .chunk = rows_of_tiles(weights, most),
+            .chunks = threads,
+        };
+        run_in_pieces(&part, kernels->lay_out_tiles, (part.batch + 15) / 16, 1, threads);
+        run_in_pieces(&part, kernels->many_tiles, threads, 1, threads);
+    }
 }
 
 /* Works on so many tokens at a time that they take the memory that the lines of many.h take. Returns whether all activations
@@ -214,8 +270,27 @@ static void multiply_many_floats(struct many *job, const struct kernels *kernels
     }
 }
 
-/* The same for many rows of activations, in `memory` of `bytes` bytes: there has to be room for the lines of TILES tiles, in
- * whole blocks of floats, and for a row; a tile of pairs takes as much as 16 rows. PLAIN weights have no such kernel. */
+/* The floats of the lines of many.h, or a tile of pairs, which takes as much as 16 rows, and those of a row. */
+static int64_t floats_of_lines(const struct weights *weights, int64_t batch, const struct kernels *kernels)
+{
+    const int64_t tokens = kernels->lanes * kernels->vectors, channels = weights->count * BLOCK;
+    return smaller((batch < 16 ? 16 : batch) + kernels->lanes, TILES * tokens) * channels;
+}
+
+/* The bytes of memory that `permprune_multiply_many` needs. */
+EXPORT int64_t permprune_many_bytes(const struct weights *weights, int32_t number, int64_t batch, int32_t index,
+                                    int32_t threads)
+{
+    const int64_t most = smaller(batch, TILE_TOKENS);
+    if (!find_kernels(index) || bad_size(weights->rows) || bad_size(weights->count) || bad_size(batch) || threads < 1)
+        return 0;
+    if (are_tiles(weights, number, index))
+        return bytes_of_tokens(weights, most) + threads * bytes_of_sums(weights, most);
+    return (floats_of_lines(weights, batch, find_kernels(index)) + weights->count * BLOCK) * (int64_t)sizeof(float);
+}
+
+/* The same for many rows of activations, in `memory` of `bytes` bytes, of which it needs those of `permprune_many_bytes`. PLAIN
+ * weights have no such kernel. */
 EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void *activations, int32_t number,
                                        int64_t batch, void *output, void *memory, int64_t bytes, int32_t index,
                                        int32_t threads)
@@ -223,23 +298,25 @@ EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void
     const struct kernels *kernels = find_kernels(index);
     if (!kernels)
         return NO_KERNEL;
-    if (product_is_bad(weights, activations, number, batch, output) || weights->kind == PLAIN)
+    if (product_is_bad(weights, activations, number, batch, output) || weights->kind == PLAIN || threads < 1)
         return BAD_SIZE;
     if (weights->order && places_are_bad(weights->order, weights->width, weights->width))
         return BAD_ORDER;
-    const int64_t tokens = kernels->lanes * kernels->vectors, channels = weights->count * BLOCK;
-    const int64_t lines = smaller((batch < 16 ? 16 : batch) + kernels->lanes, TILES * tokens) * channels;
-    if (bytes < (lines + channels) * (int64_t)sizeof(float) || LACKS(bytes, memory) || (uintptr_t)memory % 64)
+    if (bytes < permprune_many_bytes(weights, number, batch, index, threads) || LACKS(bytes, memory) || (uintptr_t)memory % 64)
         return BAD_SIZE;
     struct staged staged = {memory, NULL, batch};
     struct many job = {.product = {weights, &staged, output, number}, .activations = activations};
     int finite = 0;
-    if (are_pairs(kernels, weights, number, index))
+    if (are_tiles(weights, number, index)) {
+        multiply_many_tiles(&job, kernels, threads);
+        return DONE;
+    }
+    if (are_pairs(weights, number, index))
         finite = multiply_many_pairs(&job, kernels, threads);
     else
-        multiply_many_floats(&job, kernels, tokens, threads);
+        multiply_many_floats(&job, kernels, kernels->lanes * kernels->vectors, threads);
     if (!finite)
-        correct_nonfinite(&job.product, activations, number, (float *)memory + lines);
+        correct_nonfinite(&job.product, activations, number, (float *)memory + floats_of_lines(weights, batch, kernels));
     return DONE;
 }
 

@@ -3,8 +3,9 @@
     y = torch.ops.permprune.packed_linear(x, blocks, bias, order, width, n, m, dtype)
 
 Few rows of activations are multiplied by kernels that read the packed weight as fast as memory allows. For many rows,
-where multiplications are the limit, a kernel leaves out what is pruned (`native.leaves_out`); where dense products are
-faster than that, the weight is unpacked a few rows at a time and multiplied with BLAS (unless `native.is_few`). The
+where multiplications are the limit, a kernel leaves out what is pruned, or unpacks it for matrix units
+(`native.is_many`); where dense products are faster than that, the weight is unpacked a few rows at a time and
+multiplied with BLAS (unless `native.is_few`). The
 kernels for few rows round the activations for int8 and int4 weights to int8, with a scale for every 64 channels of a
 row; the others do not round them. Rows of activations that are not finite give what the dense product with zeros
 gives, whatever multiplies them.
@@ -117,7 +118,7 @@ def multiply_native(
 ) -> Tensor:
     """`packed_linear` with native kernels; `weights` describes a weight of type `dtype` with this order and bias."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if native.leaves_out(weights, rows):
+    if native.is_many(weights, rows):
         y = native.multiply(weights, rows, many=True)
     elif native.is_few(weights, rows):
         y = native.multiply(weights, rows)

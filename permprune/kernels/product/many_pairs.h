@@ -252,20 +252,25 @@ static ALWAYS_INLINE void add_rows(const char *block, int64_t apart, const char 
     }
 }
 
-/* Writes the sums of up to 32 rows, (rows, tokens), as bf16, (tokens, rows): whole lines of a cache. */
-static ALWAYS_INLINE void write_pairs(uint16_t *to, int64_t apart, __mmask32 some, int tokens, float (*sums)[PAIR_TOKENS],
-                                      const float bias[32])
+/* 16 sums of each of two rows, with the bias of both, as pairs of bf16. */
+static ALWAYS_INLINE __m512i pair_rows(const float *even, const float *odd, const float bias[2])
 {
     static const uint16_t pairs[32] __attribute__((aligned(64))) = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                                     21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                                     11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512 first = _mm512_add_ps(_mm512_load_ps(even), _mm512_set1_ps(bias[0]));
+    const __m512 second = _mm512_add_ps(_mm512_load_ps(odd), _mm512_set1_ps(bias[1]));
+    return _mm512_permutexvar_epi16(_mm512_load_si512(pairs), (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+/* Writes the sums of up to 32 rows, (rows, tokens), as bf16, (tokens, rows): whole lines of a cache. */
+static ALWAYS_INLINE void write_pairs(uint16_t *to, int64_t apart, __mmask32 some, int tokens, float (*sums)[PAIR_TOKENS],
+                                      const float bias[32])
+{
     for (int t = 0; t < tokens; t += 16) {
         __m512i line[16];
-        UNROLLED for (int i = 0; i < 16; i++) {
-            const __m512 even = _mm512_add_ps(_mm512_load_ps(sums[2 * i] + t), _mm512_set1_ps(bias[2 * i]));
-            const __m512 odd = _mm512_add_ps(_mm512_load_ps(sums[2 * i + 1] + t), _mm512_set1_ps(bias[2 * i + 1]));
-            line[i] = _mm512_permutexvar_epi16(_mm512_load_si512(pairs), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-        }
+        UNROLLED for (int i = 0; i < 16; i++)
+            line[i] = pair_rows(sums[2 * i] + t, sums[2 * i + 1] + t, bias + 2 * i);
         turn_16(line);
         UNROLLED for (int i = 0; i < 16; i++)
             if (t + i < tokens)

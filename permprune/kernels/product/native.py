@@ -36,11 +36,11 @@ MANY = {"avx2": (16, 32), "avx512": (LARGEST_BATCH + 1, LARGEST_BATCH + 1)}
 weights in floating point and with integers, by the name of the kernels; portable ones are slower than dense products,
 and those of ARM were not measured."""
 
-MOST_TOKENS = 4 * 96
-"""Most rows of activations for which the kernel for many rows needs memory at a time."""
-
 PAIRS_FROM = 16
 """Rows of activations from which the kernel for many rows of pairs of bf16 is faster than the others."""
+
+TILES_FROM = 8
+"""The same of tiles of bf16 (AMX), for any pattern."""
 
 _kept = threading.local()
 """The memory of each thread (see `workspace`)."""
@@ -171,7 +171,7 @@ def multiply(weights: Weights, x: Tensor, kernels: str | None = None, *, many: b
     threads = library.threads(batch * weights.rows * weights.count * weights.slots)
     given = ctypes.byref(weights), x.data_ptr(), NUMBERS[x.dtype], batch, output.data_ptr()
     if many:
-        memory = workspace(4 * (min(max(batch, 16) + 16, MOST_TOKENS) + 1) * weights.count * BLOCK)
+        memory = workspace(functions.permprune_many_bytes(given[0], *given[2:4], index, threads))
         status = functions.permprune_multiply_many(*given, memory.data_ptr(), memory.nbytes, index, threads)
     else:
         status = functions.permprune_multiply(*given, index, threads)
@@ -181,21 +181,25 @@ def multiply(weights: Weights, x: Tensor, kernels: str | None = None, *, many: b
     return output
 
 
-def leaves_out(weights: Weights, x: Tensor) -> bool:
+def is_many(weights: Weights, x: Tensor) -> bool:
     """Whether `multiply` with `many` is the fastest product of x (batch, width) with a packed weight here."""
-    return weights.slots <= MOST_SLOTS and is_fastest(weights, x)
+    return (weights.slots <= MOST_SLOTS or multiplies_tiles(weights, x)) and is_fastest(weights, x)
 
 
 def is_fastest(weights: Weights, x: Tensor) -> bool:
     """Whether `multiply` with `many` is the fastest product with a weight that keeps at most `MOST_SLOTS` of a block.
 
     It is from `MANY` rows on, or `PAIRS_FROM`, except where both are multiplied as bf16 (`multiplies_bf16`) and the
-    kernel does not, or the processor has matrix units (AMX), or both are fp16 and the processor multiplies these.
-    Activations in fp32 are rounded to bf16 by the kernel for pairs, if the weights are integers of 2:4.
+    kernel does not, or both are fp16 and the processor multiplies these. Activations in fp32 are rounded to bf16 by the
+    kernel for pairs, if the weights are integers of 2:4. With matrix units (`multiplies_tiles`) it is from `TILES_FROM`
+    rows on, whatever a weight keeps.
     """
-    name, rows = library.best()[0], x.shape[0]
-    if name not in MANY:
+    kernels, rows = library.best(), x.shape[0]
+    if kernels.name not in MANY:
         return False
+    integers = weights.number >= NUMBERS[torch.int8]
+    if multiplies_tiles(weights, x):
+        return rows >= (TILES_FROM if x.dtype == torch.bfloat16 else PAIRS_FROM + 1)
     if multiplies_bf16(weights, x):
         if processor_has("amx_bf16"):
             return False
@@ -203,18 +207,23 @@ def is_fastest(weights: Weights, x: Tensor) -> bool:
             return rows >= PAIRS_FROM
         if weights.slots <= MOST_SLOTS_BESIDE_PAIRS:
             return rows >= MASKS_FROM
-        return MASKS_FROM <= rows < MASKS_TO and weights.number != NUMBERS[torch.bfloat16]
+        return MASKS_FROM <= rows < MASKS_TO and integers
     if x.dtype == torch.float16 and weights.number == NUMBERS[x.dtype] and processor_has("avx512_fp16"):
         return False
-    integers = weights.number >= NUMBERS[torch.int8]
-    if integers and weights.kind == _POSITIONS and x.dtype == torch.float32 and library.best()[1]:
+    if integers and x.dtype == torch.float32 and kernels.pairs and weights.kind == _POSITIONS:
         return rows > PAIRS_FROM
-    return rows >= MANY[name][integers]
+    return rows >= MANY[kernels.name][integers]
 
 
 def multiplies_bf16(weights: Weights, x: Tensor) -> bool:
     """Whether activations are bf16, the processor multiplies pairs of these, and bf16 can hold the weight's values."""
-    return x.dtype == torch.bfloat16 and library.best()[1] and weights.number in _OF_PAIRS
+    return x.dtype == torch.bfloat16 and library.best().pairs and weights.number in _OF_PAIRS
+
+
+def multiplies_tiles(weights: Weights, x: Tensor) -> bool:
+    """Whether `multiply` with `many` uses matrix units: in bf16, to which it rounds activations in fp32 beside int4."""
+    rounded = x.dtype == torch.float32 and weights.number == NUMBERS[INT4]
+    return library.best().tiles and weights.kind != _PLAIN and (rounded or multiplies_bf16(weights, x))
 
 
 def is_few(weights: Weights, x: Tensor) -> bool:

@@ -98,6 +98,9 @@ struct many {
 enum { PAIR_TOKENS = 64 };  /* the most of a tile */
 enum { PAIR_CHUNK = 1024 }; /* the most rows of the weight whose sums are kept: 256 KiB */
 
+/* Of many_tiles.h: */
+enum { TILE_PANEL = 32, TILE_TOKENS = 512 }; /* rows of the weight; the most tokens at a time, in pairs of groups */
+
 /* A product of many rows of activations in bf16, or in fp32 that is rounded to bf16. */
 struct many_pairs {
     const struct weights *weights;
@@ -108,6 +111,7 @@ struct many_pairs {
     int32_t *nonfinite;          /* becomes 1 if some of the activations are not finite */
     int64_t batch, tiles;
     int64_t chunk, chunks; /* rows of the weight that are multiplied at a time */
+    float *sums;           /* of many_tiles.h: (chunks, chunk, tokens in pairs of groups) */
 };
 
 static ALWAYS_INLINE void write_output(const struct product *job, int64_t batch, int64_t row, float sum)

@@ -90,7 +90,7 @@ def test_products_in_bf16_follow_the_order_of_the_columns(
     torch.testing.assert_close(found, expected, atol=0.01 * float(expected.abs().max()), rtol=0.02)
 
 
-@pytest.mark.skipif(not (library.available() and library.best()[1]), reason="needs instructions for pairs of bf16")
+@pytest.mark.skipif(not (library.available() and library.best().pairs), reason="needs instructions for pairs of bf16")
 def test_a_mask_that_does_not_follow_the_columns_is_refused() -> None:
     mask, columns = Pattern(2, 4).mask(torch.rand(8, 16)), torch.tensor([0, 4, 8, 12, *set(range(16)) - {0, 4, 8, 12}])
     mask[:, :4] = torch.tensor([True, True, False, False])
@@ -103,7 +103,8 @@ def test_only_what_pays_fits() -> None:
     weight, fp32 = torch.randn(8, 16), torch.float32
     if library.available():
         assert MaskedWeight.fits(weight, Pattern(2, 4), fp32)
-        pairs = library.best()[1] and not processor_has("amx_bf16")
+        kernels = library.best()
+        pairs = kernels.pairs and (kernels.tiles or not processor_has("amx_bf16"))
         assert MaskedWeight.fits(weight.bfloat16(), Pattern(2, 4), torch.bfloat16) == pairs
     assert not MaskedWeight.fits(weight, Pattern(3, 4), fp32)
     assert not MaskedWeight.fits(weight, Pattern(4, 8), torch.bfloat16)
