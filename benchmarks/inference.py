@@ -7,9 +7,9 @@ turns, every other turn in reverse order, because a product is slower the more o
 The fastest of all turns counts, in processor time where one thread runs. Each product cycles through so many copies of
 its weights that none is in the processor's cache.
 
-Above 64 rows of activations, `packed` is the product that the package chooses (with other `--kernels` the one that
-leaves out what is pruned), and there is no `dense`; these figures are rows of the table `many-rows`. Nor is there one
-of int4.
+`packed` is the product that the package chooses; with other `--kernels` the one for few rows up to 64 rows of
+activations, and the one for many rows above. There, and of int4, there is no `dense`; these figures are rows of the
+table `many-rows`.
 
 python benchmarks/inference.py --threads 1 2 --batch 1 16
 python benchmarks/inference.py --threads 1 2 --batch 512 --types fp32 --turns 8 --outputs 1536 --inputs 576
@@ -129,8 +129,8 @@ def _native(numbers: Tensor, kernels: str, layout: Layout | None = None, scale: 
     described = native.describe(layout, numbers) if layout else native.describe_plain(numbers, scale)
 
     def product(x: Tensor, _owner: object = (numbers, scale)) -> Tensor:
-        if len(x) > LARGEST_BATCH and kernels == library.names()[0]:
-            return multiply_native(described, x, layout.dtype if layout else numbers.dtype, None, None)
+        if layout and kernels == library.names()[0]:
+            return multiply_native(described, x, layout.dtype, None, None)
         return native.multiply(described, x, kernels, many=len(x) > LARGEST_BATCH)
 
     return product

@@ -186,8 +186,17 @@ static int are_tiles(const struct weights *weights, int32_t number, int32_t inde
 
 static int64_t pairs_of_groups(int64_t tokens) { return (tokens + 31) / 32; }
 
-/* The rows of the weight that matrix units multiply at a time: if the activations are larger than what is left of a level 2
- * cache, as many as leave their sums there. */
+/* The tokens that matrix units multiply at a time: if half of them leave their tiles in half of a level 2 cache of 2 MiB, and all
+ * do not, half of them. For wider ones the weight would have to be unpacked too often. */
+static int64_t tokens_of_tiles(const struct weights *weights, int64_t batch)
+{
+    enum { ALL = 512, LEAST_WIDTH = 1024 };
+    const int64_t channels = weights->count * BLOCK, halves = channels > LEAST_WIDTH && channels <= 2 * LEAST_WIDTH;
+    return smaller(batch, halves ? ALL / 2 : ALL);
+}
+
+/* The rows of the weight that they multiply at a time: where the activations do not stay in the cache, as many as leave their sums
+ * there. */
 static int64_t rows_of_tiles(const struct weights *weights, int64_t tokens)
 {
     return tokens * weights->count * BLOCK > 1 << 19 ? 8 * TILE_PANEL : TILE_PANEL;
@@ -207,7 +216,7 @@ static int64_t bytes_of_sums(const struct weights *weights, int64_t tokens)
 static void multiply_many_tiles(const struct many *job, const struct kernels *kernels, int32_t threads)
 {
     const struct weights *weights = job->product.weights;
-    const int64_t batch = job->product.staged->batch, most = smaller(batch, TILE_TOKENS);
+    const int64_t batch = job->product.staged->batch, most = tokens_of_tiles(weights, batch);
     const int32_t number = job->product.output_number;
     const int64_t bytes = number == F32 ? 4 : 2;
     char *memory = job->product.staged->values;
@@ -281,7 +290,7 @@ static int64_t floats_of_lines(const struct weights *weights, int64_t batch, con
 EXPORT int64_t permprune_many_bytes(const struct weights *weights, int32_t number, int64_t batch, int32_t index,
                                     int32_t threads)
 {
-    const int64_t most = smaller(batch, TILE_TOKENS);
+    const int64_t most = tokens_of_tiles(weights, batch);
     if (!find_kernels(index) || bad_size(weights->rows) || bad_size(weights->count) || bad_size(batch) || threads < 1)
         return 0;
     if (are_tiles(weights, number, index))

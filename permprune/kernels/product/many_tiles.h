@@ -14,7 +14,7 @@
 enum { SIDE = 16, STEP = 32, TILE = SIDE * STEP }; /* rows and channels of a tile, and its numbers */
 enum { TILE_SUMS = SIDE * SIDE, PANEL_SUMS = 4 * TILE_SUMS };
 enum { AMX_CHANNELS = 512, AMX_BLOCKS = AMX_CHANNELS / BLOCK };
-enum { LARGE = 1 << 20 };            /* bytes of an output */
+enum { LARGE = 1 << 20, STREAMED_WIDTH = 2048 }; /* bytes of outputs, and channels, from which streaming them is faster */
 
 struct tile_config {
     uint8_t palette, start, reserved[14];
@@ -234,10 +234,10 @@ static ALWAYS_INLINE void add_tiles(const uint16_t *weight, const uint16_t *toke
     }
 }
 
-/* Writes 64 bytes, or those that `some` has, two at a time. What is `large` is not read back from the caches. */
-static ALWAYS_INLINE void write_vector(void *to, __mmask32 some, __m512i vector, int large)
+/* Writes 64 bytes, or those that `some` has, two at a time; past the caches, if they are `streamed` and whole lines. */
+static ALWAYS_INLINE void write_vector(void *to, __mmask32 some, __m512i vector, int streamed)
 {
-    if (large && some == UINT32_MAX && (uintptr_t)to % 64 == 0)
+    if (streamed && some == UINT32_MAX && (uintptr_t)to % 64 == 0)
         _mm512_stream_si512(to, vector);
     else
         _mm512_mask_storeu_epi16(to, some, vector);
@@ -249,7 +249,7 @@ static ALWAYS_INLINE void write_group(const struct many_pairs *job, int64_t row,
 {
     const int64_t apart = job->weights->rows, tokens = smaller(SIDE, job->batch - token), place = token * apart + row;
     const __mmask32 some = (__mmask32)((1ull << rows) - 1);
-    const int large = job->batch * apart * 2 >= LARGE;
+    const int streamed = job->batch * apart * 2 >= LARGE && job->weights->width >= STREAMED_WIDTH;
     __m512i line[SIDE];
     if (job->number == BF16) {
         UNROLLED for (int i = 0; i < SIDE; i++)
@@ -257,7 +257,7 @@ static ALWAYS_INLINE void write_group(const struct many_pairs *job, int64_t row,
         turn_16(line);
         UNROLLED for (int i = 0; i < SIDE; i++)
             if (i < tokens)
-                write_vector((uint16_t *)job->output + place + i * apart, some, line[i], large);
+                write_vector((uint16_t *)job->output + place + i * apart, some, line[i], streamed);
         return;
     }
     for (int half = 0; half < TILE_PANEL; half += SIDE) {
@@ -270,6 +270,28 @@ static ALWAYS_INLINE void write_group(const struct many_pairs *job, int64_t row,
     }
 }
 
+/* The products of all tokens with `count` blocks from number `n` on of a panel of `rows` rows, added to its sums. After the last
+ * blocks each four tiles of sums are written to the output, while matrix units work on the next. */
+static ALWAYS_INLINE void multiply_panel(const struct many_pairs *job, int64_t row, int64_t rows, int64_t n, int64_t count,
+                                         const uint16_t *tiles, float *sums, struct ahead *ahead)
+{
+    const struct weights *weights = job->weights;
+    const int last = n + count == weights->count;
+    float bias[TILE_PANEL] = {0};
+    for (int i = 0; weights->bias && i < rows; i++)
+        bias[i] = read_number(weights->bias, row + i, weights->bias_number);
+    for (int64_t token = 0; token < job->batch; token += 2 * SIDE, sums += PANEL_SUMS) {
+        const uint16_t *tokens = tokens_of_group(job, token / SIDE, n);
+        const int both = token + SIDE < job->batch;
+        if (both)
+            add_tiles(tiles, tokens, 2 * count, sums, n == 0, ahead, 1);
+        else
+            add_tiles(tiles, tokens, 2 * count, sums, n == 0, ahead, 0);
+        for (int half = 0; last && half <= both; half++)
+            write_group(job, row, rows, token + half * SIDE, sums + half * 2 * TILE_SUMS, bias);
+    }
+}
+
 /* The products of all tokens with the panels of `rows` rows from `row` on. There is room for the sums of whole panels. */
 static ALWAYS_INLINE void multiply_panels(const struct many_pairs *job, int64_t row, int64_t rows, float *sums,
                                           const int32_t number, const int32_t kind)
@@ -279,26 +301,11 @@ static ALWAYS_INLINE void multiply_panels(const struct many_pairs *job, int64_t 
     uint16_t tiles[TILE_PANEL * AMX_CHANNELS] __attribute__((aligned(64)));
     for (int64_t n = 0; n < weights->count; n += AMX_BLOCKS)
         for (int64_t r = 0; r < rows; r += TILE_PANEL) {
-            const int64_t count = smaller(AMX_BLOCKS, weights->count - n);
+            const int64_t count = smaller(AMX_BLOCKS, weights->count - n), some = smaller(TILE_PANEL, rows - r);
             struct ahead ahead = look_ahead(job, row, rows, r, n);
-            float *to = sums + r / TILE_PANEL * apart;
             unpack_panel(weights, row + r, n, count, tiles, number, kind);
-            for (int64_t token = 0; token < job->batch; token += 2 * SIDE, to += PANEL_SUMS) {
-                const uint16_t *tokens = tokens_of_group(job, token / SIDE, n);
-                if (token + SIDE < job->batch)
-                    add_tiles(tiles, tokens, 2 * count, to, n == 0, &ahead, 1);
-                else
-                    add_tiles(tiles, tokens, 2 * count, to, n == 0, &ahead, 0);
-            }
+            multiply_panel(job, row + r, some, n, count, tiles, sums + r / TILE_PANEL * apart, &ahead);
         }
-    for (int64_t r = 0; r < rows; r += TILE_PANEL) {
-        const int64_t some = smaller(TILE_PANEL, rows - r);
-        float bias[TILE_PANEL] = {0};
-        for (int i = 0; weights->bias && i < some; i++)
-            bias[i] = read_number(weights->bias, row + r + i, weights->bias_number);
-        for (int64_t token = 0; token < job->batch; token += SIDE)
-            write_group(job, row + r, some, token, sums + r / TILE_PANEL * apart + token / SIDE * 2 * TILE_SUMS, bias);
-    }
 }
 
 /* The products of all tokens with some of `chunks` equal shares of the panels, `chunk` rows at a time. */
@@ -325,6 +332,6 @@ static void multiply_tiles(const void *argument, int64_t first, int64_t last)
             }
         }
     }
-    _mm_sfence(); /* what write_vector streams is seen by other threads */
+    _mm_sfence(); /* what is streamed is seen by other threads */
     _tile_release();
 }

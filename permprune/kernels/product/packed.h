@@ -99,7 +99,7 @@ enum { PAIR_TOKENS = 64 };  /* the most of a tile */
 enum { PAIR_CHUNK = 1024 }; /* the most rows of the weight whose sums are kept: 256 KiB */
 
 /* Of many_tiles.h: */
-enum { TILE_PANEL = 32, TILE_TOKENS = 512 }; /* rows of the weight; the most tokens at a time, in pairs of groups */
+enum { TILE_PANEL = 32 }; /* rows of the weight */
 
 /* A product of many rows of activations in bf16, or in fp32 that is rounded to bf16. */
 struct many_pairs {
