@@ -146,10 +146,22 @@ WAYS = {
 """Every kind has every type in one of two ways, and every kind, as every type, goes both ways."""
 
 
+def convolves_groups() -> bool:
+    """Whether PyTorch's convolution of groups of channels in bf16 is right: with AMX that of torch 2.13 is not."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator) for shape in ((1, 32, 64), (32, 8, 16)))
+    x, weight = x.bfloat16(), weight.bfloat16()
+    found = torch.nn.functional.conv1d(x, weight, padding=8, groups=4)
+    expected = torch.nn.functional.conv1d(x.double(), weight.double(), padding=8, groups=4)
+    return bool((found - expected).norm() < 0.1 * expected.norm())
+
+
 @pytest.mark.parametrize(("kind", "dtype"), WAYS)
 def test_every_kind_of_every_type_is_pruned_packed_and_measured(
     kind: str, dtype: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
+    if kind == "speech by CTC" and dtype != "fp32" and not convolves_groups():
+        pytest.xfail("wav2vec 2.0 in bf16 is wrong here, masked or packed, and permprune refuses to pack it")
     model, data, metric, unit = KINDS[kind]
     folder, source = request.getfixturevalue(model), request.getfixturevalue(data)
     store(folder, TYPES[dtype])

@@ -174,15 +174,17 @@ def test_prune_and_finetune(
     dense: Any = copy.deepcopy(tiny_llama)
     held: dict[str, Any] = {"evaluation": evaluation, "processor": tiny_tokenizer}
     record = permprune.prune_to_folder(tiny_llama, tmp_path / "pruned", config, **held)
-    assert record.measured and record.measured.pruned == permprune.evaluate(tmp_path / "pruned", evaluation).value
+    assert record.measured  # sums of products may differ with the place of the weights in memory
+    again = permprune.evaluate(tmp_path / "pruned", evaluation).value
+    assert record.measured.pruned == pytest.approx(again, rel=1e-6)
     assert permprune.verify(tmp_path / "pruned").layers == permprune.verify(tiny_llama).layers == 14
     weights = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     options = FineTuning(str(tiny_text), teacher=dense, hidden=1e-5, train="norms", epochs=1, rows=40, length=16)
     found = permprune.finetune(tiny_llama, tmp_path / "tuned", options, processor=tiny_tokenizer)
     assert found.model is tiny_llama and found.dense and found.to_json()["teacher"] == "LlamaForCausalLM"
     assert all(torch.equal(tensor, weights[name]) for name, tensor in dense.state_dict().items())
-    again = permprune.load(tmp_path / "tuned").state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in tiny_llama.state_dict().items())
+    loaded = permprune.load(tmp_path / "tuned").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in tiny_llama.state_dict().items())
     assert permprune.verify(tmp_path / "tuned").layers == 14
     with pytest.raises(PermpruneError, match="the teacher is the model to be trained"):
         permprune.finetune(dense, tmp_path / "other", options, processor=tiny_tokenizer)
