@@ -19,7 +19,8 @@ typedef void kernel(const void *job, int64_t first, int64_t last);
  * Products are by the type of the weight: `products`; `dense`, the same for PLAIN weights; and `unpack`, which writes the
  * weight with its zeros, (rows, width). `pairs` multiplies bf16 by bf16 if there is such an instruction, else it is NULL.
  * `spread` and `many` multiply many rows of activations, and `many_pairs` those of bf16 by 2:4 weights of bf16 or integers where
- * `pairs` run; `many_tiles` those of bf16 where there are matrix units. `stage_i8` rounds a row of activations for int8 weights (product/family_i8.h). */
+ * `pairs` run; `many_tiles` those of bf16 where there are matrix units. `stage_i8` rounds a row of activations for int8 weights
+ * (product/family_i8.h). */
 struct kernels {
     const char *name;
     int (*runs_here)(void); /* NULL where they always do */

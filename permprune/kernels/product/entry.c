@@ -184,8 +184,6 @@ static int are_tiles(const struct weights *weights, int32_t number, int32_t inde
     return held && are_bf16(weights, number) && weights->kind != PLAIN && weights->count > 0 && runs_tiles(index);
 }
 
-static int64_t pairs_of_groups(int64_t tokens) { return (tokens + 31) / 32; }
-
 /* The tokens that matrix units multiply at a time: if half of them leave their tiles in half of a level 2 cache of 2 MiB, and all
  * do not, half of them. For wider ones the weight would have to be unpacked too often. */
 static int64_t tokens_of_tiles(const struct weights *weights, int64_t batch)
@@ -205,12 +203,12 @@ static int64_t rows_of_tiles(const struct weights *weights, int64_t tokens)
 /* The bytes of the tiles of activations, and of the sums of a thread. */
 static int64_t bytes_of_tokens(const struct weights *weights, int64_t tokens)
 {
-    return pairs_of_groups(tokens) * 32 * weights->count * BLOCK * (int64_t)sizeof(uint16_t);
+    return pairs_of_groups(tokens) * TILE_TOKENS * weights->count * BLOCK * (int64_t)sizeof(uint16_t);
 }
 
 static int64_t bytes_of_sums(const struct weights *weights, int64_t tokens)
 {
-    return rows_of_tiles(weights, tokens) * pairs_of_groups(tokens) * 32 * (int64_t)sizeof(float);
+    return rows_of_tiles(weights, tokens) * pairs_of_groups(tokens) * TILE_TOKENS * (int64_t)sizeof(float);
 }
 
 static void multiply_many_tiles(const struct many *job, const struct kernels *kernels, int32_t threads)

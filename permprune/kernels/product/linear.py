@@ -5,10 +5,9 @@
 Few rows of activations are multiplied by kernels that read the packed weight as fast as memory allows. For many rows,
 where multiplications are the limit, a kernel leaves out what is pruned, or unpacks it for matrix units
 (`native.is_many`); where dense products are faster than that, the weight is unpacked a few rows at a time and
-multiplied with BLAS (unless `native.is_few`). The
-kernels for few rows round the activations for int8 and int4 weights to int8, with a scale for every 64 channels of a
-row; the others do not round them. Rows of activations that are not finite give what the dense product with zeros
-gives, whatever multiplies them.
+multiplied with BLAS (unless `native.is_few`). The kernels for few rows round the activations for int8 and int4 weights
+to int8, with a scale for every 64 channels of a row; those for many may round them to bf16 (`native.is_fastest`). Rows
+of activations that are not finite give what the dense product with zeros gives, whatever multiplies them.
 
 The weight is frozen: there are gradients for the activations, those of the product without rounding, and the bias.
 """

@@ -34,14 +34,12 @@ static ALWAYS_INLINE void use_whole_tiles(void)
 
 /* ---- activations ---- */
 
-static ALWAYS_INLINE int64_t pairs_of_groups(const struct many_pairs *job) { return (job->batch + 2 * SIDE - 1) / (2 * SIDE); }
-
 /* The first tile of a group of 16 tokens from block `n` on. Parts of AMX_CHANNELS channels follow each other; in each, the tiles
  * of two groups take turns, as they are read. */
 static ALWAYS_INLINE uint16_t *tokens_of_group(const struct many_pairs *job, int64_t group, int64_t n)
 {
     const int64_t start = n / AMX_BLOCKS * AMX_BLOCKS, count = smaller(AMX_BLOCKS, job->weights->count - start);
-    const int64_t steps = 2 * (start * pairs_of_groups(job) + group / 2 * count + (n - start));
+    const int64_t steps = 2 * (start * pairs_of_groups(job->batch) + group / 2 * count + (n - start));
     return job->channels + (2 * steps + group % 2) * TILE;
 }
 
@@ -186,11 +184,11 @@ static ALWAYS_INLINE struct ahead look_ahead(const struct many_pairs *job, int64
     struct ahead ahead = {.apart = weights->count * size};
     ahead.row = (uintptr_t)weights->blocks + (uintptr_t)(next_row * ahead.apart + next * size);
     ahead.lines = (smaller(AMX_BLOCKS, weights->count - next) * size + 63) / 64 + 1;
-    ahead.weight_lines = (ahead.lines * TILE_PANEL + steps * pairs_of_groups(job) - 1) / (steps * pairs_of_groups(job));
+    ahead.weight_lines = (ahead.lines * TILE_PANEL + steps * pairs_of_groups(job->batch) - 1) / (steps * pairs_of_groups(job->batch));
     if (panels > 1) { /* each fetches a part */
         ahead.token_lines = (2 * 2 * SIDE + panels - 1) / panels;
         ahead.tokens = (uintptr_t)tokens_of_group(job, 0, part);
-        ahead.tokens += (uintptr_t)(r / TILE_PANEL * ahead.token_lines * steps * pairs_of_groups(job) * 64);
+        ahead.tokens += (uintptr_t)(r / TILE_PANEL * ahead.token_lines * steps * pairs_of_groups(job->batch) * 64);
     }
     return ahead;
 }
@@ -280,7 +278,7 @@ static ALWAYS_INLINE void multiply_panel(const struct many_pairs *job, int64_t r
     float bias[TILE_PANEL] = {0};
     for (int i = 0; weights->bias && i < rows; i++)
         bias[i] = read_number(weights->bias, row + i, weights->bias_number);
-    for (int64_t token = 0; token < job->batch; token += 2 * SIDE, sums += PANEL_SUMS) {
+    for (int64_t token = 0; token < job->batch; token += TILE_TOKENS, sums += PANEL_SUMS) {
         const uint16_t *tokens = tokens_of_group(job, token / SIDE, n);
         const int both = token + SIDE < job->batch;
         if (both)
@@ -297,7 +295,7 @@ static ALWAYS_INLINE void multiply_panels(const struct many_pairs *job, int64_t 
                                           const int32_t number, const int32_t kind)
 {
     const struct weights *weights = job->weights;
-    const int64_t apart = pairs_of_groups(job) * PANEL_SUMS;
+    const int64_t apart = pairs_of_groups(job->batch) * PANEL_SUMS;
     uint16_t tiles[TILE_PANEL * AMX_CHANNELS] __attribute__((aligned(64)));
     for (int64_t n = 0; n < weights->count; n += AMX_BLOCKS)
         for (int64_t r = 0; r < rows; r += TILE_PANEL) {
@@ -316,7 +314,7 @@ static void multiply_tiles(const void *argument, int64_t first, int64_t last)
     use_whole_tiles();
     for (int64_t share = first; share < last; share++) {
         const int64_t end = smaller((share + 1) * panels / job->chunks * TILE_PANEL, job->weights->rows);
-        float *sums = job->sums + share * (job->chunk / TILE_PANEL) * pairs_of_groups(job) * PANEL_SUMS;
+        float *sums = job->sums + share * (job->chunk / TILE_PANEL) * pairs_of_groups(job->batch) * PANEL_SUMS;
         for (int64_t row = share * panels / job->chunks * TILE_PANEL; row < end; row += job->chunk) {
             const int64_t rows = smaller(job->chunk, end - row);
             switch (job->weights->number * 2 + job->weights->kind) {

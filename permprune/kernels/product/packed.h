@@ -99,7 +99,7 @@ enum { PAIR_TOKENS = 64 };  /* the most of a tile */
 enum { PAIR_CHUNK = 1024 }; /* the most rows of the weight whose sums are kept: 256 KiB */
 
 /* Of many_tiles.h: */
-enum { TILE_PANEL = 32 }; /* rows of the weight */
+enum { TILE_PANEL = 32, TILE_TOKENS = 32 }; /* rows of the weight and tokens whose sums are in registers */
 
 /* A product of many rows of activations in bf16, or in fp32 that is rounded to bf16. */
 struct many_pairs {
@@ -124,6 +124,9 @@ static ALWAYS_INLINE void write_output(const struct product *job, int64_t batch,
 
 /* Whether weights are integers, which are multiplied by activations that are rounded to integers. */
 static ALWAYS_INLINE int are_integers(const struct weights *weights) { return weights->number >= I8; }
+
+/* The pairs of groups of 16 tokens. */
+static ALWAYS_INLINE int64_t pairs_of_groups(int64_t tokens) { return (tokens + TILE_TOKENS - 1) / TILE_TOKENS; }
 
 /* The bytes before the values of a block, and those of a whole block. */
 static ALWAYS_INLINE int64_t header_bytes(const struct weights *weights)
