@@ -74,6 +74,8 @@ static ALWAYS_INLINE __m512i index_in_groups(__m512i codes, int step)
 END_TARGET
 
 BEGIN_TARGET(FEATURES ",amx-tile,amx-bf16")
+#include "product/tile_layout.h"
+
 #include "product/many_tiles.h"
 END_TARGET
 

@@ -1,4 +1,4 @@
-/* The functions for Python of packed weights: products, the check of codes, and unpacking. */
+/* The functions for Python of packed weights: products and unpacking. */
 #include "library.h"
 
 /* ---- activations ---- */
@@ -113,8 +113,7 @@ static kernel *choose_kernel(const struct kernels *kernels, int32_t number, int 
 
 /* ---- entries ---- */
 
-/* Whether what is said of a weight contradicts itself: kernels rely on it and on nothing that a block contains. */
-static int weights_are_bad(const struct weights *weights)
+int weights_are_bad(const struct weights *weights)
 {
     const int64_t width = weights->width, slots = weights->slots;
     const int plain = weights->kind == PLAIN, positions = weights->kind == POSITIONS, number = weights->number;
@@ -177,45 +176,54 @@ static int are_pairs(const struct weights *weights, int32_t number, int32_t inde
     return are_bf16(weights, number) && weights->kind == POSITIONS && find_kernels(index)->many_pairs && runs_pairs(index);
 }
 
-/* Whether many_tiles.h multiplies these: all that bf16 holds exactly, and beside activations in bf16 I8, too. */
+/* Whether many_tiles.h multiplies these: floats, in parts of bf16, and integers that bf16 holds exactly; beside activations in
+ * bf16 I8, too. */
 static int are_tiles(const struct weights *weights, int32_t number, int32_t index)
 {
-    const int held = number == BF16 || weights->number == I4;
-    return held && are_bf16(weights, number) && weights->kind != PLAIN && weights->count > 0 && runs_tiles(index);
+    const int integers = are_integers(weights), held = number == BF16 || (weights->number == I4 && number == F32);
+    return (!integers || held) && weights->kind != PLAIN && weights->count > 0 && runs_tiles(index);
+}
+
+/* The numbers in bf16 of a token. */
+static int64_t token_numbers(const struct weights *weights, int32_t number)
+{
+    return weights->count * BLOCK * token_parts(weights, number);
 }
 
 /* The tokens that matrix units multiply at a time: if half of them leave their tiles in half of a level 2 cache of 2 MiB, and all
  * do not, half of them. For wider ones the weight would have to be unpacked too often. */
-static int64_t tokens_of_tiles(const struct weights *weights, int64_t batch)
+static int64_t tokens_of_tiles(const struct weights *weights, int32_t number, int64_t batch)
 {
     enum { ALL = 512, LEAST_WIDTH = 1024 };
-    const int64_t channels = weights->count * BLOCK, halves = channels > LEAST_WIDTH && channels <= 2 * LEAST_WIDTH;
+    const int64_t channels = token_numbers(weights, number), halves = channels > LEAST_WIDTH && channels <= 2 * LEAST_WIDTH;
     return smaller(batch, halves ? ALL / 2 : ALL);
 }
 
 /* The rows of the weight that they multiply at a time: where the activations do not stay in the cache, as many as leave their sums
  * there. */
-static int64_t rows_of_tiles(const struct weights *weights, int64_t tokens)
+static int64_t rows_of_tiles(const struct weights *weights, int32_t number, int64_t tokens)
 {
-    return tokens * weights->count * BLOCK > 1 << 19 ? 8 * TILE_PANEL : TILE_PANEL;
+    return tokens * token_numbers(weights, number) > 1 << 19 ? 8 * TILE_PANEL : TILE_PANEL;
 }
 
 /* The bytes of the tiles of activations, and of the sums of a thread. */
-static int64_t bytes_of_tokens(const struct weights *weights, int64_t tokens)
+static int64_t bytes_of_tokens(const struct weights *weights, int32_t number, int64_t tokens)
 {
-    return pairs_of_groups(tokens) * TILE_TOKENS * weights->count * BLOCK * (int64_t)sizeof(uint16_t);
+    return pairs_of_groups(tokens) * TILE_TOKENS * token_numbers(weights, number) * (int64_t)sizeof(uint16_t);
 }
 
-static int64_t bytes_of_sums(const struct weights *weights, int64_t tokens)
+static int64_t bytes_of_sums(const struct weights *weights, int32_t number, int64_t tokens)
 {
-    return rows_of_tiles(weights, tokens) * pairs_of_groups(tokens) * TILE_TOKENS * (int64_t)sizeof(float);
+    return rows_of_tiles(weights, number, tokens) * pairs_of_groups(tokens) * TILE_TOKENS * (int64_t)sizeof(float);
 }
 
-static void multiply_many_tiles(const struct many *job, const struct kernels *kernels, int32_t threads)
+/* Returns whether all activations are finite, as far as numbers are split. */
+static int multiply_many_tiles(const struct many *job, const struct kernels *kernels, int32_t threads)
 {
     const struct weights *weights = job->product.weights;
-    const int64_t batch = job->product.staged->batch, most = tokens_of_tiles(weights, batch);
     const int32_t number = job->product.output_number;
+    const int64_t batch = job->product.staged->batch, most = tokens_of_tiles(weights, number, batch);
+    int32_t nonfinite = 0;
     const int64_t bytes = number == F32 ? 4 : 2;
     char *memory = job->product.staged->values;
     for (int64_t first = 0; first < batch; first += most) {
@@ -223,16 +231,18 @@ static void multiply_many_tiles(const struct many *job, const struct kernels *ke
             .weights = weights,
             .activations = (const char *)job->activations + first * weights->width * bytes,
             .channels = (uint16_t *)memory,
-            .sums = (float *)(memory + bytes_of_tokens(weights, most)),
+            .sums = (float *)(memory + bytes_of_tokens(weights, number, most)),
             .output = (char *)job->product.output + first * weights->rows * bytes,
             .number = number,
+            .nonfinite = &nonfinite,
             .batch = smaller(most, batch - first),
-            .chunk = rows_of_tiles(weights, most),
+            .chunk = rows_of_tiles(weights, number, most),
             .chunks = threads,
         };
         run_in_pieces(&part, kernels->lay_out_tiles, (part.batch + 15) / 16, 1, threads);
         run_in_pieces(&part, kernels->many_tiles, threads, 1, threads);
     }
+    return !nonfinite;
 }
 
 /* Works on so many tokens at a time that they take the memory that the lines of many.h take. Returns whether all activations
@@ -277,23 +287,28 @@ static void multiply_many_floats(struct many *job, const struct kernels *kernels
     }
 }
 
-/* The floats of the lines of many.h, or a tile of pairs, which takes as much as 16 rows, and those of a row. */
+/* The floats of the lines of many.h, or a tile of pairs, which takes as much as 16 rows. */
 static int64_t floats_of_lines(const struct weights *weights, int64_t batch, const struct kernels *kernels)
 {
     const int64_t tokens = kernels->lanes * kernels->vectors, channels = weights->count * BLOCK;
     return smaller((batch < 16 ? 16 : batch) + kernels->lanes, TILES * tokens) * channels;
 }
 
-/* The bytes of memory that `permprune_multiply_many` needs. */
+static int64_t bytes_of_products(const struct weights *weights, int32_t number, int64_t batch, int32_t index, int32_t threads)
+{
+    const int64_t most = tokens_of_tiles(weights, number, batch);
+    if (are_tiles(weights, number, index))
+        return bytes_of_tokens(weights, number, most) + threads * bytes_of_sums(weights, number, most);
+    return floats_of_lines(weights, batch, find_kernels(index)) * (int64_t)sizeof(float);
+}
+
+/* The bytes of memory that `permprune_multiply_many` needs: of the products, and of a row of activations. */
 EXPORT int64_t permprune_many_bytes(const struct weights *weights, int32_t number, int64_t batch, int32_t index,
                                     int32_t threads)
 {
-    const int64_t most = tokens_of_tiles(weights, batch);
     if (!find_kernels(index) || bad_size(weights->rows) || bad_size(weights->count) || bad_size(batch) || threads < 1)
         return 0;
-    if (are_tiles(weights, number, index))
-        return bytes_of_tokens(weights, most) + threads * bytes_of_sums(weights, most);
-    return (floats_of_lines(weights, batch, find_kernels(index)) + weights->count * BLOCK) * (int64_t)sizeof(float);
+    return bytes_of_products(weights, number, batch, index, threads) + weights->count * BLOCK * (int64_t)sizeof(float);
 }
 
 /* The same for many rows of activations, in `memory` of `bytes` bytes, of which it needs those of `permprune_many_bytes`. PLAIN
@@ -314,66 +329,17 @@ EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void
     struct staged staged = {memory, NULL, batch};
     struct many job = {.product = {weights, &staged, output, number}, .activations = activations};
     int finite = 0;
-    if (are_tiles(weights, number, index)) {
-        multiply_many_tiles(&job, kernels, threads);
-        return DONE;
-    }
-    if (are_pairs(weights, number, index))
+    if (are_tiles(weights, number, index))
+        finite = multiply_many_tiles(&job, kernels, threads);
+    else if (are_pairs(weights, number, index))
         finite = multiply_many_pairs(&job, kernels, threads);
     else
         multiply_many_floats(&job, kernels, kernels->lanes * kernels->vectors, threads);
-    if (!finite)
-        correct_nonfinite(&job.product, activations, number, (float *)memory + floats_of_lines(weights, batch, kernels));
+    if (!finite) {
+        char *line = (char *)memory + bytes_of_products(weights, number, batch, index, threads);
+        correct_nonfinite(&job.product, activations, number, (float *)line);
+    }
     return DONE;
-}
-
-/* Whether the mask of the channels of some blocks keeps exactly n of every m of the first `width`, and no others. */
-static int keeps_pattern(const struct weights *weights, const char *block, int32_t n, int32_t m)
-{
-    const int64_t size = block_bytes(weights);
-    uint32_t bad = 0;
-    uint64_t waiting = 0; /* the mask of `count` channels that are read but not yet counted */
-    int count = 0;
-    int64_t counted = 0;
-    for (int64_t i = 0; i < weights->count * CODE; i++) {
-        int64_t left = weights->width - i / CODE * BLOCK;
-        uint64_t mask = kept_channels(read_code(block + i / CODE * size), weights->kind);
-        if (weights->kind == POSITIONS && left < BLOCK)
-            mask = before(mask, (int)left); /* the groups after the width keep two channels each, of zeros */
-        waiting |= (mask >> i % CODE * 8 & 255) << count;
-        for (count += 8; count >= m && counted < weights->width; count -= m, counted += m, waiting >>= m)
-            bad |= __builtin_popcountll(before(waiting, m)) != n;
-        if (counted == weights->width) {
-            bad |= waiting != 0;
-            waiting = 0;
-            count = 0;
-        }
-    }
-    return !bad;
-}
-
-/* Whether the positions of every group ascend, except in those of I4, and are 0 and 1 after the width. */
-static int positions_ascend(const struct weights *weights, const char *block)
-{
-    const int64_t size = block_bytes(weights);
-    int bad = 0;
-    for (int64_t group = 0; group < weights->count * (BLOCK / 4); group++) {
-        int pair = (int)(read_code(block + group / (BLOCK / 4) * size) >> group % (BLOCK / 4) * 4 & 15);
-        bad |= (weights->number != I4 && (pair & 3) >= pair >> 2) || (group * 4 >= weights->width && pair != 4);
-    }
-    return !bad;
-}
-
-/* The first row whose codes do not keep exactly n of every m channels, 0 if m does not fit the weight; -1 if there is none. */
-EXPORT int64_t permprune_check(const struct weights *weights, int32_t n, int32_t m)
-{
-    if (weights_are_bad(weights) || weights->kind == PLAIN || m < 1 || m > BLOCK / 4 || weights->width % m)
-        return 0;
-    const char *block = weights->blocks;
-    for (int64_t row = 0; row < weights->rows; row++, block += weights->count * block_bytes(weights))
-        if (!keeps_pattern(weights, block, n, m) || (weights->kind == POSITIONS && !positions_ascend(weights, block)))
-            return row;
-    return -1;
 }
 
 /* output (last - first, width) = rows `first` to `last` of the weight with its zeros, which is not of PLAIN floats.

@@ -39,8 +39,8 @@ and those of ARM were not measured."""
 PAIRS_FROM = 16
 """Rows of activations from which the kernel for many rows of pairs of bf16 is faster than the others."""
 
-TILES_FROM = 8
-"""The same of tiles of bf16 (AMX), for any pattern."""
+TILES_FROM, SPLIT_FROM = 8, 32
+"""The same of tiles of bf16 (AMX), for any pattern; the second, if weights are split into parts of bf16 for them."""
 
 _kept = threading.local()
 """The memory of each thread (see `workspace`)."""
@@ -48,6 +48,8 @@ _kept = threading.local()
 _MASK, _POSITIONS, _PLAIN = range(3)
 _OF_PAIRS = {NUMBERS[torch.bfloat16], NUMBERS[torch.int8], NUMBERS[INT4]}
 """The values that the kernel for pairs of bf16 multiplies."""
+_SPLIT = {NUMBERS[torch.float32], NUMBERS[torch.float16]}
+"""The values that matrix units multiply in parts of bf16."""
 
 
 def describe(layout: Layout, blocks: Tensor, bias: Tensor | None = None, order: Tensor | None = None) -> Weights:
@@ -192,14 +194,16 @@ def is_fastest(weights: Weights, x: Tensor) -> bool:
     It is from `MANY` rows on, or `PAIRS_FROM`, except where both are multiplied as bf16 (`multiplies_bf16`) and the
     kernel does not, or both are fp16 and the processor multiplies these. Activations in fp32 are rounded to bf16 by the
     kernel for pairs, if the weights are integers of 2:4. With matrix units (`multiplies_tiles`) it is from `TILES_FROM`
-    rows on, whatever a weight keeps.
+    rows on, or `SPLIT_FROM`, whatever a weight keeps.
     """
     kernels, rows = library.best(), x.shape[0]
     if kernels.name not in MANY:
         return False
     integers = weights.number >= NUMBERS[torch.int8]
     if multiplies_tiles(weights, x):
-        return rows >= (TILES_FROM if x.dtype == torch.bfloat16 else PAIRS_FROM + 1)
+        if weights.number in _SPLIT:
+            return rows >= SPLIT_FROM
+        return rows >= (PAIRS_FROM + 1 if integers and x.dtype == torch.float32 else TILES_FROM)
     if multiplies_bf16(weights, x):
         if processor_has("amx_bf16"):
             return False
@@ -221,14 +225,19 @@ def multiplies_bf16(weights: Weights, x: Tensor) -> bool:
 
 
 def multiplies_tiles(weights: Weights, x: Tensor) -> bool:
-    """Whether `multiply` with `many` uses matrix units: in bf16, to which it rounds activations in fp32 beside int4."""
-    rounded = x.dtype == torch.float32 and weights.number == NUMBERS[INT4]
-    return library.best().tiles and weights.kind != _PLAIN and (rounded or multiplies_bf16(weights, x))
+    """Whether `multiply` with `many` uses matrix units: for floats, for bf16 beside integers, and fp32 beside int4.
+
+    fp32 and fp16 are split into parts of bf16, whose products are added as if they were not: errors are those of fp32.
+    """
+    beside_integers = torch.float32 if weights.number == NUMBERS[INT4] else torch.bfloat16
+    fits = weights.number < NUMBERS[torch.int8] or x.dtype == beside_integers or multiplies_bf16(weights, x)
+    return library.best().tiles and weights.kind != _PLAIN and fits
 
 
 def is_few(weights: Weights, x: Tensor) -> bool:
     """Whether kernels for few rows are the fastest product that reads what is pruned."""
-    return x.shape[0] < (MASKS_FROM if multiplies_bf16(weights, x) else LARGEST_BATCH + 1)
+    longer = multiplies_bf16(weights, x) or multiplies_tiles(weights, x)
+    return x.shape[0] < (MASKS_FROM if longer else LARGEST_BATCH + 1)
 
 
 def workspace(size: int, of: str = "lines") -> Tensor:

@@ -67,6 +67,9 @@ STRUCTURE(compress, {
     int32_t number;     /* of the weight: F32, or BF16 with an order */
 })
 
+/* Whether what is said of a weight contradicts itself: kernels rely on it and on nothing that a block contains. */
+int weights_are_bad(const struct weights *weights);
+
 /* Activations as the kernels read them: groups of TILE_BATCH rows (the last may be smaller), and in a group, for each
  * block, the channels of each row in turn, with zeros after the width. */
 struct staged {
@@ -101,7 +104,7 @@ enum { PAIR_CHUNK = 1024 }; /* the most rows of the weight whose sums are kept: 
 /* Of many_tiles.h: */
 enum { TILE_PANEL = 32, TILE_TOKENS = 32 }; /* rows of the weight and tokens whose sums are in registers */
 
-/* A product of many rows of activations in bf16, or in fp32 that is rounded to bf16. */
+/* A product of many rows of activations in bf16, in fp32 that is rounded to bf16, or, of many_tiles.h, in parts of bf16. */
 struct many_pairs {
     const struct weights *weights;
     const void *activations;     /* (batch, width) of `number` */
@@ -124,6 +127,14 @@ static ALWAYS_INLINE void write_output(const struct product *job, int64_t batch,
 
 /* Whether weights are integers, which are multiplied by activations that are rounded to integers. */
 static ALWAYS_INLINE int are_integers(const struct weights *weights) { return weights->number >= I8; }
+
+/* The most parts in bf16 whose sum a number is: those of a type, and of activations, which are rounded beside integers. */
+enum { PARTS = 3 };
+static ALWAYS_INLINE int parts_of(int32_t number) { return number == F32 ? PARTS : number == F16 ? 2 : 1; }
+static ALWAYS_INLINE int token_parts(const struct weights *weights, int32_t number)
+{
+    return are_integers(weights) ? 1 : parts_of(number);
+}
 
 /* The pairs of groups of 16 tokens. */
 static ALWAYS_INLINE int64_t pairs_of_groups(int64_t tokens) { return (tokens + TILE_TOKENS - 1) / TILE_TOKENS; }

@@ -141,10 +141,13 @@ def test_bf16_in_another_order_and_padded_in_parts(kernels: str, rows: int, batc
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("batch", [1, 3, 14, 16, 65, 200, 800])
-def test_no_more_than_the_least_memory_that_is_accepted_is_written(kernels: str, batch: int) -> None:
-    weight, x = packed(40, 132, dtype=torch.bfloat16), torch.randn(batch, 132).bfloat16()
-    weights, output, memory = describe(weight), torch.empty(batch, 40), native.aligned(1 << 20).fill_(7)
+def test_no_more_than_the_least_memory_that_is_accepted_is_written(
+    kernels: str, batch: int, dtype: torch.dtype
+) -> None:
+    weight, x = packed(40, 132, dtype=dtype), torch.randn(batch, 132).to(dtype)
+    weights, output, memory = describe(weight), torch.empty(batch, 40), native.aligned(1 << 21).fill_(7)
     functions, index = library.require(kernels)
     given = ctypes.byref(weights), x.data_ptr(), native.NUMBERS[x.dtype], batch, output.data_ptr(), memory.data_ptr()
     sizes = range(0, len(memory), 4 * weights.count * BLOCK)
@@ -253,6 +256,8 @@ def assert_as_dense(found: Tensor, x: Tensor, dense: Tensor) -> None:
 
 @pytest.mark.parametrize("has_instructions", [False, True])
 def test_fp16_is_dense_where_it_has_instructions(has_instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = library.best()
+    monkeypatch.setattr(library, "best", lambda: library.Traits(kernels.name, pairs=kernels.pairs, tiles=False))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": has_instructions}, raising=False)
     processor_has.cache_clear()
     weights, x = describe(packed(8, 64, dtype=torch.float16)), torch.ones(LARGEST_BATCH + 1, 64)
@@ -297,8 +302,23 @@ def test_matrix_units_multiply_all_that_bf16_holds(monkeypatch: pytest.MonkeyPat
             weights = describe(packed(8, width, pattern, dtype))
             assert native.is_many(weights, bf16) and not native.is_many(weights, bf16[1:])
         assert native.is_many(weights, fp32) and not native.is_many(weights, fp32[1:])
-        for dtype in (torch.float32, torch.float16):
-            assert not native.is_many(describe(packed(8, width, pattern, dtype)), fp32)
+        split = torch.ones(native.SPLIT_FROM, width)
+        for dtype, activations in product((torch.float32, torch.float16), FLOATS):
+            weights, x = describe(packed(8, width, pattern, dtype)), split.to(activations)
+            assert native.is_many(weights, x) and not native.is_many(weights, x[1:]) and native.is_few(weights, x[1:])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_numbers_of_any_size_are_multiplied_as_fp32(kernels: str, pattern: str, dtype: torch.dtype) -> None:
+    """One activation a row, up to the largest: kernels that split numbers into parts of bf16 lose no bits."""
+    weight = packed(40, 64, pattern, dtype)
+    sizes = torch.linspace(-80, 126, 64).exp2() * torch.linspace(1, 1.999, 64)
+    x = torch.diag(torch.cat([sizes[:-2], torch.tensor([torch.finfo().max, -torch.finfo().max])]))
+    found = native.multiply(describe(weight), x, kernels, many=True)
+    expected = (x.double() @ weight.unpack().double().T).float()
+    torch.testing.assert_close(found, expected, rtol=3 * FP32_EPSILON, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
