@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -114,43 +114,41 @@ def epochs(curve: Sequence[Record], metric: str, dense: float | None) -> Figure:
     axes.plot([point["epoch"] for point in curve], values, color=BLUE, marker="o", markersize=4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epochs")
-    metric_axis(axes, "y", metric, values if dense is None else [*values, dense])
-    if dense is not None:
-        dense_line(axes, dense)
+    metric_axis(axes, metric, values, dense)
     axes.grid(axis="y")
     return picture
-
-
-def dense_line(axes: Axes, value: float) -> None:
-    """Draw a horizontal line at the value of the dense model."""
-    axes.axhline(value, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
-    place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-    axes.annotate("dense", (1.0, value), (3, 0), **place, va="center", fontsize=8)
 
 
 @styled
 def bars(dense: float, none: float, pruned: float, metric: str, method: str) -> Figure:
     """Draw bars of three values of a metric: dense, pruned in natural order, and pruned as permuted by `method`."""
     name = method.partition(":")[0]  # its options would leave the bars no room
-    names = ["dense", "pruned,\nnatural order", f"pruned,\n{name}"]
-    values = [dense, none, pruned]
+    names, values = ["dense", "pruned,\nnatural order", f"pruned,\n{name}"], [dense, none, pruned]
+    lengths = [value if math.isfinite(value) else 0.0 for value in values]
     picture = figure(WIDTH, 2.5)
     axes = picture.subplots()
-    lengths = [value if math.isfinite(value) else 0.0 for value in values]
     horizontal_bars(axes, names, lengths, [number(value) for value in values], [GRAY, ORANGE, BLUE])
     axes.set_xlabel(f"{metric} ({better(metric)})")
     return picture
 
 
-def metric_axis(axes: Axes, side: Literal["x", "y"], metric: str, values: Sequence[float]) -> None:
-    """Label an axis that shows a metric's values; perplexities are on a log scale."""
-    label, apart = metric, "\n" if side == "y" else " "
+def metric_axis(axes: Axes, metric: str, values: Sequence[float], dense: float | None) -> None:
+    """Label the vertical axis, of a metric's values, and draw a line at the dense model's, if that is given.
+
+    Perplexities are on a log scale.
+    """
+    label = metric
+    if dense is not None:
+        values = [*values, dense]
+        axes.axhline(dense, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
+        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        axes.annotate("dense", (1.0, dense), (3, 0), **place, va="center", fontsize=8)
     if metric == "perplexity":
         finite = [value for value in values if math.isfinite(value)] or [1.0]
-        axes.set(**{f"{side}scale": "log", f"{side}lim": (min(finite) / 1.12, max(finite) * 1.12)})
-        _plain_ticks(axes.xaxis if side == "x" else axes.yaxis)
+        axes.set(yscale="log", ylim=(min(finite) / 1.12, max(finite) * 1.12))
+        _plain_ticks(axes.yaxis)
         label = f"{metric}, log scale"
-    axes.set(**{f"{side}label": f"{label}{apart}({better(metric)})"})
+    axes.set_ylabel(f"{label}\n({better(metric)})")
 
 
 def layer_kinds(layers: Sequence[Record], before: str, after: str) -> dict[str, Points]:

@@ -89,26 +89,18 @@ def comparison_table(result: dict[str, Any]) -> Table:
 
 def table_note(record: Mapping[str, Any]) -> str:
     """Describe how the figures of a table were measured: before packing, and the speeds; "" if there is nothing."""
-    return " ".join(filter(None, (_packing_note(record), _speeds(record))))
-
-
-def _packing_note(record: Mapping[str, Any]) -> str:
-    measured, packed = record["measured"], record.get(PACKED)
-    if measured is None or packed is None or measured.get("packed") == packed["dtype"]:
-        return ""
-    return f"The {measured['metric']} is that of before the weights were packed as {packed['dtype']}."
-
-
-def _speeds(record: Mapping[str, Any]) -> str:
-    shown = record.get("showcase") or {}
-    if not shown.get("unit"):
-        return ""
-    types = [
-        f"{title} in {dtype}"
-        for title, side in zip(titles(record["settings"]["pattern"]), SIDES, strict=True)
-        if (dtype := (shown["sides"].get(side) or {}).get("dtype"))
-    ]
-    return f"Speed on {count(shown['threads'], 'thread')} of the {shown['device']}: {'; '.join(types)}."
+    measured, packed, shown = record["measured"], record.get(PACKED), record.get("showcase") or {}
+    notes = []
+    if measured and packed and measured.get("packed") != packed["dtype"]:
+        notes.append(f"The {measured['metric']} is that of before the weights were packed as {packed['dtype']}.")
+    if shown.get("unit"):
+        types = [
+            f"{title} in {dtype}"
+            for title, side in zip(titles(record["settings"]["pattern"]), SIDES, strict=True)
+            if (dtype := (shown["sides"].get(side) or {}).get("dtype"))
+        ]
+        notes.append(f"Speed on {count(shown['threads'], 'thread')} of the {shown['device']}: {'; '.join(types)}.")
+    return " ".join(notes)
 
 
 def answers(shown: Mapping[str, Any], example: Mapping[str, Any]) -> list[list[Piece]]:

@@ -28,30 +28,26 @@ def bench_table(figures: Figures) -> Table:
         table.add_column(title, justify="right")
     for row in figures["rows"]:
         table.add_section()
-        sizes = [f"{row['bytes'] / 1e6:,.0f}", f"{row['resident'] / 1e6:,.0f}"]
-        for place, cells in enumerate(speed_cells(row["speeds"])):
-            table.add_row(*([row["name"], *sizes] if not place else [""] * 3), *cells)
+        model = [row["name"], f"{row['bytes'] / 1e6:,.0f}", f"{row['resident'] / 1e6:,.0f}"]
+        for speed in row["speeds"]:
+            table.add_row(*model, *_cells(speed))
+            model = [""] * len(model)
     return table
+
+
+def _cells(speed: Mapping[str, Any]) -> list[str]:
+    """Return the cells of the columns `GENERATION` or `READING`."""
+    cells = [str(speed["batch"]), str(speed["context"] or ""), number(rate(speed))]
+    if "next_token" not in speed:
+        return [*cells, f"{1000 * speed['seconds']:,.1f} ms"]
+    prompts = number(speed["batch"] * speed["context"] / speed["first_token"])
+    cache = f"{speed['cache'] / 1e6:,.1f}" if speed.get("cache") else ""
+    return [*cells[:2], prompts, f"{1000 * speed['first_token']:,.0f} ms", cells[2], cache]
 
 
 def generates(speeds: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the speeds are those of models that generate text (`Speed`), not `Throughput`."""
     return "next_token" in speeds[0]
-
-
-def speed_cells(speeds: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Return the cells of the columns `GENERATION` or `READING`, with one row for each batch size and context."""
-    rows = []
-    for speed in speeds:
-        cells = [str(speed["batch"]), str(speed["context"] or "")]
-        if generates(speeds):
-            prompts = number(speed["batch"] * speed["context"] / speed["first_token"])
-            cache = f"{speed['cache'] / 1e6:,.1f}" if speed.get("cache") else ""
-            cells += [prompts, f"{1000 * speed['first_token']:,.0f} ms", number(rate(speed)), cache]
-        else:
-            cells += [number(rate(speed)), f"{1000 * speed['seconds']:,.1f} ms"]
-        rows.append(tuple(cells))
-    return rows
 
 
 def rate(speed: Mapping[str, Any]) -> float:
