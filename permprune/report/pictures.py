@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from permprune.pattern import DENSE, Pattern
 from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, bare, figure, horizontal_bars, legend, styled
-from permprune.report.words import better, number
+from permprune.report.words import better
 
 Record = Mapping[str, Any]
 Points = list[tuple[int, float, float]]
@@ -29,6 +29,9 @@ NAME = 24
 
 FAINT = 0.06
 """The opacity of the lowest value, so that its cell is still visible."""
+
+RAMP = LinearSegmentedColormap.from_list("ramp", [to_rgba(BLUE, FAINT), to_rgba(BLUE)])
+"""A colour map from almost transparent to the full colour, for light and dark backgrounds."""
 
 
 @styled
@@ -123,11 +126,10 @@ def epochs(curve: Sequence[Record], metric: str, dense: float | None) -> Figure:
 def bars(dense: float, none: float, pruned: float, metric: str, method: str) -> Figure:
     """Draw bars of three values of a metric: dense, pruned in natural order, and pruned as permuted by `method`."""
     name = method.partition(":")[0]  # its options would leave the bars no room
-    names, values = ["dense", "pruned,\nnatural order", f"pruned,\n{name}"], [dense, none, pruned]
-    lengths = [value if math.isfinite(value) else 0.0 for value in values]
+    names = ["dense", "pruned,\nnatural order", f"pruned,\n{name}"]
     picture = figure(WIDTH, 2.5)
     axes = picture.subplots()
-    horizontal_bars(axes, names, lengths, [number(value) for value in values], [GRAY, ORANGE, BLUE])
+    horizontal_bars(axes, names, [dense, none, pruned], [GRAY, ORANGE, BLUE])
     axes.set_xlabel(f"{metric} ({better(metric)})")
     return picture
 
@@ -212,7 +214,7 @@ def kept_saliency(layers: Sequence[Record]) -> Figure:
     picture = figure(WIDTH, 1.15 + 0.36 * len(kinds))
     panels = picture.subplots(2, 1, sharex=True)
     for axes, grid, title in zip(panels, (before, after), ("natural order", "permuted"), strict=True):
-        cells = axes.pcolormesh(grid, cmap=_ramp(BLUE), vmin=low, vmax=high, edgecolors="none")
+        cells = axes.pcolormesh(grid, cmap=RAMP, vmin=low, vmax=high, edgecolors="none")
         axes.set_title(title)
         _rows(axes, list(kinds))
     _columns(panels[1], before.shape[1])
@@ -237,11 +239,11 @@ def patterns(layers: Sequence[Record]) -> Figure:
     axes = picture.subplots()
     grid = _grid(kinds, 1)
     most = float(np.nanmax(grid))
-    axes.pcolormesh(grid, cmap=_ramp(BLUE), vmin=0.0, vmax=most, edgecolors="none")
+    axes.pcolormesh(grid, cmap=RAMP, vmin=0.0, vmax=most, edgecolors="none")
     _rows(axes, list(kinds))
     _columns(axes, grid.shape[1])
     names = sorted(density, key=lambda text: density[text])
-    handles = [Patch(facecolor=_ramp(BLUE)(density[text] / most), label=text) for text in names]
+    handles = [Patch(facecolor=RAMP(density[text] / most), label=text) for text in names]
     legend(picture, handles, 6)
     return picture
 
@@ -276,12 +278,6 @@ def _grid(kinds: Mapping[str, Sequence[tuple[int, float, float]]], place: int) -
         for point in points:
             grid[row, point[0]] = point[place]
     return grid
-
-
-def _ramp(color: str) -> LinearSegmentedColormap:
-    """A colour map from almost transparent to the full colour, for light and dark backgrounds."""
-    rgb = to_rgba(color)[:3]
-    return LinearSegmentedColormap.from_list("ramp", [(*rgb, FAINT), (*rgb, 1.0)])
 
 
 def _rows(axes: Axes, names: Sequence[str]) -> None:

@@ -93,11 +93,8 @@ def speed_bars(figures: Figures) -> Figure:
     places = sorted({0, len(rows[0]["speeds"]) - 1})
     picture = figure(WIDTH, len(places) * (1.0 + 0.4 * len(rows)))
     for place, axes in zip(places, picture.subplots(len(places), squeeze=False)[:, 0], strict=True):
-        values = [rate(row["speeds"][place]) for row in rows]
-        colors = [GRAY if row["dense"] else BLUE for row in rows]
-        horizontal_bars(
-            axes, [short_name(row["name"]) for row in rows], values, [number(value) for value in values], colors
-        )
+        names, values = zip(*((short_name(row["name"]), rate(row["speeds"][place])) for row in rows), strict=True)
+        horizontal_bars(axes, names, values, [GRAY if row["dense"] else BLUE for row in rows])
         speeds = rows[0]["speeds"]
         axes.set_xlabel(f"{'tokens' if generates(speeds) else 'items'}/s at {cell_name(speeds[place])}")
     return picture

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +128,14 @@ def _groups(result: Result) -> list[tuple[str, list[Mapping[str, Any]]]]:
 
     The heading is the pattern's name and size, and for a mix the number of layers with each pattern.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in result["rows"]:
-        groups.setdefault(row["pattern"], []).append(row)
-    headed = []
-    for pattern, rows in groups.items():
+    groups = []
+    for pattern, cells in groupby(result["rows"], itemgetter("pattern")):
+        rows = list(cells)
         heading = f"{pattern}, {fine_percent(rows[0]['size'])} of the dense size"
         if len(layers := rows[0]["layers"]) > 1:
             heading += ": " + ", ".join(f"{count(held, 'layer')} {kind}" for kind, held in layers.items())
-        headed.append((heading, rows))
-    return headed
+        groups.append((heading, rows))
+    return groups
 
 
 def sweep_table(result: Result) -> Table:
@@ -148,16 +148,14 @@ def sweep_table(result: Result) -> Table:
     scored = "score" in result["dense"]
     for title in ("minutes", "size", metric, "gap closed", *(["task score"] if scored else []), "time", "peak MiB"):
         table.add_column(title, justify="right")
-    last = ""
-    for row in result["rows"]:
-        if last and row["pattern"] != last:
-            table.add_section()
-        last = row["pattern"]
-        minutes = "" if row["minutes"] is None else f"{row['minutes']:g}"
-        cells = (minutes, fine_percent(row["size"]), number(row[metric]), percent(row["gap_closed"]))
-        score = [with_error(row["score"], row["score_stderr"])] if scored else []
-        cost = (duration(row["seconds"]), whole(row["peak_memory_mb"]))
-        table.add_row(last, row["method"], *cells, *score, *cost, style="bold" if row["front"] else "")
+    for pattern, rows in groupby(result["rows"], itemgetter("pattern")):
+        table.add_section()
+        for row in rows:
+            minutes = "" if row["minutes"] is None else f"{row['minutes']:g}"
+            cells = (minutes, fine_percent(row["size"]), number(row[metric]), percent(row["gap_closed"]))
+            score = [with_error(row["score"], row["score_stderr"])] if scored else []
+            cost = (duration(row["seconds"]), whole(row["peak_memory_mb"]))
+            table.add_row(pattern, row["method"], *cells, *score, *cost, style="bold" if row["front"] else "")
     return table
 
 
