@@ -123,10 +123,10 @@ def bench(
         for cell, place in track(order, "measuring"):
             speed = _ask(served[place][1], "speed", *cell, steps)
             speeds[place][cell] = speed.fastest(speeds[place].get(cell))
-        rows = [
-            BenchedModel(entry.name, entry.dense, *_ask(server, "memory"), [*measured.values()])
-            for (entry, server), measured in zip(served, speeds, strict=True)
-        ]
+        rows = []
+        for (entry, server), measured in zip(served, speeds, strict=True):
+            size, resident = _ask(server, "memory")
+            rows.append(BenchedModel(entry.name, entry.dense, size, resident, [*measured.values()]))
     return Benchmark(threads, "GPU" if torch.cuda.is_available() else "CPU", rows)
 
 

@@ -129,7 +129,11 @@ def compare(
             )
             announce(result)
             if work:
-                _write_best(session, chosen[result.best.method], tried, result.best.method, work)
+                method = chosen[result.best.method]
+                measured = {"none": tried["none"], method.name: tried[result.best.method]}
+                weights.plan = dataclasses.replace(weights.plan, config=weights.plan.config.replace(permute=method))
+                pruned, record = session.prune(method, tried=measured)
+                distributed.on_first(partial(write_pruned_weights, weights, pruned, record, work))
         if out and not isinstance(model, PreTrainedModel) and distributed.rank() == 0:
             stage(SPEED)
             add_speeds(Path(out), str(model), config)
@@ -145,13 +149,3 @@ def _rows(measurements: list[Measurement]) -> list[ComparisonRow]:
     dense, none = (measurement.result for measurement in measurements[:2])
     closed = partial(gap_closed, dense=dense.value, none=none.value, metric=dense.metric)
     return [ComparisonRow(**vars(row), gap_closed=closed(row.result.value)) for row in measurements]
-
-
-def _write_best(
-    session: Session, method: Permuter, tried: Mapping[str, Measurement], best: str, work: WorkFolder
-) -> None:
-    """Prune the model with the best method and write it to the output folder."""
-    weights, measured = session.weights, {"none": tried["none"], method.name: tried[best]}
-    weights.plan = dataclasses.replace(weights.plan, config=weights.plan.config.replace(permute=method))
-    pruned, record = session.prune(method, tried=measured)
-    distributed.on_first(lambda: write_pruned_weights(weights, pruned, record, work))
