@@ -117,11 +117,13 @@ def compare(
             overlap, dense = session.overlap, session.dense
             weights.plan.dense.warn()
             tried = {label: session.attempt(method, label)[1] for label, method in chosen.items()}
-            rows = _rows([dense, *tried.values()])
+            none, metric = tried["none"].result.value, dense.result.metric
+            closed = partial(gap_closed, dense=dense.result.value, none=none, metric=metric)
+            rows = [ComparisonRow(**vars(row), gap_closed=closed(row.result.value)) for row in (dense, *tried.values())]
             result = Comparison(
                 model=name_of(weights.model),
                 config=config,
-                metric=dense.result.metric,
+                metric=metric,
                 overlap=overlap,
                 calibrate_seconds=weights.seconds,
                 rows=rows,
@@ -142,10 +144,3 @@ def compare(
 
 def _best(rows: Sequence[ComparisonRow]) -> ComparisonRow:
     return min(rows, key=lambda row: row.result.metric.cost(row.result.value))
-
-
-def _rows(measurements: list[Measurement]) -> list[ComparisonRow]:
-    """Add `gap_closed` to the measurements; the first is that of the dense model, the second of no permutation."""
-    dense, none = (measurement.result for measurement in measurements[:2])
-    closed = partial(gap_closed, dense=dense.value, none=none.value, metric=dense.metric)
-    return [ComparisonRow(**vars(row), gap_closed=closed(row.result.value)) for row in measurements]

@@ -215,7 +215,18 @@ class _Job:
             return partial(Sharded, str(self.model), config, work)
         if fitted is not None and config.offload != "none":
             return partial(Offloading, str(self.model), config, work, planned, Room(*fitted.room))
-        return partial(_held, self.model, config, self.processor, work, planned)
+        return partial(self.held, config, work, planned)
+
+    def held(self, config: PruneConfig, work: WorkFolder, planned: Callable[[PreTrainedModel, Plan], None]) -> Held:
+        """Open and calibrate a model that is held in memory."""
+        opened = open_to_prune(self.model, config, self.processor)
+        needed = weight_bytes(opened.model, opened.stored)
+        require_space(work.out, needed)
+        ready = partial(planned, opened.model)
+        fisher = permuter(config.permute).uses_fisher
+        held = Held.of(opened, config, spare=not self.in_memory, partial=work.path, planned=ready, fisher=fisher)
+        require_space(work.out, needed + state_bytes(permuter(config.permute), held.plan.outline))
+        return held
 
     def forecast_time(self, begin: Callable[[Forecast], None], opened: PreTrainedModel, plan: Plan) -> None:
         """Begin with the forecast of a plan, if the model runs without numbers."""
@@ -227,24 +238,6 @@ class _Job:
             log.warning("the time is not known, as the model does not run without numbers: %s", first_line(error))
             return
         begin(known)
-
-
-def _held(
-    model: ModelSource,
-    config: PruneConfig,
-    processor: Processor | None,
-    work: WorkFolder,
-    planned: Callable[[PreTrainedModel, Plan], None],
-) -> Held:
-    """Open and calibrate a model that is held in memory."""
-    opened = open_to_prune(model, config, processor)
-    needed = weight_bytes(opened.model, opened.stored)
-    require_space(work.out, needed)
-    ready = partial(planned, opened.model)
-    fisher, spare = permuter(config.permute).uses_fisher, opened.model is not model
-    held = Held.of(opened, config, spare=spare, partial=work.path, planned=ready, fisher=fisher)
-    require_space(work.out, needed + state_bytes(permuter(config.permute), held.plan.outline))
-    return held
 
 
 def write_pruned_weights(
