@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.table import Table
+from rich.table import Column, Table
 
 from permprune.report.style import BLUE, GRAY, WIDTH, figure, horizontal_bars, styled
-from permprune.report.words import number
+from permprune.report.words import columns, number
 
 Figures = Mapping[str, Any]
 """A benchmark as JSON values (`Benchmark.to_json`)."""
@@ -21,11 +21,9 @@ READING = ("batch", "context", "items/s", "a batch")
 
 def bench_table(figures: Figures) -> Table:
     """Return a table for the terminal: speeds in tokens or inputs per second, times in milliseconds."""
-    table = Table(title=f"{figures['threads']} threads of the {figures['device']}")
-    table.add_column("model", overflow="fold")
-    titles = GENERATION if generates(figures["rows"][0]["speeds"]) else READING
-    for title in ("MB", "resident MB", *titles):
-        table.add_column(title, justify="right")
+    numbers = columns("MB", "resident MB", *(GENERATION if generates(figures["rows"][0]["speeds"]) else READING))
+    title = f"{figures['threads']} threads of the {figures['device']}"
+    table = Table(Column("model", overflow="fold"), *numbers, title=title)
     for row in figures["rows"]:
         table.add_section()
         model = [row["name"], f"{row['bytes'] / 1e6:,.0f}", f"{row['resident'] / 1e6:,.0f}"]

@@ -25,6 +25,7 @@ from permprune.report.pictures import metric_axis
 from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, figure, legend, save, styled
 from permprune.report.words import (
     NONE,
+    columns,
     count,
     duration,
     fine_percent,
@@ -142,12 +143,9 @@ def sweep_table(result: Result) -> Table:
     """Return a table of the contents of a sweep's figures.json; rows on the Pareto front are bold."""
     metric = result["metric"]
     title = f"{result['model']}, dense {metric} {number(result['dense'][metric])}"
-    table = Table(title=title, caption=overlap_note(result["measured"]["overlap"]), caption_justify="left")
-    for title in ("pattern", "method"):
-        table.add_column(title)
-    scored = "score" in result["dense"]
-    for title in ("minutes", "size", metric, "gap closed", *(["task score"] if scored else []), "time", "peak MiB"):
-        table.add_column(title, justify="right")
+    scored, note = SCORE in result["dense"], overlap_note(result["measured"]["overlap"])
+    numbers = columns("minutes", "size", metric, "gap closed", *(["task score"] if scored else []), "time", "peak MiB")
+    table = Table("pattern", "method", *numbers, title=title, caption=note, caption_justify="left")
     for pattern, rows in groupby(result["rows"], itemgetter("pattern")):
         table.add_section()
         for row in rows:
