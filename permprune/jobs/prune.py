@@ -82,10 +82,10 @@ def prune_to_folder(
     if head is not None and pack is None:
         raise PermpruneError(f"head is {head}, which is for packed weights: give pack too, such as int8")
     require_data(config, evaluation)
-    job = _Job(model, config, evaluation, processor, pack, head)
+    job = _Job(model, config, evaluation, processor, pack, head, tuple(callbacks), begin, announce)
     with stages() as shown:
         with WorkFolder(Path(out)).held("prune", resume) as work:
-            record, runs = job.run(work, shown, callbacks=tuple(callbacks), begin=begin, announce=announce)
+            record, runs = job.run(work, shown)
         if runs and not job.in_memory and distributed.rank() == 0:
             stage(SPEED)
             record = add_speeds(Path(out), str(model), config)
@@ -102,21 +102,16 @@ class _Job:
     processor: Processor | None
     pack: str | None
     head: str | None
+    callbacks: tuple[Callback, ...]
+    begin: Callable[[Forecast], None]
+    announce: Callable[[Record], None]
 
     @property
     def in_memory(self) -> bool:
         """Whether the model was given, and is not read."""
         return isinstance(self.model, PreTrainedModel)
 
-    def run(
-        self,
-        work: WorkFolder,
-        shown: Stages,
-        *,
-        callbacks: tuple[Callback, ...],
-        begin: Callable[[Forecast], None],
-        announce: Callable[[Record], None],
-    ) -> tuple[Record, bool]:
+    def run(self, work: WorkFolder, shown: Stages) -> tuple[Record, bool]:
         """Prune a model and write its folder, as `prune_to_folder`, and free it.
 
         Returns the record, and whether the models run in the memory of one process.
@@ -136,7 +131,7 @@ class _Job:
             if crowded:  # told when the model was read: a damaged one is an error alone
                 log.warning("%s", crowded)
             shown.expect(*expected(known))
-            begin(known)
+            self.begin(known)
 
         with ExitStack() as inside:
             if fitted is not None and divided:
@@ -148,11 +143,11 @@ class _Job:
             weights.plan.dense.warn()
             method = permuter(weights.plan.config.permute)
             if session.choosing is not None:
-                keep_within(session, method, callbacks)
-            pruned, record = session.prune(method, callbacks=callbacks)
+                keep_within(session, method, self.callbacks)
+            pruned, record = session.prune(method, callbacks=self.callbacks)
             seconds = {**record.seconds, "total": time.monotonic() - started}
             record = dataclasses.replace(record, seconds=seconds, peak_memory_mb=peak_memory_mb())
-            announce(record)
+            self.announce(record)
             write = partial(write_pruned_weights, weights, pruned, record, work, pack=self.pack, head=self.head)
             distributed.on_first(write, others=weights.serve)
             if self.pack is not None and distributed.world() == 1:
