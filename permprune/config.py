@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 import os
 import reprlib
@@ -50,17 +49,11 @@ EFFORTS = ("order", "minutes", "hour")
 DEFAULTS: dict[str, Any] = {"permute": "newton", "samples": 192}
 """The values without an effort of the fields that efforts set."""
 
+UNSET: Any = object()
+"""The value of these fields if they are left to the effort."""
 
 MIX_FIELDS = ("candidates", "keep", "bytes", "max_loss", "packed", "packed_head")
 """The fields of a mix of patterns."""
-
-
-class _Unset(enum.Enum):
-    UNSET = enum.auto()
-
-
-UNSET: Any = _Unset.UNSET
-"""The value of these fields if they are left to the effort."""
 
 
 class PruneSettings(TypedDict, total=False):
@@ -238,15 +231,14 @@ class PruneConfig:
             require_choice("effort", self.effort, EFFORTS)
         values = {name: value for name, value in DEFAULTS.items() if getattr(self, name) is UNSET}
         values |= {"given": frozenset(DEFAULTS.keys() - values.keys()), "calibration": _sources(self.calibration)}
-        values |= {"candidates": tuple(self.candidates)}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(values, candidates=tuple(self.candidates))
         require_fields(self)
         require_budget(self.pattern, self.candidates, keep=self.keep, bytes=self.bytes, max_loss=self.max_loss)
-        mixed = self.pattern == MIXED
-        share = KEPT if self.keep is None else self.keep
-        pattern = frame_of(parse_candidates(self.candidates), share) if mixed else Pattern.parse(self.pattern)
-        object.__setattr__(self, "parsed_pattern", pattern)
+        if self.pattern == MIXED:
+            pattern = frame_of(parse_candidates(self.candidates), KEPT if self.keep is None else self.keep)
+        else:
+            pattern = Pattern.parse(self.pattern)
+        vars(self)["parsed_pattern"] = pattern
         saliency(self.saliency)
         permuter(self.permute).require_minutes(self.minutes)
         update(self.update)
@@ -308,10 +300,9 @@ class PruneConfig:
         Those of a mix are left out if there is one pattern.
         """
         described = {name: label_of(getattr(self, name)) for name in ("permute", "saliency", "update")}
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
-        if self.pattern != MIXED:
-            values = {name: value for name, value in values.items() if name not in MIX_FIELDS}
-        return {"permute": described["permute"], **values, **described}
+        left_out = () if self.pattern == MIXED else MIX_FIELDS
+        fields = [field.name for field in dataclasses.fields(self) if field.init and field.name not in left_out]
+        return {"permute": described["permute"], **{name: getattr(self, name) for name in fields}, **described}
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that are compared before a run is resumed.

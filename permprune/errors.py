@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any
 
 
@@ -14,7 +15,7 @@ class PermpruneError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Processes hand errors on by what they hold: subclasses are not made of their message."""
-        return _restored, (type(self), self.args, vars(self))
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
         characters = super().__str__()
@@ -31,9 +32,3 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"unknown key {lines[0]}"
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-def _restored(kind: type[PermpruneError], args: tuple[Any, ...], state: dict[str, Any]) -> PermpruneError:
-    error = kind.__new__(kind, *args)
-    vars(error).update(state)
-    return error

@@ -63,13 +63,10 @@ class Examples:
             return data
         if isinstance(data, Tensor):
             return cls({"input_ids": data})
-        return cls(data) if isinstance(data, Mapping) else cls._read(data, most)
-
-    @classmethod
-    def _read(cls, batches: Iterable[Mapping[str, Tensor]], most: int | None) -> Examples:
-        parts: list[Examples] = []
-        count = 0
-        for batch in batches:
+        if isinstance(data, Mapping):
+            return cls(data)
+        parts, count = list[Examples](), 0
+        for batch in data:
             if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
                 raise PermpruneError(
                     f"a calibration batch is {type(batch).__name__}: give dicts of tensors by the names of the "

@@ -107,9 +107,8 @@ def plan_run(
         train = train[torch.cat(order)]
     config, passes = _within_data(config, kind, max(1, len(train) // examples_per_window))
     coupling = _couple(model, short_inputs(model, with_begun_text(model, measured)), layers, config.mode)
-    sites = _sites(coupling, layers)
-    layers = [layer for layer in layers if layer.name in sites]
-    problems = build_problems(coupling, layers, pattern, config.mode)
+    outline = _outline(coupling, layers, pattern, config.mode)
+    layers, problems, sites = [*outline.layers], [*outline.problems], {**outline.sites}
     _warn_of_outputs(coupling, problems, config)
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), config.mode)
     dtype = dtype_named(config.precision) or fast_dtype(device)
@@ -174,23 +173,20 @@ def outline_model(model: PreTrainedModel, config: PruneConfig) -> Outline:
     pattern, lists = config.parsed_pattern, repetitions(model)
     layers = prunable_layers(model, pattern, config.exclude)
     try:
-        outline = _outline(model, pattern, config.mode, lists)
+        outline = _traced(model, pattern, config.mode, lists)
     except Untraceable:
         if not lists:
             raise
         lists = []
-        outline = _outline(model, pattern, config.mode, lists)
+        outline = _traced(model, pattern, config.mode, lists)
     return outline.repeat(lists).of(layers)
 
 
-def _outline(model: PreTrainedModel, pattern: Pattern, mode: str, lists: Sequence[Repetition]) -> Outline:
+def _traced(model: PreTrainedModel, pattern: Pattern, mode: str, lists: Sequence[Repetition]) -> Outline:
     with shortened(model, lists):
         layers = [layer for layer in block_linears(model) if pattern.divides(layer.weight.shape[1])]
         example = {name: tensor.to(next(model.parameters()).device) for name, tensor in example_inputs(model).items()}
-        coupling = _couple(model, example, layers, mode)
-        sites = _sites(coupling, layers)
-        layers = [layer for layer in layers if layer.name in sites]
-        return Outline(pattern, layers, sites, build_problems(coupling, layers, pattern, mode))
+        return _outline(_couple(model, example, layers, mode), layers, pattern, mode)
 
 
 def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Layer], mode: str) -> Coupling:
@@ -257,15 +253,16 @@ def shares_of(count: int, config: PruneConfig, examples_per_window: int) -> list
     return shares
 
 
-def _sites(coupling: Coupling, layers: Iterable[Layer]) -> dict[str, str]:
-    """Return the name of what each layer reads (`Layer.input_of`).
+def _outline(coupling: Coupling, layers: Sequence[Layer], pattern: Pattern, mode: str) -> Outline:
+    """Return the layers with the names of what they read (`Layer.input_of`), and the orders to choose.
 
     Layers that take no part in the forward pass are left out, with a warning. Raises `PermpruneError` if none is left.
     """
     names = {reader: site.name for site in coupling.sites for reader in site.readers}
-    sites = {layer.name: layer.input_of(names[layer.parameter]) for layer in layers if layer.parameter in names}
-    if idle := [layer.name for layer in layers if layer.name not in sites]:
+    used = [layer for layer in layers if layer.parameter in names]
+    if idle := [layer.name for layer in layers if layer.parameter not in names]:
         log.warning("not used in the forward pass, so these stay dense: %s", ", ".join(idle))
-    if not sites:
+    if not used:
         raise PermpruneError("no layer that the pattern fits takes part in the forward pass: there is nothing to prune")
-    return sites
+    sites = {layer.name: layer.input_of(names[layer.parameter]) for layer in used}
+    return Outline(pattern, used, sites, build_problems(coupling, used, pattern, mode))

@@ -63,7 +63,8 @@ def label_of(given: Any) -> str:
 def _changes(method: Any) -> Iterator[tuple[str, str]]:
     """Yield the options of a method that differ from their defaults, as pairs of name and text."""
     for field in dataclasses.fields(method):
-        value, default = getattr(method, field.name), _default(field)
+        value = getattr(method, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if value == default:
             continue
         if field.name == "objective" and type(value) is type(default) and dataclasses.is_dataclass(value):
@@ -81,12 +82,6 @@ def _text(value: Any) -> str:
     if dataclasses.is_dataclass(value) and isinstance(getattr(value, "name", None), str):
         return describe(value)
     return described(value)
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
 
 
 def _objective(method: Any) -> Any:

@@ -40,20 +40,15 @@ class Program(typer.core.TyperGroup):
     """The commands; wrong usage is one line on stderr and exit status 2."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        if "--help" in sys.argv:
-            _import_help()
+        if "--help" in sys.argv:  # Markdown and tracebacks, which it does not show, would be a fourth of its time
+            with called_later("rich.markdown", "Markdown"), called_later("rich.traceback", "Traceback"):
+                importlib.import_module("typer.rich_utils")
         try:
             sys.exit(super().main(*arguments, **{**options, "standalone_mode": False}) or 0)
         except USAGE as error:
             if line := _usage(error):
                 print(f"permprune: {line}", file=sys.stderr)
             sys.exit(2)
-
-
-def _import_help() -> None:
-    """Import what prints help, but not what it would show Markdown and tracebacks with: a fourth of its time."""
-    with called_later("rich.markdown", "Markdown"), called_later("rich.traceback", "Traceback"):
-        importlib.import_module("typer.rich_utils")
 
 
 USAGE: Any = typer.BadParameter.__base__
@@ -138,84 +133,68 @@ def command(function: Callable[..., Iterator[None] | None], without: Collection[
     anything slow is imported, the function runs up to its `yield`, and its inputs and outputs are looked for. A
     function without one has then done its work.
     """
-    made = _Command(function, without)
+    arguments = inspect.signature(function, eval_str=True).parameters
+    parameters, settings = dict[str, inspect.Parameter](), dict[str, tuple[type, Collection[str]]]()
+    for name, parameter in arguments.items():
+        offered = {name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)}
+        kind = parameter.annotation
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            offered = options_of(kind, without)
+            settings[name] = kind, offered.keys()
+        parameters |= offered
+    for name, parameter in parameters.items():
+        complete_option(name, parameter)
+    hints = {name: parameter.annotation for name, parameter in parameters.items()}
 
     @wraps(function)
-    def run(**options: Any) -> None:
-        streamed = options.get("json") in STDOUT
-        values = {**options, "json": sys.stdout if _is_first() else None} if streamed else {**options}
+    def run(**given: Any) -> None:
+        streamed = given.get("json") in STDOUT
+        values = {**given, "json": sys.stdout if _is_first() else None} if streamed else {**given}
         with redirect_stdout(sys.stderr if streamed else sys.stdout):
-            work = made.begin(options, values)
+            with _speaking(_is_first()), _reported(given):
+                require_text(given)
+                if streamed and values["json"] is None and _is_first():
+                    raise PermpruneError("stdout is closed: give --json a file")
+                for name, (kind, offered) in settings.items():
+                    values[name] = settings_from(kind, {option: given[option] for option in offered})
+                for name, hint in hints.items():
+                    number = Number.of(hint) or Number.of(hint.__origin__)
+                    if number is not None:
+                        number.require(name, given[name])
+                work = function(**{name: values[name] for name in arguments})
+                if work is not None:
+                    next(work, None)
+                    require_files(given)
             if work is not None:
-                made.end(work, options)
+                _finish(function.__name__, work, given)
 
-    run.__signature__ = inspect.Signature([*made.parameters.values()])  # type: ignore[attr-defined]
-    run.__annotations__ = made.hints
+    run.__signature__ = inspect.Signature([*parameters.values()])  # type: ignore[attr-defined]
+    run.__annotations__ = hints
     app.command()(run)
     return run
 
 
-class _Command:
-    """A function that is a command: its options, and the two halves of its work."""
+def _finish(name: str, work: Iterator[None], given: Mapping[str, Any]) -> None:
+    """Import what is slow, and run the command of this name to its end."""
+    with _speaking(_is_first()), working(f"{name}: importing PyTorch"):
+        log.info("importing PyTorch")
+        from permprune.engine import held  # noqa: F401 - with it nearly all that a command imports
+        from permprune.system import distributed
+        from permprune.system.memory import keep_freed_memory
 
-    def __init__(self, function: Callable[..., Iterator[None] | None], without: Collection[str]) -> None:
-        self.function = function
-        self.arguments = inspect.signature(function, eval_str=True).parameters
-        self.parameters, self.settings = dict[str, inspect.Parameter](), dict[str, tuple[type, Collection[str]]]()
-        for name, parameter in self.arguments.items():
-            offered = {name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)}
-            kind = parameter.annotation
-            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-                offered = options_of(kind, without)
-                self.settings[name] = kind, offered.keys()
-            self.parameters |= offered
-        for name, parameter in self.parameters.items():
-            complete_option(name, parameter)
-        self.hints = {name: parameter.annotation for name, parameter in self.parameters.items()}
-
-    def begin(self, given: Mapping[str, Any], values: dict[str, Any]) -> Iterator[None] | None:
-        """Check the options, and run the function up to its `yield`; returns None if it has done its work.
-
-        `values` are the options as the function takes them, with a stream in place of the name of stdout.
-        """
-        with _speaking(_is_first()), _reported(self.parameters):
-            require_text(given)
-            if given.get("json") in STDOUT and values["json"] is None and _is_first():
-                raise PermpruneError("stdout is closed: give --json a file")
-            for name, (kind, offered) in self.settings.items():
-                values[name] = settings_from(kind, {option: given[option] for option in offered})
-            for name, hint in self.hints.items():
-                number = Number.of(hint) or Number.of(hint.__origin__)
-                if number is not None:
-                    number.require(name, given[name])
-            work = self.function(**{name: values[name] for name in self.arguments})
-            if work is not None:
+    quiet_libraries()
+    keep_freed_memory()
+    with interruptible(), distributed.processes(), _speaking(distributed.rank() == 0), _reported(given):
+        try:
+            with working(name):
                 next(work, None)
-                require_files(given)
-        return work
+        except KeyboardInterrupt:
+            from permprune.system.files import WorkFolder
 
-    def end(self, work: Iterator[None], given: Mapping[str, Any]) -> None:
-        """Import what is slow, and run the function to its end."""
-        name = self.function.__name__
-        with _speaking(_is_first()), working(f"{name}: importing PyTorch"):
-            log.info("importing PyTorch")
-            from permprune.engine import held  # noqa: F401 - with it nearly all that a command imports
-            from permprune.system import distributed
-            from permprune.system.memory import keep_freed_memory
-
-        quiet_libraries()
-        keep_freed_memory()
-        with interruptible(), distributed.processes(), _speaking(distributed.rank() == 0), _reported(self.parameters):
-            try:
-                with working(name):
-                    next(work, None)
-            except KeyboardInterrupt:
-                from permprune.system.files import WorkFolder
-
-                kept = "resume" in given and WorkFolder(given["out"]).holds_state()
-                hint = "; repeat the command with --resume to continue" if kept else ""
-                print(f"permprune: interrupted{hint}", file=sys.stderr)
-                raise typer.Exit(130) from None
+            kept = "resume" in given and WorkFolder(given["out"]).holds_state()
+            hint = "; repeat the command with --resume to continue" if kept else ""
+            print(f"permprune: interrupted{hint}", file=sys.stderr)
+            raise typer.Exit(130) from None
 
 
 def _is_first() -> bool:

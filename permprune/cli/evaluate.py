@@ -20,7 +20,7 @@ from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
     from permprune.evaluation.result import Result
-    from permprune.report.words import result_text, with_error
+    from permprune.report.words import columns, result_text, with_error
 
 
 @partial(cli.command, without=("task_data", "examples"))
@@ -78,11 +78,7 @@ def evaluate(
 
 def _table(model: str, results: Sequence[Result]) -> Table:
     """Return a table of the results of tasks."""
-    table = Table(title=model)
-    for title in ("task", "metric"):
-        table.add_column(title)
-    for title in ("value", "measured on"):
-        table.add_column(title, justify="right")
+    table = Table("task", "metric", *columns("value", "measured on"), title=model)
     for result in results:
         if result.task == "average":
             table.add_section()

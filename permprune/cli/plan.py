@@ -17,7 +17,7 @@ from permprune.system.files import gib
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
-    from permprune.report.words import duration
+    from permprune.report.words import columns, duration
 
 
 @partial(cli.command, without=("data", "metric", "examples"))
@@ -64,9 +64,7 @@ def _stages(model: str, figures: dict[str, Any]) -> Table:
     if (processes := figures["processes"]) > 1:
         how += f", one of {processes} processes" + (" that divide the weights" if figures["shards"] > 1 else "")
     title = f"{model}, {settings['pattern']} with {settings['permute']}, {how}, on {figures['machine']}"
-    table = Table("stage", title=title)
-    for column in ("tensors", "time"):
-        table.add_column(column, justify="right")
+    table = Table("stage", *columns("tensors", "time"), title=title)
     for stage in figures["stages"]:
         table.add_row(stage["name"], gib(stage["bytes"]), duration(stage["seconds"]))
     return table
@@ -75,8 +73,7 @@ def _stages(model: str, figures: dict[str, Any]) -> Table:
 def _peak(figures: dict[str, Any]) -> Table:
     """Return a table of the parts of the stage that needs the most memory."""
     stage = max(figures["stages"], key=lambda stage: stage["bytes"])
-    table = Table("part", title=f"memory at the peak, {stage['name']}")
-    table.add_column("memory", justify="right")
+    table = Table("part", *columns("memory"), title=f"memory at the peak, {stage['name']}")
     for part in stage["parts"]:
         if part["bytes"]:
             table.add_row(part["name"], gib(part["bytes"]))

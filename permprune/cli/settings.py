@@ -139,15 +139,12 @@ def complete_option(name: str, parameter: inspect.Parameter) -> None:
 
 def settings_from(settings: type[T], values: Mapping[str, Any]) -> T:
     """Return the settings for the values of their options. Raises `PermpruneError` for those that they refuse."""
-    given = {name: value for name, value in values.items() if value not in (None, [])}
-    fields = {name: field for name, field in _options(settings).items() if name in given}
-    return settings(**{field.name: _value(name, given[name]) for name, field in fields.items()})
-
-
-def _value(name: str, given: Any) -> Any:
-    if name in PARSERS:
-        return PARSERS[name](given)
-    return tuple(given) if isinstance(given, list) else given
+    given = dict[str, Any]()
+    for name, field in _options(settings).items():
+        if (value := values.get(name)) not in (None, []):
+            plain = tuple(value) if isinstance(value, list) else value
+            given[field.name] = PARSERS[name](value) if name in PARSERS else plain
+    return settings(**given)
 
 
 def _options(settings: type) -> dict[str, dataclasses.Field[Any]]:

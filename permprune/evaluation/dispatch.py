@@ -17,8 +17,6 @@ from permprune.models.modality import pooling_of
 from permprune.options import Count, require
 from permprune.system.failures import failures_reported
 
-ACCURACY = "accuracy"
-
 
 @failures_reported()
 def evaluate_model(
@@ -58,7 +56,7 @@ def evaluate_model(
             )
         return agreement(model, examples, dense, batch=batch)
     of_text = labels is not None and labels.dim() == 2 and (writes_text(model) or is_causal_lm(model))
-    if scores or metric not in (None, ACCURACY) or (of_text and metric is not None):
+    if scores or metric not in (None, "accuracy") or (of_text and metric is not None):
         return measure_labels(model, examples, metric, batch=batch)
     if of_text and writes_text(model):
         if tokenizer is not None and {"input_features", "input_values"}.intersection(examples):

@@ -82,7 +82,14 @@ class TaskList:
 
     def load(self) -> LoadedTasks:
         """Load the tasks with their data. Raises `PermpruneError` if lm-eval, a task or its data is missing."""
-        self._check_names()
+        if not self.names and not self.files:
+            raise PermpruneError("--tasks names no task: give at least one")
+        if file := next(filter(_FILE.search, self.names), None):
+            raise PermpruneError(
+                f"--tasks takes names, and {file} is a file: give --task-file {file}, which runs the code that it names"
+            )
+        if missing := next((file for file in self.files if not Path(file).is_file()), None):
+            raise PermpruneError(f"there is no task file {missing}: give lm-eval's YAML of a task or a group")
         if self.data is not None and not Path(self.data).is_dir():
             raise PermpruneError(
                 f"there is no folder {self.data}: give one with the files that docs/tasks.md describes"
@@ -93,16 +100,6 @@ class TaskList:
         defined = {WIKITEXT, *(name for file in self.files for _, name in _definitions(file))}
         known = [name for name in dict.fromkeys(self.names) if name not in defined]
         return LoadedTasks(self, text, self._load(known) if known or self.files else [])
-
-    def _check_names(self) -> None:
-        if not self.names and not self.files:
-            raise PermpruneError("--tasks names no task: give at least one")
-        if file := next(filter(_FILE.search, self.names), None):
-            raise PermpruneError(
-                f"--tasks takes names, and {file} is a file: give --task-file {file}, which runs the code that it names"
-            )
-        if missing := next((file for file in self.files if not Path(file).is_file()), None):
-            raise PermpruneError(f"there is no task file {missing}: give lm-eval's YAML of a task or a group")
 
     def _load(self, names: list[str]) -> list[Any]:
         """Load lm-eval's tasks of these names and of the files."""
@@ -156,25 +153,20 @@ class LoadedTasks:
             raise PermpruneError(
                 f"a {type(model).__name__} is not a language model, which tasks need: use --data without --tasks"
             )
-        tokenizer = tokenizer_of(processor)
-        results = self._harness(model, tokenizer) if self.tasks else []
+        tokenizer, limit, results = tokenizer_of(processor), self.chosen.limit, list[Result]()
+        if self.tasks:
+            from lm_eval.evaluator import evaluate
+            from lm_eval.models.huggingface import HFLM
+
+            tasks = {task.task_name: _with_shots(task, self.chosen.few_shot) for task in self.tasks}
+            with _quiet(), evaluating(model):
+                wrapped = HFLM(model, backend="causal", tokenizer=deepcopy(tokenizer), batch_size=EVALUATION_BATCH)
+                figures: Any = evaluate(wrapped, {"tasks": tasks, "groups": {}}, limit=limit, log_samples=False)
+            results += [result for name in figures["n-samples"] for result in _results(name, figures)]
         if self.text is not None:
-            windows = cut(self.text, tokenizer, min(WINDOW, positions_of(model) or WINDOW))[: self.chosen.limit]
+            windows = cut(self.text, tokenizer, min(WINDOW, positions_of(model) or WINDOW))[:limit]
             results.append(dataclasses.replace(perplexity(model, windows, batch=1), task=WIKITEXT))
         return results
-
-    def _harness(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Result]:
-        from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
-
-        tasks = {
-            "tasks": {task.task_name: _with_shots(task, self.chosen.few_shot) for task in self.tasks},
-            "groups": {},
-        }
-        with _quiet(), evaluating(model):
-            wrapped = HFLM(model, backend="causal", tokenizer=deepcopy(tokenizer), batch_size=EVALUATION_BATCH)
-            figures: Any = evaluate(wrapped, tasks, limit=self.chosen.limit, log_samples=False)
-        return [result for name in figures["n-samples"] for result in _results(name, figures)]
 
 
 @failures_reported()

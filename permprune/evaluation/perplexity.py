@@ -57,7 +57,7 @@ def _predicted(
     model: nn.Module, examples: Examples, batch: int, logits_of: LogitsOf | None = None, *, exact: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The negative log-likelihood of each example, its number of tokens, and whether all are the most likely, if
-    `exact`; fp64 (count,)."""
+    `exact`; fp64 (count,). Tokens that are `IGNORED` are left out."""
     require("batch", batch, Count)
     device = compute_device(model)
     nll, counts, right = torch.zeros(3, len(examples), dtype=torch.float64)
@@ -67,12 +67,15 @@ def _predicted(
             labels = inputs["labels"] if is_encoder_decoder(model) else next_labels(inputs)
             logits = (logits_of or compute_logits)(model, inputs)[:, : labels.shape[1]]
             logits = logits.converted() if isinstance(logits, Projected) else logits
-            each = list(enumerate(labels))
-            nll[places] = torch.tensor([_loss(logits[window], tokens) for window, tokens in each], dtype=nll.dtype)
-            if exact:
-                are_likeliest = [_all_likeliest(logits[window], tokens) for window, tokens in each]
-                right[places] = torch.tensor(are_likeliest, dtype=right.dtype)
             counts[places] = labels.ne(IGNORED).sum(1).double().cpu()
+            for window, (place, tokens) in enumerate(zip(places.tolist(), labels, strict=True)):
+                counted, each = tokens != IGNORED, logits[window]
+                if not counted.all():
+                    each, tokens = each[counted], tokens[counted]
+                nll[place] = float(cross_entropy(each, tokens))
+                if exact:
+                    whole = each.whole() if isinstance(each, Projected) else each
+                    right[place] = torch.equal(whole.argmax(1), tokens)
     distributed.add_([nll, counts, right])
     if not counts.any():
         raise PermpruneError("the text has no tokens to predict: give longer windows, or labels that are not masked")
@@ -95,17 +98,3 @@ def _perplexity(nll: Tensor, counts: Tensor) -> Result:
         unit="tokens",
         terms=(nll, counts),
     )
-
-
-def _loss(logits: Logits, targets: Tensor) -> float:
-    """Cross-entropy of (tokens, vocabulary) logits, without the tokens that are `IGNORED`."""
-    counted = targets != IGNORED
-    return float(cross_entropy(logits if counted.all() else logits[counted], targets[counted]))
-
-
-def _all_likeliest(logits: Logits, targets: Tensor) -> bool:
-    """Whether each token that is not `IGNORED` has the largest of its logits, (tokens, vocabulary)."""
-    counted = targets != IGNORED
-    chosen = logits[counted]
-    whole = chosen.whole() if isinstance(chosen, Projected) else chosen
-    return torch.equal(whole.argmax(1), targets[counted])

@@ -84,20 +84,15 @@ def _ctc_text(model: Any, batch: Examples) -> Tensor:
     return ids.masked_fill(left_out, IGNORED)
 
 
-def _texts(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _texts(ids: Tensor, tokenizer: Any) -> list[str]:
     """Decode token ids (batch, length), without those that are `IGNORED`, to normalised text."""
     plain = {"group_tokens": False} if isinstance(tokenizer, Wav2Vec2CTCTokenizer) else {}  # it merges double letters
-    rows = [row[row != IGNORED] for row in ids]
-    texts = [tokenizer.decode(row, skip_special_tokens=True, **plain) for row in rows]
-    return [_normalise(str(text), tokenizer) for text in texts]
-
-
-def _normalise(text: str, tokenizer: Any) -> str:
     if getattr(tokenizer, "english_spelling_normalizer", None):
-        return str(tokenizer.normalize(text)).strip()
-    if hasattr(tokenizer, "basic_normalize"):
-        return str(tokenizer.basic_normalize(text)).strip()
-    return str(_plain()(text))
+        normalise = tokenizer.normalize
+    else:
+        normalise = tokenizer.basic_normalize if hasattr(tokenizer, "basic_normalize") else _plain()
+    texts = [tokenizer.decode(row[row != IGNORED], skip_special_tokens=True, **plain) for row in ids]
+    return [str(normalise(str(text))).strip() for text in texts]
 
 
 def _jiwer() -> Any:

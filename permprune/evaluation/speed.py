@@ -56,6 +56,7 @@ def cells(
     return [(batch, context) for context in contexts for batch in batches]
 
 
+@torch.inference_mode()
 def measure(
     model: PreTrainedModel,
     *,
@@ -65,22 +66,14 @@ def measure(
     cache: Callable[[], Cache] | None = None,
     size: ImageSize = None,
 ) -> Speed | Throughput:
-    """Measure a causal language model with `measure_speed`, and others with `measure_throughput`."""
-    if is_causal_lm(model) or cache is not None:
-        return measure_speed(model, batch=batch, context=context, steps=steps, cache=cache)
-    return measure_throughput(model, batch=batch, context=context, steps=steps, size=size)
-
-
-@torch.inference_mode()
-def measure_throughput(
-    model: PreTrainedModel, *, batch: int, context: int = 0, steps: int = STEPS, size: ImageSize = None
-) -> Throughput:
-    """Measure the time of a forward pass of a model on `batch` random inputs, once.
+    """Measure a causal language model with `measure_speed`, and others by one forward pass on `batch` random inputs.
 
     Texts have `context` tokens, and images this `size`. Of an encoder-decoder model that writes text, as those of
     speech do, the time includes `steps` tokens that are generated greedily. Raises `PermpruneError` if there are no
     inputs for the model.
     """
+    if is_causal_lm(model) or cache is not None:
+        return measure_speed(model, batch=batch, context=context, steps=steps, cache=cache)
     inputs, device = batch_inputs(model, batch, context, size), compute_device(model)
     with evaluating(model):
         began = _now(device)

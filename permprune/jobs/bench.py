@@ -15,7 +15,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -40,9 +40,6 @@ from permprune.system.device import best_device, dtype_named, fast_dtype
 from permprune.system.files import write_json
 from permprune.system.memory import keep_activations
 from permprune.system.progress import console, log, quiet_libraries, track
-
-if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerContext, SpawnContext
 
 END = "end"
 """The request that ends a process."""
@@ -119,18 +116,17 @@ def bench(
         if best_device().type != "cpu":
             raise PermpruneError("other engines are measured on a CPU alone: hide the GPU (CUDA_VISIBLE_DEVICES=)")
         entries += [dataclasses.replace(entries[0], engine=engine) for engine in installed()]
-    speeds: dict[tuple[int, int, int], Any] = {}
-    with _served(entries) as (entries, servers):
-        measured_at: list[tuple[int, int]] = _ask(servers[0], "cells", batches, contexts, steps)
-        order = [(cell, place) for cell in measured_at for _ in range(turns) for place in range(len(servers))]
-        for cell, place in track(order, "measuring", len(order)):
-            speed = _ask(servers[place], "speed", *cell, steps)
-            speeds[*cell, place] = speed.fastest(speeds.get((*cell, place)))
+    with _served(entries) as served:
+        speeds: list[dict[tuple[int, int], Any]] = [{} for _ in served]
+        measured_at: list[tuple[int, int]] = _ask(served[0][1], "cells", batches, contexts, steps)
+        order = [(cell, place) for cell in measured_at for _ in range(turns) for place in range(len(served))]
+        for cell, place in track(order, "measuring"):
+            speed = _ask(served[place][1], "speed", *cell, steps)
+            speeds[place][cell] = speed.fastest(speeds[place].get(cell))
         rows = []
-        for place, (entry, server) in enumerate(zip(entries, servers, strict=True)):
+        for (entry, server), measured in zip(served, speeds, strict=True):
             size, resident = _ask(server, "memory")
-            measured = [speeds[*cell, place] for cell in measured_at]
-            rows.append(BenchedModel(entry.name, entry.dense, size, resident, measured))
+            rows.append(BenchedModel(entry.name, entry.dense, size, resident, [*measured.values()]))
     return Benchmark(threads, "GPU" if torch.cuda.is_available() else "CPU", rows)
 
 
@@ -163,19 +159,21 @@ def _dense_of(folders: Sequence[str | Path]) -> str:
 
 
 @contextlib.contextmanager
-def _served(entries: Sequence[_Entry]) -> Iterator[tuple[list[_Entry], list[Connection]]]:
-    """Start one process per model, which load their models one after the other; yields a connection to each.
+def _served(entries: Sequence[_Entry]) -> Iterator[list[tuple[_Entry, Connection]]]:
+    """Start one process per model, which load their models one after the other; yields the models and connections.
 
     Without the models that the pruned cache was not made for; raises `OtherModelError` if it was made for none. Without
     the engines that do not run the model.
     """
-    context = _context()
-    served: list[_Entry] = []
-    servers: list[Connection] = []
+    context: Any = multiprocessing.get_context("spawn")
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # its imports take seconds
+    served: list[tuple[_Entry, Connection]] = []
     refused: dict[str, OtherModelError | EngineError] = {}
     processes = []
     try:
-        for entry in track(entries, "loading", len(entries)):
+        for entry in track(entries, "loading"):
             connection, other = context.Pipe()
             process = context.Process(target=_serve, args=(other, entry), daemon=True)
             with _without_main():
@@ -187,15 +185,14 @@ def _served(entries: Sequence[_Entry]) -> Iterator[tuple[list[_Entry], list[Conn
             except (OtherModelError, EngineError) as error:
                 refused[entry.name] = error
                 continue
-            served.append(entry)
-            servers.append(connection)
+            served.append((entry, connection))
         others = [error for error in refused.values() if isinstance(error, OtherModelError)]
-        if others and not any(entry.kv for entry in served):
+        if others and not any(entry.kv for entry, _ in served):
             raise others[0]
         for name, reason in refused.items():
             log.warning("%s is not measured: %s", name, reason)
-        yield served, servers
-        for server in servers:
+        yield served
+        for _, server in served:
             server.send(END)
         for process in processes:
             process.join()
@@ -203,18 +200,6 @@ def _served(entries: Sequence[_Entry]) -> Iterator[tuple[list[_Entry], list[Conn
         for process in processes:
             process.terminate()
             process.join()
-
-
-def _context() -> ForkServerContext | SpawnContext:
-    """Return the context in which to start processes, which share no state with this one.
-
-    Where the system can, they are forked from a process that has imported this module: its imports take seconds.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 @contextlib.contextmanager

@@ -117,11 +117,13 @@ def compare(
             overlap, dense = session.overlap, session.dense
             weights.plan.dense.warn()
             tried = {label: session.attempt(method, label)[1] for label, method in chosen.items()}
-            rows = _rows([dense, *tried.values()])
+            none, metric = tried["none"].result.value, dense.result.metric
+            closed = partial(gap_closed, dense=dense.result.value, none=none, metric=metric)
+            rows = [ComparisonRow(**vars(row), gap_closed=closed(row.result.value)) for row in (dense, *tried.values())]
             result = Comparison(
                 model=name_of(weights.model),
                 config=config,
-                metric=dense.result.metric,
+                metric=metric,
                 overlap=overlap,
                 calibrate_seconds=weights.seconds,
                 rows=rows,
@@ -129,7 +131,11 @@ def compare(
             )
             announce(result)
             if work:
-                _write_best(session, chosen[result.best.method], tried, result.best.method, work)
+                method = chosen[result.best.method]
+                measured = {"none": tried["none"], method.name: tried[result.best.method]}
+                weights.plan = dataclasses.replace(weights.plan, config=weights.plan.config.replace(permute=method))
+                pruned, record = session.prune(method, tried=measured)
+                distributed.on_first(partial(write_pruned_weights, weights, pruned, record, work))
         if out and not isinstance(model, PreTrainedModel) and distributed.rank() == 0:
             stage(SPEED)
             add_speeds(Path(out), str(model), config)
@@ -138,20 +144,3 @@ def compare(
 
 def _best(rows: Sequence[ComparisonRow]) -> ComparisonRow:
     return min(rows, key=lambda row: row.result.metric.cost(row.result.value))
-
-
-def _rows(measurements: list[Measurement]) -> list[ComparisonRow]:
-    """Add `gap_closed` to the measurements; the first is that of the dense model, the second of no permutation."""
-    dense, none = (measurement.result for measurement in measurements[:2])
-    closed = partial(gap_closed, dense=dense.value, none=none.value, metric=dense.metric)
-    return [ComparisonRow(**vars(row), gap_closed=closed(row.result.value)) for row in measurements]
-
-
-def _write_best(
-    session: Session, method: Permuter, tried: Mapping[str, Measurement], best: str, work: WorkFolder
-) -> None:
-    """Prune the model with the best method and write it to the output folder."""
-    weights, measured = session.weights, {"none": tried["none"], method.name: tried[best]}
-    weights.plan = dataclasses.replace(weights.plan, config=weights.plan.config.replace(permute=method))
-    pruned, record = session.prune(method, tried=measured)
-    distributed.on_first(lambda: write_pruned_weights(weights, pruned, record, work))

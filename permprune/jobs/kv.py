@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
@@ -101,15 +100,20 @@ def calibrate_kv(
     stage(CALIBRATE)
     started = time.monotonic()
     observed = observe_states(opened.model, examples, skipped=config.sinks, batch=EVALUATION_BATCH)
+    kept, chosen = dict[str, Kept](), None
     if config.keys == config.values == MIXED:
-        meter = CacheMeter(opened.model, config, unseen, calibration)
-        found = _bits(config, measure_bits(observed), meter, budget=budget, max_loss=max_loss)
+        measured = measure_bits(observed)
+        if max_loss is not None:
+            budget, chosen = _least_bytes(measured, CacheMeter(opened.model, config, unseen, calibration), max_loss)
+        budget = measured.usual if budget is None else budget
+        channels = measured.channels(budget)
     else:
         config = _with_patterns(config, observed)
         channels, kept = find_channels(observed, config, method, seed, order_values=not pruned)
-        found = _Found(config, channels, kept)
     if fold is not None:
-        found = _folded(found, opened.model, examples)
+        if all(values.is_natural for _, values in channels.values()):
+            raise PermpruneError(f"values of the pattern {config.values} need no order: leave out --fold")
+        channels = fold_values(opened.model, channels, short_inputs(opened.model, examples))
     seconds = time.monotonic() - started
     stage(MEASURE)
     windows = evaluation.examples(opened.model, opened.processor)
@@ -118,52 +122,23 @@ def calibrate_kv(
         permprune=importlib.metadata.version("permprune"),
         model=opened.name if fold is None else str(fold),
         shape=shape_of(opened.model),
-        config=found.config,
-        permute=method.name if found.kept else "",
+        config=config,
+        permute=method.name if kept else "",
         calibration=source,
-        kept=found.kept,
+        kept=kept,
         seconds=seconds,
-        measured=CacheMeter(opened.model, found.config, windows, evaluation.source).compare(found.channels),
+        measured=CacheMeter(opened.model, config, windows, evaluation.source).compare(channels),
         weights=weights_of(opened.model),
-        budget=found.budget,
-        chosen=found.chosen,
+        budget=budget,
+        chosen=chosen,
     )
     stage(WRITE)
     if fold is not None:
         with atomic_folder(Path(fold)) as folder:
             write_model(opened.model, opened.processor, folder)
     with atomic_folder(out) as folder:
-        write_cache(folder, found.channels, record)
+        write_cache(folder, channels, record)
     return record
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """The channels of all layers, and what is recorded of how they were found: fields of a `KVRecord`."""
-
-    config: KVConfig
-    channels: LayerChannels
-    kept: dict[str, Kept] = dataclasses.field(default_factory=dict)
-    budget: float | None = None
-    chosen: CacheMeasurement | None = None
-
-
-def _bits(
-    config: KVConfig, measured: BitErrors, meter: CacheMeter, *, budget: float | None, max_loss: float | None
-) -> _Found:
-    """Return the channels with bits for each head, for a budget, or for a limit of the loss that `meter` measures."""
-    chosen = None
-    if max_loss is not None:
-        budget, chosen = _least_bytes(measured, meter, max_loss)
-    budget = measured.usual if budget is None else budget
-    return _Found(config, measured.channels(budget), budget=budget, chosen=chosen)
-
-
-def _folded(found: _Found, model: PreTrainedModel, examples: Examples) -> _Found:
-    """Fold the order of the values into the model. Raises `PermpruneError` if they have none."""
-    if all(values.is_natural for _, values in found.channels.values()):
-        raise PermpruneError(f"values of the pattern {found.config.values} need no order: leave out --fold")
-    return dataclasses.replace(found, channels=fold_values(model, found.channels, short_inputs(model, examples)))
 
 
 def _require_folders(out: Path, fold: str | Path | None) -> None:
@@ -271,8 +246,7 @@ def find_channels(
                 continue
             pattern = pattern_of(text, states.shape[2])
             score = (states * weight[:, None]).square()
-            natural = torch.arange(states.shape[2]).repeat(len(states), 1)
-            order = natural
+            order = natural = torch.arange(states.shape[2]).repeat(len(states), 1)
             if pattern is not None:
                 if side == "keys" or order_values:
                     order = torch.stack([_order(head, pattern, method, generator) for head in score])

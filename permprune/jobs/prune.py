@@ -82,10 +82,10 @@ def prune_to_folder(
     if head is not None and pack is None:
         raise PermpruneError(f"head is {head}, which is for packed weights: give pack too, such as int8")
     require_data(config, evaluation)
-    job = _Job(model, config, evaluation, processor, pack, head)
+    job = _Job(model, config, evaluation, processor, pack, head, tuple(callbacks), begin, announce)
     with stages() as shown:
         with WorkFolder(Path(out)).held("prune", resume) as work:
-            record, runs = job.run(work, shown, callbacks=tuple(callbacks), begin=begin, announce=announce)
+            record, runs = job.run(work, shown)
         if runs and not job.in_memory and distributed.rank() == 0:
             stage(SPEED)
             record = add_speeds(Path(out), str(model), config)
@@ -102,21 +102,16 @@ class _Job:
     processor: Processor | None
     pack: str | None
     head: str | None
+    callbacks: tuple[Callback, ...]
+    begin: Callable[[Forecast], None]
+    announce: Callable[[Record], None]
 
     @property
     def in_memory(self) -> bool:
         """Whether the model was given, and is not read."""
         return isinstance(self.model, PreTrainedModel)
 
-    def run(
-        self,
-        work: WorkFolder,
-        shown: Stages,
-        *,
-        callbacks: tuple[Callback, ...],
-        begin: Callable[[Forecast], None],
-        announce: Callable[[Record], None],
-    ) -> tuple[Record, bool]:
+    def run(self, work: WorkFolder, shown: Stages) -> tuple[Record, bool]:
         """Prune a model and write its folder, as `prune_to_folder`, and free it.
 
         Returns the record, and whether the models run in the memory of one process.
@@ -136,7 +131,7 @@ class _Job:
             if crowded:  # told when the model was read: a damaged one is an error alone
                 log.warning("%s", crowded)
             shown.expect(*expected(known))
-            begin(known)
+            self.begin(known)
 
         with ExitStack() as inside:
             if fitted is not None and divided:
@@ -148,11 +143,11 @@ class _Job:
             weights.plan.dense.warn()
             method = permuter(weights.plan.config.permute)
             if session.choosing is not None:
-                keep_within(session, method, callbacks)
-            pruned, record = session.prune(method, callbacks=callbacks)
+                keep_within(session, method, self.callbacks)
+            pruned, record = session.prune(method, callbacks=self.callbacks)
             seconds = {**record.seconds, "total": time.monotonic() - started}
             record = dataclasses.replace(record, seconds=seconds, peak_memory_mb=peak_memory_mb())
-            announce(record)
+            self.announce(record)
             write = partial(write_pruned_weights, weights, pruned, record, work, pack=self.pack, head=self.head)
             distributed.on_first(write, others=weights.serve)
             if self.pack is not None and distributed.world() == 1:
@@ -215,7 +210,18 @@ class _Job:
             return partial(Sharded, str(self.model), config, work)
         if fitted is not None and config.offload != "none":
             return partial(Offloading, str(self.model), config, work, planned, Room(*fitted.room))
-        return partial(_held, self.model, config, self.processor, work, planned)
+        return partial(self.held, config, work, planned)
+
+    def held(self, config: PruneConfig, work: WorkFolder, planned: Callable[[PreTrainedModel, Plan], None]) -> Held:
+        """Open and calibrate a model that is held in memory."""
+        opened = open_to_prune(self.model, config, self.processor)
+        needed = weight_bytes(opened.model, opened.stored)
+        require_space(work.out, needed)
+        ready = partial(planned, opened.model)
+        fisher = permuter(config.permute).uses_fisher
+        held = Held.of(opened, config, spare=not self.in_memory, partial=work.path, planned=ready, fisher=fisher)
+        require_space(work.out, needed + state_bytes(permuter(config.permute), held.plan.outline))
+        return held
 
     def forecast_time(self, begin: Callable[[Forecast], None], opened: PreTrainedModel, plan: Plan) -> None:
         """Begin with the forecast of a plan, if the model runs without numbers."""
@@ -227,24 +233,6 @@ class _Job:
             log.warning("the time is not known, as the model does not run without numbers: %s", first_line(error))
             return
         begin(known)
-
-
-def _held(
-    model: ModelSource,
-    config: PruneConfig,
-    processor: Processor | None,
-    work: WorkFolder,
-    planned: Callable[[PreTrainedModel, Plan], None],
-) -> Held:
-    """Open and calibrate a model that is held in memory."""
-    opened = open_to_prune(model, config, processor)
-    needed = weight_bytes(opened.model, opened.stored)
-    require_space(work.out, needed)
-    ready = partial(planned, opened.model)
-    fisher, spare = permuter(config.permute).uses_fisher, opened.model is not model
-    held = Held.of(opened, config, spare=spare, partial=work.path, planned=ready, fisher=fisher)
-    require_space(work.out, needed + state_bytes(permuter(config.permute), held.plan.outline))
-    return held
 
 
 def write_pruned_weights(

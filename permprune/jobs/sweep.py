@@ -144,11 +144,16 @@ def _require_sound(partial: Path, cells: list[Cell], asked: dict[str, Any]) -> N
             read_sealed(path, AGAIN)
 
 
-def _agree(path: Path, asked: dict[str, Any], data: dict[str, Any]) -> None:
-    """Write the settings and the digests of the data to `path`.
+def _agree(path: Path, asked: dict[str, Any], session: Session) -> None:
+    """Write the settings and the digests of the model and of all data to `path`.
 
     If the file exists, raise `PermpruneError` unless its cells were measured on the same data.
     """
+    plan, run = session.weights.plan, session.weights.plan.run
+    data = {name: run.checkpoint.settings[name] for name in (CONFIG, WEIGHTS, *versions())} | {
+        CALIBRATION: [plan.measured.digest, run.train.digest, run.held_out.digest],
+        "evaluation examples": session.measure.examples.digest,
+    }
     if path.exists():
         require_same(path, read_sealed(path, ANEW)["data"], data)
     else:
@@ -163,7 +168,7 @@ def _measure_cells(session: Session, cells: list[Cell], partial: Path, asked: di
     """Measure cells of one pattern one after the other and write each row as soon as it is measured."""
     run, outline = session.weights.plan.run, session.weights.plan.outline
     require_space(partial, sum(state_bytes(permuter(cell.method), outline) for cell in cells))
-    distributed.on_first(lambda: _agree(partial / IDENTITY, asked, _data(session)))
+    distributed.on_first(lambda: _agree(partial / IDENTITY, asked, session))
     _measure_dense(session, partial / DENSE)
     for cell in cells:
         if _path(partial, cell).exists():
@@ -189,15 +194,6 @@ def _row(session: Session, cell: Cell, run: Run) -> SweepRow:
         error=math.fsum(layer.error for layer in layers) / len(layers),
         curve=list(solution.curve),
     )
-
-
-def _data(session: Session) -> dict[str, Any]:
-    """Return the digests of the model and of all data."""
-    plan, run = session.weights.plan, session.weights.plan.run
-    return {name: run.checkpoint.settings[name] for name in (CONFIG, WEIGHTS, *versions())} | {
-        CALIBRATION: [plan.measured.digest, run.train.digest, run.held_out.digest],
-        "evaluation examples": session.measure.examples.digest,
-    }
 
 
 def _measure_dense(session: Session, path: Path) -> None:

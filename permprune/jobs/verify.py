@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from permprune.checkpoints.io import load
 from permprune.checkpoints.origin import origin_of, recorded_patterns, require_patterns
 from permprune.checkpoints.probe import TOLERANCE, check_outputs
-from permprune.checkpoints.record import PACKED, Record
+from permprune.checkpoints.record import PACKED
 from permprune.errors import PermpruneError
 from permprune.inference.rounding import check_rounding
 from permprune.models.layers import DenseWeights, dense_weights
@@ -51,16 +51,20 @@ def verify(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = Fal
     loaded = model if isinstance(model, PreTrainedModel) else load(model, trust_remote_code=trust_remote_code)
     stage(CHECK)
     origin = origin_of(loaded)
-    if origin.record is None:
+    if (record := origin.record) is None:
         raise PermpruneError("permprune did not prune this model: give one returned by prune or load, or a folder")
-    patterns = recorded_patterns(loaded, origin.record.layers)
+    patterns = recorded_patterns(loaded, record.layers)
     require_patterns(loaded, patterns)
     what = "this model" if loaded is model else str(model)
-    probe, packed = require_probe(origin), origin.record.extra.get(PACKED)
+    probe, packed, dense = require_probe(origin), record.extra.get(PACKED), record.dense
+    if dense is None:  # older releases did not record it
+        excluded = record.settings.get("exclude")
+        globs = map(str, excluded) if isinstance(excluded, list) else ()
+        dense = dense_weights(loaded, [layer.name for layer in record.layers], globs)
     verified = Verified(
         layers=len(patterns),
         difference=check_outputs(loaded, probe, what),
-        dense=origin.record.dense or _dense(loaded, origin.record),
+        dense=dense,
         limit=probe.tolerance,
         largest=probe.largest,
     )
@@ -69,10 +73,3 @@ def verify(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = Fal
     before = packed.get(TOLERANCE, probe.tolerance)  # which earlier releases did not record
     rounding = check_rounding(loaded, probe, verified.difference, before=before, what=what)
     return dataclasses.replace(verified, stored=packed["dtype"], rounding=rounding)
-
-
-def _dense(model: PreTrainedModel, record: Record) -> DenseWeights:
-    """Compute the description of the dense weights, which older releases did not record."""
-    excluded = record.settings.get("exclude")
-    globs = map(str, excluded) if isinstance(excluded, list) else ()
-    return dense_weights(model, [layer.name for layer in record.layers], globs)

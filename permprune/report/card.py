@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -64,7 +64,7 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: st
         continues_text=kind.endswith("ForCausalLM"),
         encodes=bool(config.get(POOLING)) and not record["gathers"],
         generates=kind.endswith("ForConditionalGeneration"),
-        facts=list(_facts(settings)),
+        facts=[(name, _fact(name, settings[name])) for name in FACTS if settings.get(name) is not None],
         dense=dense_sentence(record.get("dense")),
         mix=mix_sentences(record),
         table=measured_rows(record),
@@ -73,7 +73,13 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: st
         shown=shown,
         examples=[(one, map(plain, answers(shown, one))) for one in shown["examples"]] if shown else [],
     )
-    return f"---\n{_metadata(record).to_yaml()}\n---\n\n{body}"
+    metadata = ModelCardData(
+        base_model=record.get("base_model"),
+        license=record.get("license"),
+        library_name="permprune" if record["gathers"] else "transformers",
+        tags=["permprune", "pruning", "sparsity", settings["pattern"]],
+    )
+    return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
 
 
 def loading_code(record: Mapping[str, Any], config: Mapping[str, Any], source: str, *, on_hub: bool = False) -> str:
@@ -107,13 +113,9 @@ def loading_code(record: Mapping[str, Any], config: Mapping[str, Any], source: s
 def next_steps(record: Mapping[str, Any], folder: Path) -> str:
     """Return what to do with a folder that was just written: commands, and the code that loads it."""
     code = loading_code(record, _config(folder), str(folder)).replace("\n\n", "\n")
-    return "\n".join(
-        [
-            f"permprune verify {folder}  # N:M in stored order, and the outputs of the masked model",
-            f"permprune bench {folder}   # speed, size and memory beside the dense model",
-            "",
-            *code.splitlines(),
-        ]
+    return (
+        f"permprune verify {folder}  # N:M in stored order, and the outputs of the masked model\n"
+        f"permprune bench {folder}   # speed, size and memory beside the dense model\n\n{code}"
     )
 
 
@@ -138,23 +140,10 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _metadata(record: Mapping[str, Any]) -> ModelCardData:
-    return ModelCardData(
-        base_model=record.get("base_model"),
-        license=record.get("license"),
-        library_name="permprune" if record["gathers"] else "transformers",
-        tags=["permprune", "pruning", "sparsity", record["settings"]["pattern"]],
-    )
-
-
-def _facts(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in FACTS:
-        if settings.get(name) is not None:
-            yield name, str(settings[name]) if name != "calibration" else _names(settings[name])
-
-
-def _names(sources: str | Sequence[str]) -> str:
-    return ", ".join(_name(source) for source in ([sources] if isinstance(sources, str) else sources))
+def _fact(name: str, value: Any) -> str:
+    if name != "calibration":
+        return str(value)
+    return ", ".join(map(_name, [value] if isinstance(value, str) else value))
 
 
 def _name(path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from permprune.pattern import DENSE, Pattern
 from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, bare, figure, horizontal_bars, legend, styled
-from permprune.report.words import better, number
+from permprune.report.words import better
 
 Record = Mapping[str, Any]
 Points = list[tuple[int, float, float]]
@@ -29,6 +29,9 @@ NAME = 24
 
 FAINT = 0.06
 """The opacity of the lowest value, so that its cell is still visible."""
+
+RAMP = LinearSegmentedColormap.from_list("ramp", [to_rgba(BLUE, FAINT), to_rgba(BLUE)])
+"""A colour map from almost transparent to the full colour, for light and dark backgrounds."""
 
 
 @styled
@@ -114,18 +117,9 @@ def epochs(curve: Sequence[Record], metric: str, dense: float | None) -> Figure:
     axes.plot([point["epoch"] for point in curve], values, color=BLUE, marker="o", markersize=4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epochs")
-    metric_axis(axes, "y", metric, values if dense is None else [*values, dense])
-    if dense is not None:
-        dense_line(axes, dense)
+    metric_axis(axes, metric, values, dense)
     axes.grid(axis="y")
     return picture
-
-
-def dense_line(axes: Axes, value: float) -> None:
-    """Draw a horizontal line at the value of the dense model."""
-    axes.axhline(value, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
-    place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-    axes.annotate("dense", (1.0, value), (3, 0), **place, va="center", fontsize=8)
 
 
 @styled
@@ -133,24 +127,30 @@ def bars(dense: float, none: float, pruned: float, metric: str, method: str) -> 
     """Draw bars of three values of a metric: dense, pruned in natural order, and pruned as permuted by `method`."""
     name = method.partition(":")[0]  # its options would leave the bars no room
     names = ["dense", "pruned,\nnatural order", f"pruned,\n{name}"]
-    values = [dense, none, pruned]
     picture = figure(WIDTH, 2.5)
     axes = picture.subplots()
-    lengths = [value if math.isfinite(value) else 0.0 for value in values]
-    horizontal_bars(axes, names, lengths, [number(value) for value in values], [GRAY, ORANGE, BLUE])
+    horizontal_bars(axes, names, [dense, none, pruned], [GRAY, ORANGE, BLUE])
     axes.set_xlabel(f"{metric} ({better(metric)})")
     return picture
 
 
-def metric_axis(axes: Axes, side: Literal["x", "y"], metric: str, values: Sequence[float]) -> None:
-    """Label an axis that shows a metric's values; perplexities are on a log scale."""
-    label, apart = metric, "\n" if side == "y" else " "
+def metric_axis(axes: Axes, metric: str, values: Sequence[float], dense: float | None) -> None:
+    """Label the vertical axis, of a metric's values, and draw a line at the dense model's, if that is given.
+
+    Perplexities are on a log scale.
+    """
+    label = metric
+    if dense is not None:
+        values = [*values, dense]
+        axes.axhline(dense, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
+        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        axes.annotate("dense", (1.0, dense), (3, 0), **place, va="center", fontsize=8)
     if metric == "perplexity":
         finite = [value for value in values if math.isfinite(value)] or [1.0]
-        axes.set(**{f"{side}scale": "log", f"{side}lim": (min(finite) / 1.12, max(finite) * 1.12)})
-        _plain_ticks(axes.xaxis if side == "x" else axes.yaxis)
+        axes.set(yscale="log", ylim=(min(finite) / 1.12, max(finite) * 1.12))
+        _plain_ticks(axes.yaxis)
         label = f"{metric}, log scale"
-    axes.set(**{f"{side}label": f"{label}{apart}({better(metric)})"})
+    axes.set_ylabel(f"{label}\n({better(metric)})")
 
 
 def layer_kinds(layers: Sequence[Record], before: str, after: str) -> dict[str, Points]:
@@ -214,7 +214,7 @@ def kept_saliency(layers: Sequence[Record]) -> Figure:
     picture = figure(WIDTH, 1.15 + 0.36 * len(kinds))
     panels = picture.subplots(2, 1, sharex=True)
     for axes, grid, title in zip(panels, (before, after), ("natural order", "permuted"), strict=True):
-        cells = axes.pcolormesh(grid, cmap=_ramp(BLUE), vmin=low, vmax=high, edgecolors="none")
+        cells = axes.pcolormesh(grid, cmap=RAMP, vmin=low, vmax=high, edgecolors="none")
         axes.set_title(title)
         _rows(axes, list(kinds))
     _columns(panels[1], before.shape[1])
@@ -239,11 +239,11 @@ def patterns(layers: Sequence[Record]) -> Figure:
     axes = picture.subplots()
     grid = _grid(kinds, 1)
     most = float(np.nanmax(grid))
-    axes.pcolormesh(grid, cmap=_ramp(BLUE), vmin=0.0, vmax=most, edgecolors="none")
+    axes.pcolormesh(grid, cmap=RAMP, vmin=0.0, vmax=most, edgecolors="none")
     _rows(axes, list(kinds))
     _columns(axes, grid.shape[1])
     names = sorted(density, key=lambda text: density[text])
-    handles = [Patch(facecolor=_ramp(BLUE)(density[text] / most), label=text) for text in names]
+    handles = [Patch(facecolor=RAMP(density[text] / most), label=text) for text in names]
     legend(picture, handles, 6)
     return picture
 
@@ -278,12 +278,6 @@ def _grid(kinds: Mapping[str, Sequence[tuple[int, float, float]]], place: int) -
         for point in points:
             grid[row, point[0]] = point[place]
     return grid
-
-
-def _ramp(color: str) -> LinearSegmentedColormap:
-    """A colour map from almost transparent to the full colour, for light and dark backgrounds."""
-    rgb = to_rgba(color)[:3]
-    return LinearSegmentedColormap.from_list("ramp", [(*rgb, FAINT), (*rgb, 1.0)])
 
 
 def _rows(axes: Axes, names: Sequence[str]) -> None:

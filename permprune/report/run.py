@@ -81,8 +81,10 @@ def _pruned(record: Mapping[str, Any]) -> str:
         return f"{run}: {_error_clause(record)}the network was not measured."
     none = None if method == NONE else measured["none"]
     sentence = run + outcome(measured["metric"], measured["pruned"], measured["dense"], none)
-    gap = "" if method == NONE else _gap(record["gap_closed"])
-    return f"{sentence}{gap}."
+    if method != NONE and (closed := record["gap_closed"]) is not None:
+        gap = f"{percent(closed)} of the gap closed" if closed >= 0 else f"the gap is {percent(-closed)} wider"
+        sentence += f": {gap}"
+    return f"{sentence}."
 
 
 def _then_trained(record: Mapping[str, Any]) -> str:
@@ -91,12 +93,6 @@ def _then_trained(record: Mapping[str, Any]) -> str:
         return ""
     metric, before, after, error = (optimised[key] for key in ("metric", "before", "after", "stderr"))
     return trained(metric, before, after, error, optimised.get("dense"))
-
-
-def _gap(closed: float | None) -> str:
-    if closed is None:
-        return ""
-    return f": {percent(closed)} of the gap closed" if closed >= 0 else f": the gap is {percent(-closed)} wider"
 
 
 def _error_clause(record: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from permprune.checkpoints.record import PACKED, SIDES
 from permprune.pattern import MIXED
-from permprune.report.words import DASH, NONE, count, number, overlap_note, percent, whole, with_error
+from permprune.report.words import DASH, NONE, columns, count, number, overlap_note, percent, whole, with_error
 
 Mark = Literal["", "right", "wrong", "missing"]
 
@@ -57,10 +57,9 @@ def side_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def side_table(record: Mapping[str, Any]) -> Table:
     """Return the table of models for a terminal."""
-    table = Table(title=f"{record['model']} on this machine", caption=table_note(record), caption_justify="left")
-    table.add_column("")
-    for title in titles(record["settings"]["pattern"]):
-        table.add_column(title, justify="right")
+    models = columns(*titles(record["settings"]["pattern"]))
+    title, note = f"{record['model']} on this machine", table_note(record)
+    table = Table("", *models, title=title, caption=note, caption_justify="left")
     for row in side_rows(record):
         table.add_row(*row)
     return table
@@ -74,11 +73,9 @@ def comparison_title(result: Mapping[str, Any]) -> str:
 
 def comparison_table(result: dict[str, Any]) -> Table:
     """Return a table of a comparison's contents, as of `Comparison.to_json`."""
-    table = Table(title=comparison_title(result), caption=overlap_note(result["overlap"]), caption_justify="left")
-    table.add_column("method")
-    scored = "score" in result["rows"][0]
-    for title in (result["metric"], "gap closed", *(["task score"] if scored else []), "seconds", "peak MiB"):
-        table.add_column(title, justify="right")
+    scored, note = "score" in result["rows"][0], overlap_note(result["overlap"])
+    numbers = columns(result["metric"], "gap closed", *(["task score"] if scored else []), "seconds", "peak MiB")
+    table = Table("method", *numbers, title=comparison_title(result), caption=note, caption_justify="left")
     for row in result["rows"]:
         closed = "" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}"
         score = [with_error(row["score"], row["score_stderr"])] if scored else []
@@ -89,26 +86,18 @@ def comparison_table(result: dict[str, Any]) -> Table:
 
 def table_note(record: Mapping[str, Any]) -> str:
     """Describe how the figures of a table were measured: before packing, and the speeds; "" if there is nothing."""
-    return " ".join(filter(None, (_packing_note(record), _speeds(record))))
-
-
-def _packing_note(record: Mapping[str, Any]) -> str:
-    measured, packed = record["measured"], record.get(PACKED)
-    if measured is None or packed is None or measured.get("packed") == packed["dtype"]:
-        return ""
-    return f"The {measured['metric']} is that of before the weights were packed as {packed['dtype']}."
-
-
-def _speeds(record: Mapping[str, Any]) -> str:
-    shown = record.get("showcase") or {}
-    if not shown.get("unit"):
-        return ""
-    types = [
-        f"{title} in {dtype}"
-        for title, side in zip(titles(record["settings"]["pattern"]), SIDES, strict=True)
-        if (dtype := (shown["sides"].get(side) or {}).get("dtype"))
-    ]
-    return f"Speed on {count(shown['threads'], 'thread')} of the {shown['device']}: {'; '.join(types)}."
+    measured, packed, shown = record["measured"], record.get(PACKED), record.get("showcase") or {}
+    notes = []
+    if measured and packed and measured.get("packed") != packed["dtype"]:
+        notes.append(f"The {measured['metric']} is that of before the weights were packed as {packed['dtype']}.")
+    if shown.get("unit"):
+        types = [
+            f"{title} in {dtype}"
+            for title, side in zip(titles(record["settings"]["pattern"]), SIDES, strict=True)
+            if (dtype := (shown["sides"].get(side) or {}).get("dtype"))
+        ]
+        notes.append(f"Speed on {count(shown['threads'], 'thread')} of the {shown['device']}: {'; '.join(types)}.")
+    return " ".join(notes)
 
 
 def answers(shown: Mapping[str, Any], example: Mapping[str, Any]) -> list[list[Piece]]:

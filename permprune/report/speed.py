@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.table import Table
+from rich.table import Column, Table
 
 from permprune.report.style import BLUE, GRAY, WIDTH, figure, horizontal_bars, styled
-from permprune.report.words import number
+from permprune.report.words import columns, number
 
 Figures = Mapping[str, Any]
 """A benchmark as JSON values (`Benchmark.to_json`)."""
@@ -21,37 +21,31 @@ READING = ("batch", "context", "items/s", "a batch")
 
 def bench_table(figures: Figures) -> Table:
     """Return a table for the terminal: speeds in tokens or inputs per second, times in milliseconds."""
-    table = Table(title=f"{figures['threads']} threads of the {figures['device']}")
-    table.add_column("model", overflow="fold")
-    titles = GENERATION if generates(figures["rows"][0]["speeds"]) else READING
-    for title in ("MB", "resident MB", *titles):
-        table.add_column(title, justify="right")
+    numbers = columns("MB", "resident MB", *(GENERATION if generates(figures["rows"][0]["speeds"]) else READING))
+    title = f"{figures['threads']} threads of the {figures['device']}"
+    table = Table(Column("model", overflow="fold"), *numbers, title=title)
     for row in figures["rows"]:
         table.add_section()
-        sizes = [f"{row['bytes'] / 1e6:,.0f}", f"{row['resident'] / 1e6:,.0f}"]
-        for place, cells in enumerate(speed_cells(row["speeds"])):
-            table.add_row(*([row["name"], *sizes] if not place else [""] * 3), *cells)
+        model = [row["name"], f"{row['bytes'] / 1e6:,.0f}", f"{row['resident'] / 1e6:,.0f}"]
+        for speed in row["speeds"]:
+            table.add_row(*model, *_cells(speed))
+            model = [""] * len(model)
     return table
+
+
+def _cells(speed: Mapping[str, Any]) -> list[str]:
+    """Return the cells of the columns `GENERATION` or `READING`."""
+    cells = [str(speed["batch"]), str(speed["context"] or ""), number(rate(speed))]
+    if "next_token" not in speed:
+        return [*cells, f"{1000 * speed['seconds']:,.1f} ms"]
+    prompts = number(speed["batch"] * speed["context"] / speed["first_token"])
+    cache = f"{speed['cache'] / 1e6:,.1f}" if speed.get("cache") else ""
+    return [*cells[:2], prompts, f"{1000 * speed['first_token']:,.0f} ms", cells[2], cache]
 
 
 def generates(speeds: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the speeds are those of models that generate text (`Speed`), not `Throughput`."""
     return "next_token" in speeds[0]
-
-
-def speed_cells(speeds: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Return the cells of the columns `GENERATION` or `READING`, with one row for each batch size and context."""
-    rows = []
-    for speed in speeds:
-        cells = [str(speed["batch"]), str(speed["context"] or "")]
-        if generates(speeds):
-            prompts = number(speed["batch"] * speed["context"] / speed["first_token"])
-            cache = f"{speed['cache'] / 1e6:,.1f}" if speed.get("cache") else ""
-            cells += [prompts, f"{1000 * speed['first_token']:,.0f} ms", number(rate(speed)), cache]
-        else:
-            cells += [number(rate(speed)), f"{1000 * speed['seconds']:,.1f} ms"]
-        rows.append(tuple(cells))
-    return rows
 
 
 def rate(speed: Mapping[str, Any]) -> float:
@@ -97,11 +91,8 @@ def speed_bars(figures: Figures) -> Figure:
     places = sorted({0, len(rows[0]["speeds"]) - 1})
     picture = figure(WIDTH, len(places) * (1.0 + 0.4 * len(rows)))
     for place, axes in zip(places, picture.subplots(len(places), squeeze=False)[:, 0], strict=True):
-        values = [rate(row["speeds"][place]) for row in rows]
-        colors = [GRAY if row["dense"] else BLUE for row in rows]
-        horizontal_bars(
-            axes, [short_name(row["name"]) for row in rows], values, [number(value) for value in values], colors
-        )
+        names, values = zip(*((short_name(row["name"]), rate(row["speeds"][place])) for row in rows), strict=True)
+        horizontal_bars(axes, names, values, [GRAY if row["dense"] else BLUE for row in rows])
         speeds = rows[0]["speeds"]
         axes.set_xlabel(f"{'tokens' if generates(speeds) else 'items'}/s at {cell_name(speeds[place])}")
     return picture

@@ -6,6 +6,7 @@ The colours are those of Okabe & Ito, lightened or darkened until each stands ou
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from permprune.report.words import number
 
 Format = Literal["svg", "png"]
 
@@ -66,15 +69,14 @@ def legend(picture: Figure, handles: Sequence[Artist], columns: int, **options: 
     picture.legend(handles=handles, loc="outside upper left", ncols=columns, **options)
 
 
-def horizontal_bars(
-    axes: Axes, names: Sequence[str], values: Sequence[float], texts: Sequence[str], colors: Sequence[str]
-) -> None:
-    """Draw horizontal bars, the first at the top, each with its name at the axis and a text at its end."""
-    drawn = axes.barh(range(len(names)), values, color=colors, height=0.62)
-    axes.bar_label(drawn, texts, padding=4, fontsize=9)
+def horizontal_bars(axes: Axes, names: Sequence[str], values: Sequence[float], colors: Sequence[str]) -> None:
+    """Draw horizontal bars, the first at the top, each with its name at the axis and its value at its end."""
+    lengths = [value if math.isfinite(value) else 0.0 for value in values]
+    drawn = axes.barh(range(len(names)), lengths, color=colors, height=0.62)
+    axes.bar_label(drawn, [number(value) for value in values], padding=4, fontsize=9)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.2 * max(values) or 1.0)
+    axes.set_xlim(0, 1.2 * max(lengths) or 1.0)
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from rich.table import Table
 
 from permprune.evaluation.result import metric_named
 from permprune.report.page import data_uri, fill
-from permprune.report.pictures import dense_line, metric_axis
+from permprune.report.pictures import metric_axis
 from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, figure, legend, save, styled
 from permprune.report.words import (
     NONE,
+    columns,
     count,
     duration,
     fine_percent,
@@ -126,73 +129,57 @@ def _groups(result: Result) -> list[tuple[str, list[Mapping[str, Any]]]]:
 
     The heading is the pattern's name and size, and for a mix the number of layers with each pattern.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in result["rows"]:
-        groups.setdefault(row["pattern"], []).append(row)
-    headed = []
-    for pattern, rows in groups.items():
+    groups = []
+    for pattern, cells in groupby(result["rows"], itemgetter("pattern")):
+        rows = list(cells)
         heading = f"{pattern}, {fine_percent(rows[0]['size'])} of the dense size"
         if len(layers := rows[0]["layers"]) > 1:
             heading += ": " + ", ".join(f"{count(held, 'layer')} {kind}" for kind, held in layers.items())
-        headed.append((heading, rows))
-    return headed
+        groups.append((heading, rows))
+    return groups
 
 
 def sweep_table(result: Result) -> Table:
     """Return a table of the contents of a sweep's figures.json; rows on the Pareto front are bold."""
     metric = result["metric"]
     title = f"{result['model']}, dense {metric} {number(result['dense'][metric])}"
-    table = Table(title=title, caption=overlap_note(result["measured"]["overlap"]), caption_justify="left")
-    for title in ("pattern", "method"):
-        table.add_column(title)
-    scored = "score" in result["dense"]
-    for title in ("minutes", "size", metric, "gap closed", *(["task score"] if scored else []), "time", "peak MiB"):
-        table.add_column(title, justify="right")
-    last = ""
-    for row in result["rows"]:
-        if last and row["pattern"] != last:
-            table.add_section()
-        last = row["pattern"]
-        minutes = "" if row["minutes"] is None else f"{row['minutes']:g}"
-        cells = (minutes, fine_percent(row["size"]), number(row[metric]), percent(row["gap_closed"]))
-        score = [with_error(row["score"], row["score_stderr"])] if scored else []
-        cost = (duration(row["seconds"]), whole(row["peak_memory_mb"]))
-        table.add_row(last, row["method"], *cells, *score, *cost, style="bold" if row["front"] else "")
+    scored, note = SCORE in result["dense"], overlap_note(result["measured"]["overlap"])
+    numbers = columns("minutes", "size", metric, "gap closed", *(["task score"] if scored else []), "time", "peak MiB")
+    table = Table("pattern", "method", *numbers, title=title, caption=note, caption_justify="left")
+    for pattern, rows in groupby(result["rows"], itemgetter("pattern")):
+        table.add_section()
+        for row in rows:
+            minutes = "" if row["minutes"] is None else f"{row['minutes']:g}"
+            cells = (minutes, fine_percent(row["size"]), number(row[metric]), percent(row["gap_closed"]))
+            score = [with_error(row["score"], row["score_stderr"])] if scored else []
+            cost = (duration(row["seconds"]), whole(row["peak_memory_mb"]))
+            table.add_row(pattern, row["method"], *cells, *score, *cost, style="bold" if row["front"] else "")
     return table
 
 
 @styled
 def pareto(result: Result, values: Sequence[str]) -> Figure:
-    """Draw `values`, the metric and `SCORE`, of every cell against its size, each in a panel of its own."""
+    """Draw `values`, the metric and `SCORE`, of every cell against its size, each in a panel of its own.
+
+    A line joins the cells on the Pareto front.
+    """
     colors, markers = _keys(result)
     picture = figure(WIDTH * len(values), 3.6)
     for axes, value in zip(picture.subplots(1, len(values), squeeze=False).flat, values, strict=True):
-        _against_size(axes, result, value)
+        rows, best = _finite(result, value), "score_front" if value == SCORE else "front"
+        front = sorted((row["size"], row[value]) for row in rows if row[best])
+        axes.plot(*zip(*front, strict=True), color=GRAY, linewidth=1.0, zorder=1) if front else None
+        for row in rows:
+            style = {"markersize": 7, "alpha": 1.0} if row[best] else {"markersize": 5.5, "alpha": 0.75}
+            color, marker = colors[row["method"]], markers[row["pattern"]]
+            axes.plot(row["size"], row[value], color=color, marker=marker, linestyle="", **style)
+        _metric_axis(axes, result, value)
+        axes.set_xlabel("size, share of the dense model (smaller is better)")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.grid()
     _legend(picture, colors, markers)
     return picture
-
-
-def _against_size(axes: Axes, result: Result, value: str) -> None:
-    """Draw a value of every cell against its size; a line joins the cells on the Pareto front."""
-    rows, best = _finite(result, value), "score_front" if value == SCORE else "front"
-    colors, markers = _keys(result)
-    front = sorted((row["size"], row[value]) for row in rows if row[best])
-    axes.plot(*zip(*front, strict=True), color=GRAY, linewidth=1.0, zorder=1) if front else None
-    for row in rows:
-        axes.plot(
-            row["size"],
-            row[value],
-            color=colors[row["method"]],
-            marker=markers[row["pattern"]],
-            markersize=7 if row[best] else 5.5,
-            alpha=1.0 if row[best] else 0.75,
-            linestyle="",
-        )
-    _dense(axes, result, value)
-    axes.set_xlabel("size, share of the dense model (smaller is better)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.grid()
 
 
 @styled
@@ -212,7 +199,7 @@ def minutes(result: Result) -> Figure:
         axes.plot(seconds, best, color=GRAY, linewidth=0.8, drawstyle="steps-post", zorder=1)
         for row, second in zip(cells, seconds, strict=True):
             axes.plot(second, row[metric], color=colors[row["method"]], marker=marker, markersize=6)
-    _dense(axes, result, metric)
+    _metric_axis(axes, result, metric)
     axes.set_xlabel("time of the search (log scale)")
     low, high = axes.get_xlim()
     ticks = {seconds: label for seconds, label in TICKS.items() if low <= seconds <= high}
@@ -235,12 +222,9 @@ def _keys(result: Result) -> tuple[dict[str, str], dict[str, str]]:
     return colors, {pattern: MARKERS[place % len(MARKERS)] for place, pattern in enumerate(shapes)}
 
 
-def _dense(axes: Axes, result: Result, value: str) -> None:
-    """Draw a horizontal line at the dense model's value, and label the axis of the value."""
-    dense = result["dense"][value]
-    dense_line(axes, dense)
-    values = [dense, *(row[value] for row in _finite(result, value))]
-    metric_axis(axes, "y", SCORE_NAME if value == SCORE else value, values)
+def _metric_axis(axes: Axes, result: Result, value: str) -> None:
+    values = [row[value] for row in _finite(result, value)]
+    metric_axis(axes, SCORE_NAME if value == SCORE else value, values, result["dense"][value])
 
 
 def _legend(picture: Figure, colors: Mapping[str, str], markers: Mapping[str, str]) -> None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from rich.table import Column
+
 from permprune.data.overlap import QUOTED
 from permprune.evaluation.result import Result, metric_named
 from permprune.pattern import MIXED
@@ -67,6 +69,11 @@ def percent(share: float | None) -> str:
 def fine_percent(share: float) -> str:
     """Format a share of 1 in percent with one or two decimals, for small differences."""
     return f"{100 * share:.2f} %" if share < 0.1 else f"{100 * share:.1f} %"
+
+
+def columns(*titles: str) -> list[Column]:
+    """Return the columns of a table for the terminal that hold numbers, which are aligned at the right."""
+    return [Column(title, justify="right") for title in titles]
 
 
 def count(number: int, thing: str) -> str:
