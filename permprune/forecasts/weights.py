@@ -11,7 +11,7 @@ import torch
 
 from permprune.forecasts.resources import Memory, Part, Work, Workload
 from permprune.inference.solved import SWEEPS
-from permprune.inference.straight_through import PARTS, STEPS
+from permprune.inference.solving import PARTS, STEPS
 from permprune.losses.objective import as_loss
 from permprune.models.layers import Layer
 from permprune.permuters.block_tuning import PASSES
