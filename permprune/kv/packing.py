@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels.attention.codes import CODED, pack_padded_bits
-from permprune.kernels.attention.states import SCALED
-from permprune.kernels.product.packed import unpack_bits
+from permprune.kernels.attention.states import CODED, SCALED
+from permprune.kernels.product.packed import pack_bits, unpack_bits
 from permprune.kv import coding
 from permprune.kv.moving import Moving
 from permprune.pattern import COUNTED, Pattern
@@ -161,9 +160,9 @@ def encode(states: Tensor, channels: Channels, layout: StatesLayout, turns: int 
     else:
         kept, size = choose_channels(states, channels, layout.pattern, turns=turns if layout.signs else 0)
         parts = _stored(_select(states, kept), layout.dtype)
-        parts["code"] = pack_padded_bits(kept)
+        parts["code"] = pack_bits(kept)
         if layout.signs:
-            parts["signs"] = pack_padded_bits(_select(states, ~kept) < 0)
+            parts["signs"] = pack_bits(_select(states, ~kept) < 0)
             if "scale" in parts:
                 steps = 2 * size / parts["scale"].float().clamp_min(TINY)
                 parts["amplitude"] = steps.round().clamp(0, 255).to(torch.uint8)

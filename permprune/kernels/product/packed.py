@@ -188,9 +188,13 @@ class PackedWeight:
 
 
 def pack_bits(numbers: Tensor, bits: int = 1) -> Tensor:
-    """Convert numbers of so many bits, (..., 8 / bits * k), to bytes, uint8 (..., k), whose low bits hold the first."""
+    """Convert numbers of so many bits, (..., count), to bytes, uint8 (..., ceil(count bits / 8)).
+
+    The low bits of a byte hold the first number, and what the last byte has room for is zero.
+    """
     places = 2.0 ** torch.arange(0, 8, bits, device=numbers.device)
-    packed: Tensor = numbers.float().unflatten(-1, (-1, 8 // bits)) @ places
+    padded = F.pad(numbers.float(), (0, -numbers.shape[-1] % len(places)))
+    packed: Tensor = padded.unflatten(-1, (-1, len(places))) @ places
     return packed.to(torch.uint8)
 
 
