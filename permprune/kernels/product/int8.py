@@ -51,9 +51,10 @@ def _multiply_gpu(rows: Tensor, values: Tensor, scale: Tensor, bias: Tensor | No
     """The product with Triton kernels; larger batches with BLAS."""
     from permprune.kernels.product import gpu  # needs Triton
 
+    table = gpu.of_table(values, scale)
     if len(rows) <= gpu.LARGEST_BATCH:
-        return gpu.multiply_table(rows, values, scale, bias)
-    return F.linear(rows, gpu.unpack_table(values, scale, rows.dtype), None if bias is None else bias.to(rows.dtype))
+        return gpu.multiply(rows, table, bias)
+    return F.linear(rows, gpu.unpack(table, rows.dtype), None if bias is None else bias.to(rows.dtype))
 
 
 @int8_linear.register_fake
