@@ -24,8 +24,7 @@ from permprune.kernels.product.packed import pack_bits, unpack_bits
 from permprune.kv.coding import hadamard as hadamard_on
 from permprune.kv.config import KVConfig
 from permprune.kv.layer import PackedCacheLayer
-from permprune.kv.packing import TINY, Channels, Parts, StatesLayout, encode
-from permprune.kv.tokens import PackedTokens
+from permprune.kv.packing import TINY, Channels, PackedTokens, Parts, StatesLayout, encode
 
 GROUP = 32
 """Number of states with a scale of their own."""
