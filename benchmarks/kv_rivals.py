@@ -20,13 +20,11 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from permprune.kernels.attention.codes import pack_padded_bits
-from permprune.kernels.product.packed import unpack_bits
+from permprune.kernels.product.packed import pack_bits, unpack_bits
 from permprune.kv.coding import hadamard as hadamard_on
 from permprune.kv.config import KVConfig
 from permprune.kv.layer import PackedCacheLayer
-from permprune.kv.packing import TINY, Channels, Parts, StatesLayout, encode
-from permprune.kv.tokens import PackedTokens
+from permprune.kv.packing import TINY, Channels, PackedTokens, Parts, StatesLayout, encode
 
 GROUP = 32
 """Number of states with a scale of their own."""
@@ -173,7 +171,7 @@ def grouped(states: Tensor, group: int) -> Tensor:
 def pack_integers(numbers: Tensor, bits: int) -> Tensor:
     """Numbers from 0 to 2^bits - 1, (..., count), as uint8 (..., ceil(count bits / 8))."""
     shifts = torch.arange(bits, dtype=torch.uint8)
-    return pack_padded_bits((numbers.to(torch.uint8).unsqueeze(-1) >> shifts & 1).bool().flatten(-2))
+    return pack_bits((numbers.to(torch.uint8).unsqueeze(-1) >> shifts & 1).bool().flatten(-2))
 
 
 def unpack_integers(packed: Tensor, bits: int, count: int) -> Tensor:

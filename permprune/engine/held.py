@@ -298,8 +298,11 @@ class Held:
     def update(self) -> None:
         """Apply the weight update of the config to the weights shown. Raises `PermpruneError`."""
         update_network(update(self.plan.config.update), self.network, self.plan.measured, self.plan.run.held_out)
-        _round_shelved(self.network.trained, self.stored)
-        _round_shelved(self.network.updated, self.stored)
+        for shelf in (self.network.trained, self.network.updated):
+            for name in shelf:
+                weight = shelf[name]
+                _round([weight], self.stored)
+                shelf[name] = weight
 
     def finish(self, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
         """Put the weights of a solution, which has to be the one shown, in stored order.
@@ -354,11 +357,3 @@ def _round(weights: Iterable[Tensor], stored: torch.dtype) -> None:
     for weight in weights:
         if weight.is_floating_point():
             weight.copy_(weight.to(stored))
-
-
-def _round_shelved(weights: Shelf, stored: torch.dtype) -> None:
-    """The same for weights on a shelf."""
-    for name in weights:
-        weight = weights[name]
-        _round([weight], stored)
-        weights[name] = weight

@@ -23,7 +23,7 @@ from permprune.checkpoints.probe import Probe, check_outputs
 from permprune.checkpoints.record import FORMAT, Mix, PrunedLayer, Record
 from permprune.config import PruneConfig
 from permprune.coupling.fold import fold_parameter
-from permprune.coupling.space import Coupling, Site
+from permprune.coupling.space import Coupling
 from permprune.models.layers import Layer, dense_weights
 from permprune.models.processors import Processor
 from permprune.permuters.base import Solution
@@ -133,8 +133,7 @@ def stored_form(
     Problems without an order keep their natural one. The other arguments are fields of the result.
     """
     tables = fold_tables(plan.coupling, plan.problems, solution.orders)
-    natural = {name: torch.arange(table.shape[-1]).expand_as(table) for name, table in tables.items()}
-    moved = [name for name, table in tables.items() if not torch.equal(table, natural[name])]
+    moved = [name for name, table in tables.items() if not (table == torch.arange(table.shape[-1])).all()]
     return Pruned(
         model=model,
         solution=solution,
@@ -184,11 +183,19 @@ def _gathered_problems(plan: Plan, orders: Orders) -> Iterator[tuple[Problem, li
 
 
 def _gathers(plan: Plan, orders: Orders) -> list[Gather]:
-    sites = {site.name: site for site in plan.coupling.sites}
-    return [
-        Gather(problem.site, *gather_places(sites[problem.site], layers), orders[problem.name].tolist())
-        for problem, layers in _gathered_problems(plan, orders)
-    ]
+    """Return the gathers of a solution, each of the output of a module or of the inputs of several.
+
+    If other modules read the site as well, its tensor has to stay in the old order.
+    """
+    sites, gathers = {site.name: site for site in plan.coupling.sites}, []
+    for problem, readers in _gathered_problems(plan, orders):
+        site, order = sites[problem.site], orders[problem.name].tolist()
+        if site.gather[0] == "output" and {layer.parameter for layer in readers} == set(site.readers):
+            gathers.append(Gather(problem.site, site.gather[1], [], order))
+        else:
+            modules = list(dict.fromkeys(layer.owner_name for layer in readers))
+            gathers.append(Gather(problem.site, "", modules, order))
+    return gathers
 
 
 def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Tensor]:
@@ -213,17 +220,6 @@ def compose_tables(first: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> d
     """Combine permutations, folded one after the other, into one for each space."""
     after = {space: first[space].gather(1, table) if space in first else table for space, table in then.items()}
     return {**first, **after}
-
-
-def gather_places(site: Site, readers: list[Layer]) -> tuple[str, list[str]]:
-    """Return the modules at which the `Gather` of a site reorders channels: (a module, []) or ("", modules).
-
-    In the first case the output of a module is reordered, in the second the inputs of modules. `readers` are the
-    layers that read the new order; if other modules read the site as well, its tensor must stay in the old order.
-    """
-    alone = {layer.parameter for layer in readers} == set(site.readers)
-    modules = list(dict.fromkeys(layer.owner_name for layer in readers))
-    return (site.gather[1], []) if site.gather[0] == "output" and alone else ("", modules)
 
 
 @torch.no_grad()

@@ -1,18 +1,23 @@
 """The costs of permuters and updates, registered by class; those of a base class hold for all that derive from it.
 
-A method without a registered function runs as any other, and its time is not known.
+A method without a registered function runs as any other, and its time is not known. Last come the costs of choosing the
+patterns of a mix (`permprune.budget`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import singledispatch
 from typing import Any
 
 import torch
 
+from permprune.budget import allocate
+from permprune.budget.asked import parse_candidates
+from permprune.budget.shares import ATTEMPTS
+from permprune.config import PruneConfig
 from permprune.forecasts.resources import Memory, Part, Phase, Stage, Work, Workload
 from permprune.forecasts.weights import (
     block_training,
@@ -26,6 +31,7 @@ from permprune.forecasts.weights import (
     update_share,
 )
 from permprune.matching.assignment import groups_in, part_count
+from permprune.pattern import MIXED
 from permprune.permuters import cp, kept, quadratic
 from permprune.permuters.base import Permuter
 from permprune.permuters.bundles import BLOCK
@@ -336,3 +342,28 @@ def assignment_work(channels: int, rows: int, m: int) -> Work:
     """Return the work of `ria_order`: a comparison for each slot, row, and group with each other of its part."""
     groups = channels // m
     return Work(comparisons=kept.PASSES * m * groups**2 / part_count(groups, groups_in(kept.PART, m)) * rows)
+
+
+def stages_of_mix(config: PruneConfig, run: Workload) -> list[Stage]:
+    """Return the stage in which patterns are chosen; none if there is one pattern."""
+    if config.pattern != MIXED:
+        return []
+    candidates = len(parse_candidates(config.candidates))
+    examples, times = allocate.EXAMPLES * run.examples_per_window, len(allocate.differentiated(candidates))
+    work = [run.gradient_work(examples) * times, run.loss_work(run.held_out) * (candidates + len(allocate.POINTS) + 2)]
+    work += [stage.work for stage in stages_of(allocate.START, run) if stage.work is not None]
+    parts = (*run.gradient.parts, run.summed(Part.GRADIENTS, examples, times))
+    return [Stage(Phase.PATTERNS, parts, sum(work, Work()))]
+
+
+def stages_of_limit(config: PruneConfig, stages: Sequence[Stage]) -> list[Stage]:
+    """Return the stage of the other runs of a limit of the loss, given the `stages` of one; none without a limit.
+
+    What patterns cost is measured once for all of them.
+    """
+    if config.max_loss is None:
+        return []
+    works = [stage.work for stage in stages if stage.phase != Phase.PATTERNS]
+    known = [work for work in works if work is not None]
+    total = sum(known, Work()) * (ATTEMPTS - 1) if len(known) == len(works) else None
+    return [Stage(Phase.OTHER_SHARES, max(stages, key=lambda stage: stage.bytes()).parts, total)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,29 +95,20 @@ def _run(
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> Activations:
-    """Count what a pass over a batch makes and computes."""
-    text = is_causal_lm(model) and shapes.keys() == {"input_ids"}
-    run = _next_token_loss(shapes) if text else _output_sum(shapes)
-    return count_activations(model, run, gradients=gradients, dtype=dtype, **settings)
+    """Count what a pass over a batch makes and computes.
 
+    It ends with the loss of text, or else the sum of the outputs, which keeps as much memory as a loss.
+    """
+    is_text = is_causal_lm(model) and shapes.keys() == {"input_ids"}
 
-def _next_token_loss(shapes: Shapes) -> Callable[[nn.Module], Tensor]:
-    """A loss of a language model on a batch of text."""
-    return lambda model: next_token(model, Examples(_zeros(shapes))).loss()
-
-
-def _output_sum(shapes: Shapes) -> Callable[[nn.Module], Tensor]:
-    """The sum of a model's outputs, which keeps as much memory as a loss."""
-
-    def total(model: nn.Module) -> Tensor:
-        outputs = main_outputs(model(**forward_arguments(model, _zeros(shapes))))
+    def loss(model: nn.Module) -> Tensor:
+        batch = {
+            name: torch.zeros(shape, dtype=torch.int64 if name.endswith("_ids") else torch.float32)
+            for name, shape in shapes.items()
+        }
+        if is_text:
+            return next_token(model, Examples(batch)).loss()
+        outputs = main_outputs(model(**forward_arguments(model, batch)))
         return torch.stack([output.float().sum() for output in outputs if isinstance(output, Tensor)]).sum()
 
-    return total
-
-
-def _zeros(shapes: Shapes) -> dict[str, Tensor]:
-    return {
-        name: torch.zeros(shape, dtype=torch.int64 if name.endswith("_ids") else torch.float32)
-        for name, shape in shapes.items()
-    }
+    return count_activations(model, loss, gradients=gradients, dtype=dtype, **settings)

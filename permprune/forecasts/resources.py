@@ -220,13 +220,6 @@ class Workload:
         rows = self.correlated(lambda _, rows: self.positions * rows).products_fp32
         return work + self.position_work(examples) + Work(products=rows) * examples
 
-    def step_work(self, examples: int) -> Work:
-        """The work of a step of training: passes of the dense model and, as of a gradient, of the pruned one.
-
-        It needs no covariance, and `carrying` its weights is left to the memory of the step.
-        """
-        return self.pass_work(examples, self.batch) + self.forward * ((4 if self.recompute else 3) * examples)
-
     def position_work(self, examples: int) -> Work:
         """The work of the products of all positions of an example with each other, where it has one label."""
         return self.correlated(lambda channels, rows: self.positions**2 * (channels + rows) / rows) * examples

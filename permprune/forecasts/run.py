@@ -21,10 +21,9 @@ from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples, batches
 from permprune.forecasts.activations import Activations, Gradients
-from permprune.forecasts.costs import stages_of, state_bytes
+from permprune.forecasts.costs import stages_of, stages_of_limit, stages_of_mix, state_bytes
 from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.machine import BUS, Machine, this_machine
-from permprune.forecasts.mixing import stages_of_limit, stages_of_mix
 from permprune.forecasts.offloading import FILES, Offload, module_sizes
 from permprune.forecasts.passes import TYPICAL, UNCOUNTED, Shapes, batch_pass, example_pass
 from permprune.forecasts.resources import Memory, Part, Phase, Stage, Work, Workload

@@ -11,7 +11,7 @@ import torch
 
 from permprune.forecasts.resources import Memory, Part, Work, Workload
 from permprune.inference.solved import SWEEPS
-from permprune.inference.straight_through import PARTS, STEPS
+from permprune.inference.solving import PARTS, STEPS
 from permprune.losses.objective import as_loss
 from permprune.models.layers import Layer
 from permprune.permuters.block_tuning import PASSES
@@ -34,7 +34,7 @@ COMPARED = 2
 
 def block_update(run: Workload, examples: int) -> tuple[Memory, ...]:
     """The memory of `LayerUpdate.run` with ADMM: a block's inputs, second moments and weights, and a layer's."""
-    blocks = [sum(layer.shape.numel() for layer in block) for block in run.outline.blocks]
+    blocks = _block_weights(run)
 
     def in_hand(layer: Layer) -> float:
         channels, weights = layer.shape[1], layer.shape.numel()
@@ -73,9 +73,12 @@ def solving(run: Workload, examples: int) -> tuple[Memory, Work]:
     )
     trained = run.forward * (3 * STEPS * math.ceil(examples / PARTS))
     trained += Work(moved=STEPPED * 4.0 * run.outline.weights * STEPS)
-    largest = max(sum(layer.shape.numel() for layer in block) for block in run.outline.blocks)
-    memory = Memory("int4 values of a block", 24 * largest + 3 * run.block_outputs(examples))
+    memory = Memory("int4 values of a block", 24 * max(_block_weights(run)) + 3 * run.block_outputs(examples))
     return memory, solved + run.pass_work(examples, examples, COMPARED) + trained
+
+
+def _block_weights(run: Workload) -> list[int]:
+    return [sum(layer.shape.numel() for layer in block) for block in run.outline.blocks]
 
 
 def _block_by_block(run: Workload, examples: int, update: Callable[[int, int, int], Work]) -> Work:
@@ -109,7 +112,7 @@ def training_memory(method: Iterative[Any], run: Workload, examples: int, steps:
 def block_training(run: Workload, steps: int) -> tuple[tuple[Memory, ...], Work]:
     """The memory and the work of `train_blocks`: of each block, passes of the dense and the pruned one, and steps."""
     outline, examples = run.outline, steps * run.examples_per_window
-    blocks = [sum(layer.shape.numel() for layer in block) for block in outline.blocks]
+    blocks = _block_weights(run)
     size, share = outline.dtype.itemsize * max(blocks), max(blocks) / sum(blocks)
     parts = (
         trained_weights(run),
@@ -124,8 +127,12 @@ def block_training(run: Workload, steps: int) -> tuple[tuple[Memory, ...], Work]
 
 
 def step_work(run: Workload, examples: int) -> Work:
-    """The work of a step of training on so many examples."""
-    return run.step_work(examples) + _moved_by_step(run)
+    """The work of a step of training: passes of the dense model and, as of a gradient, of the pruned one.
+
+    It needs no covariance, and `carrying` its weights is left to the memory of the step.
+    """
+    passes = run.pass_work(examples, run.batch) + run.forward * ((4 if run.recompute else 3) * examples)
+    return passes + _moved_by_step(run)
 
 
 def _moved_by_step(run: Workload) -> Work:

@@ -113,12 +113,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         for name, text in config.layers.items():
             path, layer = _find_linear(model, name)
-            pattern = Pattern.parse(text)
-            packed = PackedLinear.empty(layer, pattern, config.stored, name in config.ordered)  # type: ignore[arg-type]
+            packed = PackedLinear.pack(layer, Pattern.parse(text), config.stored)  # type: ignore[arg-type]
+            packed.order = _empty_order(packed.in_features) if name in config.ordered else None
             model.set_submodule(path, packed)
         for name, width in config.reordered.items():
-            _, module = _find(model, name)
-            reorder_output(module, torch.empty(width, dtype=torch.int64, device="meta"))
+            reorder_output(_find(model, name)[1], _empty_order(width))
         replace_by_tables(model, config.tables)
         headless = model.get_output_embeddings() is None  # such as what AutoModel makes of a language model
         head = {part: name for part, name in config.head.items() if part == "embedding" or not headless}
@@ -257,9 +256,7 @@ def replace_head(model: PreTrainedModel, head: Mapping[str, str], dtype: torch.d
     require_head(model, head)
     if "embedding" in head:
         path, table = _find(model, head["embedding"])
-        weight: Tensor = table.weight.data  # type: ignore[union-attr,assignment]
-        build = Int8Embedding.empty if weight.is_meta else Int8Embedding.pack
-        model.set_submodule(path, build(weight, dtype=dtype))
+        model.set_submodule(path, Int8Embedding.pack(table.weight.data, dtype=dtype))  # type: ignore[union-attr,arg-type]
     if "linear" in head:
         replace_by_tables(model, [head["linear"]])
     if "tied" in head:
@@ -276,8 +273,8 @@ def replace_by_tables(model: PreTrainedModel, names: Iterable[str]) -> None:
         path, layer = _find_linear(model, name)
         transposed, bias = isinstance(layer, Conv1D), layer.bias
         weight = layer.weight.data.T if transposed else layer.weight.data
-        build = Int8Linear.empty if weight.is_meta else Int8Linear.pack
-        model.set_submodule(path, build(weight, bias=None if bias is None else bias.data, transposed=transposed))
+        table = Int8Linear.pack(weight, bias=None if bias is None else bias.data, transposed=transposed)
+        model.set_submodule(path, table)
 
 
 def reorder_output(module: nn.Module, order: Tensor) -> None:
@@ -289,6 +286,10 @@ def reorder_output(module: nn.Module, order: Tensor) -> None:
 def _reorder(module: nn.Module, _args: object, result: Tensor) -> Tensor:
     order: Tensor = module._buffers[ORDER]  # type: ignore[assignment]
     return result.index_select(-1, order)
+
+
+def _empty_order(width: int) -> Tensor:
+    return torch.empty(width, dtype=torch.int64, device="meta")
 
 
 def _find_linear(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear | Conv1D]:

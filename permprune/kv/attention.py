@@ -310,15 +310,17 @@ class _OnlineSoftmax:
 
 
 class Plain(Source):
-    """Keys and values as tensors."""
+    """Keys and values as tensors; after the first `before` tokens there are `skipped` ones that they do not have."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values, self.length, self.heads = keys, values, keys.shape[2], keys.shape[1]
+    def __init__(self, keys: Tensor, values: Tensor, before: int = 0, skipped: int = 0) -> None:
+        self.keys, self.values, self.before, self.skipped = keys, values, before, skipped
+        self.length, self.heads = keys.shape[2] + skipped, keys.shape[1]
 
     def segments(self, first: int, count: int, size: int) -> Iterator[Segment]:
-        for start in range(0, self.length, size):
-            stop = start + size
-            yield Segment(start, self.keys[:, :, start:stop], self.values[:, :, start:stop])
+        for start, stop, moved in ((0, self.before, 0), (self.before, self.keys.shape[2], self.skipped)):
+            for begin in range(start, stop, size):
+                part = slice(begin, min(begin + size, stop))
+                yield Segment(begin + moved, self.keys[:, :, part], self.values[:, :, part])
 
 
 def use_attention(model: PreTrainedModel) -> None:

@@ -3,7 +3,7 @@
 After a Hadamard rotation every channel has about the same distribution, so that one scale for each token and head is
 enough and the codes of a normal distribution fit (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456; TurboQuant, Zandieh
 et al. 2025, arXiv 2504.19874). Before it, channels are multiplied by weights, which balance how large they are against
-how much their errors matter. The packed parts are `values`, planes of bits (`permprune.kernels.attention.codes`), and
+how much their errors matter. The packed parts are `values`, planes of bits (`permprune.kernels.attention.states`), and
 `scale`, bf16.
 """
 
@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from permprune.kernels.attention.codes import (
+from permprune.kernels.attention.states import (
     CODED,
     MAGNITUDES,
     UNITS,

@@ -11,8 +11,7 @@ from permprune.errors import PermpruneError
 from permprune.kv.attention import States, StatesLayer
 from permprune.kv.coding import TYPES
 from permprune.kv.config import KVConfig, bits_of, pattern_of
-from permprune.kv.packing import Channels, StatesLayout
-from permprune.kv.tokens import PackedTokens
+from permprune.kv.packing import Channels, PackedTokens, StatesLayout
 from permprune.kv.view import View
 from permprune.system.device import dtype_named
 

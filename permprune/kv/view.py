@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.kernels import library
-from permprune.kernels.attention.codes import CODED
-from permprune.kernels.attention.native import Queries, Side
+from permprune.kernels.attention.native import Side
 from permprune.kernels.attention.native import attend as attend_native
-from permprune.kernels.attention.states import WIDEST
+from permprune.kernels.attention.states import CODED, WIDEST
 from permprune.kernels.product.layout import FLOATS
-from permprune.kv.attention import Call, Segment, Source, States, Sums, attend, attend_plain, masked
+from permprune.kv.attention import Call, Plain, Segment, Source, States, Sums, attend, attend_plain, masked
 
 if TYPE_CHECKING:
     from permprune.kv.layer import PackedCacheLayer
@@ -68,7 +67,8 @@ class View(Source, States):
         else:
             sums = self._read_packed(call, means) if fused else None
             call = dataclasses.replace(call, query=call.query.to(grouped.dtype))
-            output = attend(call, _Whole(self) if fused else self, sums)
+            whole = Plain(self.whole[0], self.whole[1], self._sinks, self.before)
+            output = attend(call, whole if fused else self, sums)
         if not native or values.bits is not None:
             output = values.restore(output.reshape(batch, self.heads, -1, output.shape[-1]))
         return output.view(batch, heads, count, -1).transpose(1, 2).to(grouped.dtype).contiguous()
@@ -167,20 +167,23 @@ class View(Source, States):
         if means is not None:  # nothing for whole tokens
             means = F.pad(means, (self._sinks, self.length - self._sinks - self.before))
             biases.append(means.view(batch, heads, count, -1))
-        queries = Queries(
+        keys, values = (
+            Side(packed.native_states() if self.before else None, whole, packed.channels.order)
+            for packed, whole in zip(self.packed, self.whole, strict=True)
+        )
+        return attend_native(
             call.query,
-            call.scaling,
-            call.softcap,
+            keys,
+            values,
+            packed=self.before,
+            before=self._sinks,
+            scaling=call.scaling,
+            softcap=call.softcap,
             mask=None if mask is None else mask[..., : self.length],
             added=sum(biases[1:], biases[0]) if biases else None,
             sinks=call.sinks,
             causal=call.causal and call.mask is None,
         )
-        keys, values = (
-            Side(packed.native_states() if self.before else None, whole, packed.channels.order)
-            for packed, whole in zip(self.packed, self.whole, strict=True)
-        )
-        return attend_native(queries, keys, values, packed=self.before, before=self._sinks)
 
     def segments(self, first: int, count: int, size: int) -> Iterator[Segment]:
         (keys, values), sinks = self.whole, self.layer.config.sinks
@@ -205,18 +208,3 @@ class View(Source, States):
     def _reads_packed(self, position: int) -> int:
         """Return how many packed tokens a query reads."""
         return max(self.before, self.layer.packed_count(position)) if self.layer.exact_window else self.before
-
-
-class _Whole(Source):
-    """The tokens of a view that are not packed."""
-
-    def __init__(self, view: View) -> None:
-        self.view, self.heads, self.length = view, view.heads, view.length
-
-    def segments(self, first: int, count: int, size: int) -> Iterator[Segment]:
-        sinks, packed = self.view._sinks, self.view.before
-        for start, stop, skipped in ((0, sinks, 0), (sinks, self.length - packed, packed)):
-            for begin in range(start, stop, size):
-                part = slice(begin, min(begin + size, stop))
-                keys, values = (states[:, :, part] for states in self.view.whole)
-                yield Segment(begin + skipped, keys, values)

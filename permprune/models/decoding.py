@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from permprune.kernels import library
-from permprune.kernels.attention.native import Queries, Side, attend
+from permprune.kernels.attention.native import Side, attend
 from permprune.kernels.attention.states import WIDEST
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -46,8 +46,7 @@ def attention(
         return result
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     keys, values = (Side(None, states, _natural(*states.shape[1::2])) for states in (key, value))
-    queries = Queries(query, scaling, mask=attention_mask)
-    return attend(queries, keys, values, packed=0, before=key.shape[2]), None
+    return attend(query, keys, values, packed=0, before=key.shape[2], scaling=scaling, mask=attention_mask), None
 
 
 def _is_native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """Training through int4: steps run with the weights as int4 stores them, and change the weights before rounding.
 
-The gradient of a stored value is taken for that of its weight, as in `inference.straight_through`. Training begins with
+The gradient of a stored value is taken for that of its weight, as in `inference.solving`. Training begins with
 solved values: each weight is what was rounded to its value last, so that a small step can move those that are near
 another value. The scales stay, so that packing changes nothing.
 """
@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from permprune.examples import Examples
 from permprune.inference.solved import Solved
-from permprune.inference.solving import solve_each
-from permprune.inference.straight_through import running_with
+from permprune.inference.solving import running_with, solve_each
 from permprune.kernels.product.int4 import stored_values
 from permprune.kernels.product.layout import LARGEST_GROUP
 from permprune.kernels.product.module import PackedLinear

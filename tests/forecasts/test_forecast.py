@@ -23,7 +23,6 @@ from permprune.forecasts.activations import count_activations
 from permprune.forecasts.fitting import fit_memory
 from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.machine import BUS, GPUS, Machine, Rates, this_machine
-from permprune.forecasts.passes import _next_token_loss
 from permprune.forecasts.resources import Stage, Work
 from permprune.forecasts.run import TRANSCRIBED, UNENDED
 from permprune.jobs.prune import prune_to_folder
@@ -430,11 +429,13 @@ def test_the_counted_loss_keeps_what_the_objective_keeps() -> None:
         model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, **SIZES)).to("meta").eval()
 
     def whole(model: torch.nn.Module) -> torch.Tensor:
-        ids = torch.zeros(64, 128, dtype=torch.int64)
-        return Objective(divergence=0.0)(model, Examples({"input_ids": ids}), next_token, None)[0]
+        return Objective(divergence=0.0)(model, zeros(), next_token, None)[0]
+
+    def zeros() -> Examples:
+        return Examples({"input_ids": torch.zeros(64, 128, dtype=torch.int64)})
 
     counted = partial(count_activations, model, gradients="weights", dtype=torch.float32, recompute=True)
-    one, other = counted(_next_token_loss({"input_ids": (64, 128)})), counted(whole)
+    one, other = counted(lambda model: next_token(model, zeros()).loss()), counted(whole)
     assert one.blocks + one.logits == pytest.approx(other.blocks + other.logits, rel=0.03)
     assert one.blocks + one.logits < 4 * 64 * 128 * 4096  # less than the logits alone
 

@@ -15,7 +15,7 @@ from permprune.kv.attention import Call
 from permprune.kv.bands import MixedLayer
 from permprune.kv.cache import PrunedCache
 from permprune.kv.config import KVConfig
-from permprune.kv.tokens import PackedTokens
+from permprune.kv.packing import PackedTokens
 from permprune.kv.view import View
 from permprune.models.forward import cache_argument
 

@@ -6,8 +6,7 @@ import torch
 from permprune.kernels import library
 from permprune.kernels.attention.states import token_bytes
 from permprune.kv.coding import BITS, TYPES, balance, code, decode, hadamard
-from permprune.kv.packing import Channels, StatesLayout
-from permprune.kv.tokens import PackedTokens
+from permprune.kv.packing import Channels, PackedTokens, StatesLayout
 
 ERRORS = {2: 0.12, 3: 0.036, 4: 0.0105, 5: 0.0042, 6: 0.0013}
 """The squared error of normal numbers by bits, at most."""

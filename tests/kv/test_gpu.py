@@ -11,7 +11,7 @@ from permprune.kernels.attention import gpu
 from permprune.kv.attention import attention
 from permprune.kv.config import KVConfig
 from permprune.kv.layer import PackedCacheLayer
-from permprune.kv.tokens import PackedTokens
+from permprune.kv.packing import PackedTokens
 from permprune.kv.view import View
 
 from .reference import random_channels

@@ -110,7 +110,7 @@ def test_queries_read_what_a_whole_cache_pruned_alike_gives(
 def test_long_contexts_go_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, small in (("QUERIES", 7), ("SCORES", 64), ("STATES", 64), ("LEAST_BLOCK", 5)):
         monkeypatch.setattr(f"permprune.kv.attention.{name}", small)
-    monkeypatch.setattr("permprune.kv.tokens.BLOCK", 3)
+    monkeypatch.setattr("permprune.kv.packing.BLOCK", 3)
     for exact in (False, True):
         config, channels = PLAIN.replace(window=5), (random_channels(2, 8), random_channels(2, 8))
         layer, reference = PackedCacheLayer(config, *channels, exact), ReferenceLayer(config, channels, exact)

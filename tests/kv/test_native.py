@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.kernels import library
-from permprune.kernels.attention.native import Queries, Side, attend
+from permprune.kernels.attention.native import Side, attend
 from permprune.kernels.attention.states import SCALED, PackedStates
 from permprune.kv.attention import attention
 from permprune.kv.config import KVConfig, pattern_of
@@ -96,7 +96,8 @@ def test_nothing_is_read_beyond_the_tensors(select: Select, kernel: str, dtype: 
             whole = guarded(torch.randn(2, 2, 5, width).to(dtype))
             side = Side(states, whole, channels.order)
             mask = guarded(torch.ones(2, 1, 1, 42, dtype=torch.bool))
-            attend(Queries(guarded(torch.randn(2, 4, 1, width)), 1.0, mask=mask), side, side, 37, 3)
+            queries = guarded(torch.randn(2, 4, 1, width))
+            attend(queries, side, side, packed=37, before=3, scaling=1.0, mask=mask)
 
 
 def query(layer: PackedCacheLayer, states: list[Tensor], mask: Tensor | None, **options: Any) -> Tensor:

@@ -31,9 +31,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the queries that the native library gets."""
     found: list[tuple[int, ...]] = []
 
-    def counted(queries: Any, *args: Any, **kwargs: Any) -> Tensor:
-        found.append(tuple(queries.query.shape))
-        return attend(queries, *args, **kwargs)
+    def counted(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found.append(tuple(query.shape))
+        return attend(query, *args, **kwargs)
 
     attend = decoding.attend
     monkeypatch.setattr(decoding, "attend", counted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,27 @@ CACHED, CHUNK = 2**15, 2**22
 
 def rounded(value: Tensor, seed: int) -> Tensor:
     """Round fp32 numbers, (count,), to bf16 stochastically, with random bits that depend on their places and `seed`."""
-    parts = value.split(_size(value))
-    return torch.cat(
-        [_rounded(part, place) for part, place in zip(parts, _seeds(value, seed, len(parts)), strict=True)]
-    )
+    result = torch.empty_like(value, dtype=torch.bfloat16)
+    for part, place in _parts(value, seed):
+        result[part] = _rounded(value[part], place)
+    return result
+
+
+def add_rounded_(total: Tensor, value: Tensor, seed: int) -> None:
+    """Add a tensor of any type to a contiguous bf16 tensor of its shape, in place; the sums are rounded stochastically.
+
+    `seed`, from 0 to 2**32 - 1, has to differ from call to call.
+    """
+    sums, values = total.view(-1), value.reshape(-1)
+    for part, place in _parts(sums, seed):
+        sums[part] = _rounded(sums[part].float().add_(values[part]), place)
+
+
+def _parts(tensor: Tensor, seed: int) -> Iterator[tuple[slice, int]]:
+    """Yield the parts of a tensor, each with the seed that gives the bits of the whole tensor's `seed`."""
+    size = CACHED if tensor.is_cpu else CHUNK
+    for start in range(0, len(tensor), size):
+        yield slice(start, start + size), (seed + start * STEP) % 2**32
 
 
 def _rounded(value: Tensor, seed: int) -> Tensor:
@@ -28,24 +47,3 @@ def _rounded(value: Tensor, seed: int) -> Tensor:
     bits = ((bits ^ bits >> 13) * 0xC2B2AE35) & low
     noise = ((bits ^ bits >> 16) & 0xFFFF).int() * value.isfinite()
     return (((value.view(torch.int32) + noise) >> 16) << 16).view(torch.float32).bfloat16()
-
-
-def add_rounded_(total: Tensor, value: Tensor, seed: int) -> None:
-    """Add a tensor of any type to a contiguous bf16 tensor of its shape, in place; the sums are rounded stochastically.
-
-    `seed`, from 0 to 2**32 - 1, has to differ from call to call.
-    """
-    size = _size(total)
-    parts = total.view(-1).split(size)
-    for sums, values, place in zip(parts, value.reshape(-1).split(size), _seeds(total, seed, len(parts)), strict=True):
-        sums.copy_(_rounded(sums.float().add_(values), place))
-
-
-def _size(tensor: Tensor) -> int:
-    """The number of elements of a part."""
-    return CACHED if tensor.is_cpu else CHUNK
-
-
-def _seeds(tensor: Tensor, seed: int, count: int) -> list[int]:
-    """The seed of each of the `count` parts of a tensor, which gives the bits of the whole tensor's `seed`."""
-    return [(seed + number * _size(tensor) * STEP) % 2**32 for number in range(count)]

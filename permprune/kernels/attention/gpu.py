@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from permprune.kernels.attention.codes import kept_count, numbered
+from permprune.kernels.attention.states import kept_count, numbered
 from permprune.pattern import Pattern
 
 PART, TOKENS = 256, 32

@@ -42,33 +42,30 @@ class Side:
         return fits and states.shape[:2] == (batch, heads) and states.width == width and states.shape[2] >= packed
 
 
-@dataclass(frozen=True, eq=False)
-class Queries:
-    """Queries (batch, heads, count, width), and how they read tokens.
+def attend(
+    query: Tensor,
+    keys: Side,
+    values: Side,
+    *,
+    packed: int,
+    before: int,
+    scaling: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    added: Tensor | None = None,
+    sinks: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """Return the output of attention, (batch, count, heads, width of the values), in the type of the query.
 
+    `query`, (batch, heads, count, width), reads `before` whole tokens, `packed` packed ones, and the other whole ones.
     `mask`, bool, is True where a query reads a token, and `added`, fp32, is added to the scores; both are (batch,
     heads, count, tokens), and may be expanded. Scores are soft-capped to -`softcap` .. `softcap`. `sinks`, fp32
     (heads,), are scores of tokens without values. Without a mask and with `causal`, a query reads the tokens up to its
-    own.
+    own. Sums and the softmax are in fp32; the result does not depend on the number of threads. Raises `PermpruneError`
+    if the tensors do not match, heads have more than `WIDEST` channels, or a code does not keep its pattern.
     """
-
-    query: Tensor
-    scaling: float
-    softcap: float | None = None
-    mask: Tensor | None = None
-    added: Tensor | None = None
-    sinks: Tensor | None = None
-    causal: bool = True
-
-
-def attend(queries: Queries, keys: Side, values: Side, packed: int, before: int) -> Tensor:
-    """Return the output of attention, (batch, count, heads, width of the values), in the type of the query.
-
-    The queries read `before` whole tokens, `packed` packed ones, and the other whole ones. Sums and the softmax are in
-    fp32; the result does not depend on the number of threads. Raises `PermpruneError` if the tensors do not match,
-    heads have more than `WIDEST` channels, or a code does not keep its pattern.
-    """
-    query = queries.query if queries.query.stride(-1) == 1 else queries.query.contiguous()
+    query = query if query.stride(-1) == 1 else query.contiguous()
     batch, all_heads, count, width = query.shape
     heads, value_width = keys.whole.shape[1], values.whole.shape[3]
     length = keys.whole.shape[2] + packed
@@ -76,13 +73,13 @@ def attend(queries: Queries, keys: Side, values: Side, packed: int, before: int)
     fits &= keys.fits(batch, heads, width, packed) and values.fits(batch, heads, value_width, packed)
     if keys.packed and values.packed:  # and the same memory
         fits &= keys.packed.shape == values.packed.shape
-    fits &= queries.sinks is None or queries.sinks.shape == (all_heads,)
+    fits &= sinks is None or sinks.shape == (all_heads,)
     if not fits or values.whole.shape[2] != keys.whole.shape[2] or not 0 <= before <= length - packed:
         raise PermpruneError(f"queries of shape {tuple(query.shape)} and the keys and values they read do not match")
     parts = -(-length // PART)
     output = query.new_empty(batch, count, all_heads, value_width)
     read = (batch, all_heads, count, length)
-    mask, added = _expanded(queries.mask, torch.bool, read), _expanded(queries.added, torch.float32, read)
+    mask, added = _expanded(mask, torch.bool, read), _expanded(added, torch.float32, read)
     library.run(
         "attend",
         batch * all_heads * count * length * (width + value_width),
@@ -92,7 +89,7 @@ def attend(queries: Queries, keys: Side, values: Side, packed: int, before: int)
         query=query,
         mask=mask,
         added=added,
-        sinks=None if queries.sinks is None else queries.sinks.float().contiguous(),
+        sinks=None if sinks is None else sinks.float().contiguous(),
         output=output,
         partial=query.new_empty(batch * parts * all_heads * count, value_width + 2, dtype=torch.float32),
         query_stride=query.stride()[:3],
@@ -106,10 +103,10 @@ def attend(queries: Queries, keys: Side, values: Side, packed: int, before: int)
         packed_tokens=packed,
         length=length,
         parts=parts,
-        scaling=queries.scaling,
-        softcap=queries.softcap or 0.0,
+        scaling=scaling,
+        softcap=softcap or 0.0,
         number=NUMBERS[query.dtype],
-        causal=queries.causal and count > 1,
+        causal=causal and count > 1,
     )
     return output
 

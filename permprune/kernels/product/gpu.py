@@ -6,14 +6,14 @@ Triton is part of PyTorch's builds for GPUs. On the CPU, tests run the kernels i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from permprune.kernels.product.layout import BLOCK, Layout
+from permprune.kernels.product.layout import BLOCK
 from permprune.kernels.product.packed import PackedWeight
 from permprune.system.device import INT4
 
@@ -26,8 +26,18 @@ ROWS = 32
 MASKS, POSITIONS, PLAIN = (tl.constexpr(kind) for kind in range(3))
 """How the channels of values are known: by masks, by positions in fours, or as those of an int8 table, all of them."""
 
-Tensors = tuple[Tensor, Tensor, Tensor]
-"""Codes, values (those of int4 in pairs) and scales."""
+
+class Stored(NamedTuple):
+    """A weight as the kernels read it.
+
+    `tensors` are codes, values (those of int4 in pairs) and scales. `sizes` are its rows, width, blocks of a row, bytes
+    of a row, bytes of a block, and values of a block. Kernels are compiled for the `kinds`: `SIZE` is the bytes of a
+    value, 0 if two share one, and `SCALE` those of a scale, 0 without.
+    """
+
+    tensors: tuple[Tensor, Tensor, Tensor]
+    sizes: tuple[int, ...]
+    kinds: dict[str, int]
 
 
 @triton.jit
@@ -118,68 +128,44 @@ def _unpack(
         tl.store(to, part.to(weight.dtype.element_ty), mask=inside[:, None] & (at[None, :] < width))
 
 
-def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """Return x W^T + bias, (batch, rows), for contiguous x (batch, width) and a contiguous packed weight.
+def of_packed(weight: PackedWeight) -> Stored:
+    """Describe a contiguous packed weight: the same bytes are codes, values and scales."""
+    blocks, layout, in_pairs = weight.blocks, weight.layout, weight.layout.dtype == INT4
+    tensors = blocks, blocks.view(torch.uint8 if in_pairs else layout.dtype), blocks.view(layout.scale or torch.uint8)
+    sizes = (len(blocks), layout.width, layout.count, layout.row_bytes, layout.block_bytes, layout.slots)
+    kinds = {
+        "HEADER": layout.header,
+        "SIZE": 0 if in_pairs else layout.dtype.itemsize,
+        "KIND": (POSITIONS if layout.positions else MASKS).value,
+        "SCALE": layout.scale.itemsize if layout.scale else 0,
+    }
+    return Stored(tensors, sizes, kinds)
 
-    batch is at most `LARGEST_BATCH`. The result has the data type of x.
+
+def of_table(values: Tensor, scale: Tensor) -> Stored:
+    """Describe a contiguous int8 table, `values` (rows, width) with a `scale`, fp32 (rows, width / 64)."""
+    (rows, width), count = values.shape, scale.shape[1]
+    kinds = {"HEADER": 0, "SIZE": 1, "KIND": PLAIN.value, "SCALE": scale.itemsize}
+    return Stored((values, values, scale), (rows, width, count, width, BLOCK, BLOCK), kinds)
+
+
+def multiply(x: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias, (batch, rows), for contiguous x (batch, width), in the data type of x.
+
+    batch is at most `LARGEST_BATCH`.
     """
-    return _product(x, _typed(weight), bias, len(weight.blocks), *_geometry(weight.layout))
-
-
-def multiply_table(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the same for a contiguous int8 table, `values` (rows, width) with a `scale`, fp32 (rows, width / 64)."""
-    return _product(x, (values, values, scale), bias, len(values), *_geometry_of_table(scale))
-
-
-def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Return the dense weight (rows, width) of type `dtype` for a contiguous packed weight."""
-    dense = torch.empty(len(weight.blocks), weight.layout.width, dtype=dtype, device=weight.blocks.device)
-    return _filled(dense, _typed(weight), *_geometry(weight.layout))
-
-
-def unpack_table(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the same for a contiguous int8 table."""
-    return _filled(torch.empty_like(values, dtype=dtype), (values, values, scale), *_geometry_of_table(scale))
-
-
-def _product(
-    x: Tensor, tensors: Tensors, bias: Tensor | None, rows: int, sizes: Sequence[int], kinds: Mapping[str, int]
-) -> Tensor:
-    y = x.new_empty(len(x), rows)
-    narrow = x.is_cuda and x.dtype == tensors[1].dtype != torch.float32  # the interpreter multiplies bf16 as integers
-    _multiply[(triton.cdiv(rows, ROWS),)](
-        x, *tensors, tensors[0] if bias is None else bias, y, len(x), rows, x.shape[1], *sizes,
-        **kinds, BIASED=bias is not None, NARROW=narrow, BATCH=LARGEST_BATCH, ROWS=ROWS,
+    y = x.new_empty(len(x), weight.sizes[0])
+    codes, values, _ = weight.tensors
+    narrow = x.is_cuda and x.dtype == values.dtype != torch.float32  # the interpreter multiplies bf16 as integers
+    _multiply[(triton.cdiv(y.shape[1], ROWS),)](
+        x, *weight.tensors, codes if bias is None else bias, y, len(x), *weight.sizes,
+        **weight.kinds, BIASED=bias is not None, NARROW=narrow, BATCH=LARGEST_BATCH, ROWS=ROWS,
     )  # fmt: skip
     return y
 
 
-def _filled(dense: Tensor, tensors: Tensors, sizes: Sequence[int], kinds: Mapping[str, int]) -> Tensor:
-    rows, width = dense.shape
-    _unpack[(triton.cdiv(rows, ROWS),)](*tensors, dense, rows, width, *sizes, **kinds, ROWS=ROWS)
+def unpack(weight: Stored, dtype: torch.dtype) -> Tensor:
+    """Return the dense weight (rows, width) of type `dtype`."""
+    dense = torch.empty(weight.sizes[:2], dtype=dtype, device=weight.tensors[0].device)
+    _unpack[(triton.cdiv(len(dense), ROWS),)](*weight.tensors, dense, *weight.sizes, **weight.kinds, ROWS=ROWS)
     return dense
-
-
-def _typed(weight: PackedWeight) -> Tensors:
-    """Return the same bytes as codes, as values, and as scales."""
-    blocks, layout = weight.blocks, weight.layout
-    values = torch.uint8 if layout.dtype == INT4 else layout.dtype
-    return blocks, blocks.view(values), blocks.view(layout.scale or torch.uint8)
-
-
-def _geometry(layout: Layout) -> tuple[tuple[int, ...], dict[str, int]]:
-    """Return the sizes that a kernel reads at run time, and those that it is compiled for.
-
-    `SIZE` is the bytes of a value, 0 if two share one, and `SCALE` those of a scale, 0 without.
-    """
-    sizes = (layout.count, layout.row_bytes, layout.block_bytes, layout.slots)
-    size, scale = 0 if layout.dtype == INT4 else layout.dtype.itemsize, layout.scale
-    kind = POSITIONS if layout.positions else MASKS
-    return sizes, {
-        "HEADER": layout.header, "SIZE": size, "KIND": kind.value, "SCALE": scale.itemsize if scale else 0,
-    }  # fmt: skip
-
-
-def _geometry_of_table(scale: Tensor) -> tuple[tuple[int, ...], dict[str, int]]:
-    count = scale.shape[1]
-    return (count, count * BLOCK, BLOCK, BLOCK), {"HEADER": 0, "SIZE": 1, "KIND": PLAIN.value, "SCALE": scale.itemsize}

@@ -51,9 +51,10 @@ def _multiply_gpu(rows: Tensor, values: Tensor, scale: Tensor, bias: Tensor | No
     """The product with Triton kernels; larger batches with BLAS."""
     from permprune.kernels.product import gpu  # needs Triton
 
+    table = gpu.of_table(values, scale)
     if len(rows) <= gpu.LARGEST_BATCH:
-        return gpu.multiply_table(rows, values, scale, bias)
-    return F.linear(rows, gpu.unpack_table(values, scale, rows.dtype), None if bias is None else bias.to(rows.dtype))
+        return gpu.multiply(rows, table, bias)
+    return F.linear(rows, gpu.unpack(table, rows.dtype), None if bias is None else bias.to(rows.dtype))
 
 
 @int8_linear.register_fake
@@ -97,7 +98,7 @@ class Int8Table(nn.Module):
 
     @classmethod
     def pack(cls, weight: Tensor, **options: Any) -> Int8Table:
-        """Create a table by rounding a weight (rows, width) to int8.
+        """Create a table by rounding a weight (rows, width) to int8; on the meta device one to be filled later.
 
         `options` are passed to the constructor. Raises `PermpruneError` as `require`.
         """
@@ -112,13 +113,6 @@ class Int8Table(nn.Module):
             raise PermpruneError(f"rows of {weight.shape[1]} channels cannot be int8: {BLOCK} does not divide them")
         if not weight.is_meta and not torch.stack(weight.aminmax()).isfinite().all():
             raise PermpruneError("a weight to be int8 is NaN or infinite: repair the checkpoint first")
-
-    @classmethod
-    def empty(cls, weight: Tensor, **options: Any) -> Int8Table:
-        """Create a table on the meta device for a weight of this shape (rows, width); its tensors are loaded later."""
-        rows, width = weight.shape
-        values = torch.empty(rows, width, dtype=torch.int8, device="meta")
-        return cls(values, torch.empty(rows, width // BLOCK, device="meta"), **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Table:
         """Move the tensors; the scales stay fp32 where other numbers are converted, as by `model.bfloat16()`."""

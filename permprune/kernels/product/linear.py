@@ -168,7 +168,7 @@ def multiply_gpu(weight: PackedWeight, x: Tensor, bias: Tensor | None, order: Te
     if weight.layout.scale is not None and len(rows) <= LARGEST_BATCH:
         rows = round_to_int8(rows.float())
     if len(rows) <= gpu.LARGEST_BATCH:
-        y = gpu.multiply(rows.contiguous(), weight, bias)
+        y = gpu.multiply(rows.contiguous(), gpu.of_packed(weight), bias)
     else:
         exact = torch.float32 if weight.layout.dtype == torch.float32 else rows.dtype
         y = rows.to(exact) @ _unpack(weight, exact).T
@@ -194,7 +194,7 @@ def _unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     if library.runs_triton(weight.blocks.device.type):
         from permprune.kernels.product import gpu
 
-        return gpu.unpack(weight, dtype)
+        return gpu.unpack(gpu.of_packed(weight), dtype)
     return weight.unpack(dtype)
 
 

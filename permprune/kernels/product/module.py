@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
-from permprune.kernels.product.layout import Layout
 from permprune.kernels.product.linear import multiply_native, packed_linear
 from permprune.kernels.product.packed import PackedWeight
 from permprune.pattern import Pattern
@@ -105,29 +104,6 @@ class PackedLinear(nn.Module):
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
         packed = PackedWeight.pack(stored.T if transposed else stored, pattern, dtype, scale)
         return cls(packed, None if bias is None else bias.data, order, transposed)
-
-    @classmethod
-    def empty(cls, layer: nn.Module, pattern: Pattern, dtype: torch.dtype, ordered: bool = False) -> PackedLinear:
-        """Create a layer with the shapes and types of `pack` on the meta device, to be filled from a checkpoint.
-
-        `ordered` is whether it has a channel order.
-        """
-        transposed = isinstance(layer, Conv1D)
-        stored: Tensor = layer.weight  # type: ignore[assignment]
-        bias: Tensor | None = layer.bias  # type: ignore[assignment]
-        rows, width = reversed(stored.shape) if transposed else stored.shape
-        layout = Layout(pattern, dtype, width)
-
-        def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        weight = PackedWeight(layout, meta(rows, layout.row_bytes, dtype=torch.uint8))
-        return cls(
-            weight,
-            None if bias is None else meta(rows, dtype=bias.dtype),
-            meta(width, dtype=torch.int64) if ordered else None,
-            transposed,
-        )
 
     @property
     def packed(self) -> PackedWeight:

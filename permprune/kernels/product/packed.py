@@ -60,11 +60,12 @@ class PackedWeight:
         Values are stored as `dtype`, by default the type of the weight. int8 rounds each block of 64 channels of a row
         to 255 steps from minus its largest magnitude to its largest magnitude. int4 rounds to steps (`int4`) of a size
         that is searched for each 16 channels (`search_scale`), unless the rows are such steps already or the size is
-        given as `scale`, bf16 (rows, parts of a row). Raises `PermpruneError` as `layout_of`.
+        given as `scale`, bf16 (rows, parts of a row). On the meta device the blocks are to be filled from a checkpoint.
+        Raises `PermpruneError` as `layout_of`.
         """
         layout = cls.layout_of(weight, pattern, dtype or weight.dtype)
         blocks = torch.empty(weight.shape[0], layout.row_bytes, dtype=torch.uint8, device=weight.device)
-        for rows in _parts(*weight.shape):
+        for rows in _parts(*weight.shape) if not weight.is_meta else ():
             blocks[rows] = _blocks_of(weight[rows], layout, None if scale is None else scale[rows])
         return cls(layout, blocks)
 
@@ -75,6 +76,8 @@ class PackedWeight:
         Raises `PermpruneError` if the weight does not hold the pattern, is not finite, or does not fit the dtype.
         """
         layout = Layout(pattern, dtype, weight.shape[1])
+        if weight.is_meta:
+            return layout
         ends = torch.stack(weight.aminmax()) if weight.numel() else weight
         if not ends.isfinite().all():
             raise PermpruneError("a weight to pack is NaN or infinite: repair the checkpoint first")
@@ -185,9 +188,13 @@ class PackedWeight:
 
 
 def pack_bits(numbers: Tensor, bits: int = 1) -> Tensor:
-    """Convert numbers of so many bits, (..., 8 / bits * k), to bytes, uint8 (..., k), whose low bits hold the first."""
+    """Convert numbers of so many bits, (..., count), to bytes, uint8 (..., ceil(count bits / 8)).
+
+    The low bits of a byte hold the first number, and what the last byte has room for is zero.
+    """
     places = 2.0 ** torch.arange(0, 8, bits, device=numbers.device)
-    packed: Tensor = numbers.float().unflatten(-1, (-1, 8 // bits)) @ places
+    padded = F.pad(numbers.float(), (0, -numbers.shape[-1] % len(places)))
+    packed: Tensor = padded.unflatten(-1, (-1, len(places))) @ places
     return packed.to(torch.uint8)
 
 

@@ -69,18 +69,16 @@ def _placement_cost(
     last = ranks(sizes, 1) == pattern.n // unit - 1  # the last unit to be kept if that with the free slot were empty
     costs = prune_cost(rest.flatten()).view(*rest.shape, -1).sum(2)
     threshold, rival = ((values * last).sum(1) for values in (sizes, costs))
-    place = _gpu_place if library.runs_triton(score.device.type) else place_reference
+    place = place_reference
+    if library.runs_triton(score.device.type):
+        from permprune.kernels.search import gpu  # needs Triton, which comes with PyTorch's builds for GPUs
+
+        place = gpu.place
     if unit == 1:
         return place(score[free], prune_cost(free), threshold, rival)
     mate = prune_cost(mates.flatten()).view(*mates.shape, -1).sum(1)  # the others of the unit share the channel's fate
     placed = place(size[free], prune_cost(free), threshold - size[mates].sum(1), rival - mate)
     return placed + mate.sum(1)
-
-
-def _gpu_place(score: Tensor, cost: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
-    from permprune.kernels.search import gpu  # needs Triton, which comes with PyTorch's builds for GPUs
-
-    return gpu.place(score, cost, threshold, rival)
 
 
 def place_reference(score: Tensor, cost: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:

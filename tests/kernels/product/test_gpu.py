@@ -62,7 +62,7 @@ def test_activations_that_are_not_finite_give_what_the_dense_product_gives(
 def test_unpacked_weights_are_those_of_pytorch(pattern: Pattern, dtype: torch.dtype) -> None:
     weight = packed(pattern, dtype, 35, 20 * pattern.m)
     target = dtype if dtype.is_floating_point else torch.float32
-    found = gpu.unpack(weight, target)
+    found = gpu.unpack(gpu.of_packed(weight), target)
     assert torch.equal(found, weight.unpack(target))
 
 
@@ -70,7 +70,7 @@ def test_unpacked_weights_are_those_of_pytorch(pattern: Pattern, dtype: torch.dt
 def test_codes_that_lie_read_nothing_outside(pattern: Pattern) -> None:
     weight = packed(pattern, torch.float32, 4, 128)
     weight.blocks.unflatten(1, (weight.layout.count, -1))[..., :8] = 255
-    found = gpu.multiply(torch.ones(1, 128, device=DEVICE), weight, None)
+    found = gpu.multiply(torch.ones(1, 128, device=DEVICE), gpu.of_packed(weight), None)
     assert torch.isfinite(found).all()
 
 
@@ -81,11 +81,12 @@ def test_products_with_int8_tables_are_those_of_pytorch(batch: int, dtype: torch
     scale, bias = torch.rand(37, 3, device=DEVICE), torch.randn(37, device=DEVICE)
     x = torch.randn(batch, 192, device=DEVICE).to(dtype)
     expected = x.double() @ dequantize(values, scale).double().T + bias
-    found = gpu.multiply_table(x, values, scale, bias)
+    table = gpu.of_table(values, scale)
+    found = gpu.multiply(x, table, bias)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3 if dtype == torch.float32 else 0.5)
     for target in (torch.float32, torch.float16):
-        assert torch.equal(gpu.unpack_table(values, scale, target), dequantize(values, scale).to(target))
+        assert torch.equal(gpu.unpack(table, target), dequantize(values, scale).to(target))
 
 
 @pytest.mark.parametrize("batch", [1, 40, 70])

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from permprune.examples import Examples
-from permprune.inference import straight_through
+from permprune.inference import solving
 from permprune.inference.solved import Solved
-from permprune.inference.solving import solve_each
-from permprune.inference.straight_through import BlockTraining
+from permprune.inference.solving import BlockTraining, solve_each
 from permprune.models.autocast import fast
 from permprune.models.forward import frozen, inference, run_model
 from permprune.models.hooks import attached
@@ -94,7 +93,7 @@ def test_a_block_is_trained_for_what_it_computed_before(
 def test_training_that_does_not_help_is_undone(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     prune_to(tiny_llama)
     one, other = tiny_llama, copy.deepcopy(tiny_llama)
-    monkeypatch.setattr(straight_through, "RATE", 10.0)
+    monkeypatch.setattr(solving, "RATE", 10.0)
     values = solved_by_layer(one, Examples.of(TOKENS))
     monkeypatch.setattr(BlockTraining, "train", untrained)
     assert all(

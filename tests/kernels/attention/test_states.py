@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from permprune.kernels.attention.codes import MAGNITUDES, numbered, pack_planes, plane_bytes, unpack_planes
+from permprune.kernels.attention.states import MAGNITUDES, numbered, pack_planes, plane_bytes, unpack_planes
 
 
 @pytest.mark.parametrize("bits", MAGNITUDES)
