@@ -266,20 +266,13 @@ def _finetune(
     examples, held_out = options.examples(model, opened.processor)
     if options.dev is not None:
         warn_of_overlap(overlap([examples], held_out), "training")
-    task, objective = _task(model, examples, options), Objective()
+    task = _task(model, examples, options)
     taught = teacher_of(options, model, examples, task)
     teacher = None if taught is None else taught.model  # `taught` holds its weights
-    if teacher is not None:  # its outputs are in place of labels, but not of the tokens of text
-        objective = dataclasses.replace(objective.for_training(task), task=float(kind_of(model) == "text"))
-        if options.hidden is not None:
-            objective = dataclasses.replace(objective, hidden_states=options.hidden)
     measure = _meter(model, opened.processor, held_out, options, teacher)
     identity = _identity(opened.name, model, options, teacher)
     identity |= {"training examples": examples.digest, "held-out examples": held_out.digest}
-    stored = dict[str, Layer]()  # those whose weights packing stores as int4
-    if options.pack == "int4" and (record := origin_of(model).record):
-        recorded, linears = recorded_patterns(model, record.layers), linear_layers(model)
-        stored = packable([linears[name] for name in recorded], recorded)
+    stored = _stored_as_int4(model) if options.pack == "int4" else {}
     with parameters_to_train(model, patterns, options, stored=stored, examples=examples) as weights:
         # Best weights, weights and two moments in fp32; the old state is kept until the new one is written.
         state = 28 * sum(weight.numel() for weight in weights.values())
@@ -288,7 +281,7 @@ def _finetune(
             model=model,
             weights=weights,
             task=task,
-            loss=objective,
+            loss=_objective(model, options, task, teacher),
             measure=partial(measure, model),
             training=options.training(model, len(examples)),
             checkpoint=Checkpoint(work.path, identity),
@@ -341,6 +334,15 @@ def _task(model: PreTrainedModel, examples: Examples, options: FineTuning) -> Ta
     return task
 
 
+def _objective(model: PreTrainedModel, options: FineTuning, task: Task, teacher: PreTrainedModel | None) -> Objective:
+    """The loss: that of the task, or a teacher's outputs in place of labels, but not of the tokens of text."""
+    objective = Objective()
+    if teacher is None:
+        return objective
+    objective = dataclasses.replace(objective.for_training(task), task=float(kind_of(model) == "text"))
+    return objective if options.hidden is None else dataclasses.replace(objective, hidden_states=options.hidden)
+
+
 def _meter(
     model: PreTrainedModel,
     processor: Processor | None,
@@ -372,6 +374,14 @@ def _identity(
         "teacher weights": taught and taught[digests.WEIGHTS],
         **digests.versions(),
     }
+
+
+def _stored_as_int4(model: PreTrainedModel) -> dict[str, Layer]:
+    """The pruned layers, by name, whose weights packing stores as int4."""
+    record = origin_of(model).record
+    recorded = recorded_patterns(model, [] if record is None else record.layers)
+    linears = linear_layers(model)
+    return packable([linears[name] for name in recorded], recorded)
 
 
 def _write(result: FineTuned, processor: Processor | None, work: WorkFolder) -> None:
