@@ -59,11 +59,13 @@ from .pruning.folder import push_to_hub as push_to_hub, save as save
 from .pruning.masked import LayerMeasure as LayerMeasure, MaskedLayers as MaskedLayers
 from .pruning.network import PrunedNetwork as PrunedNetwork
 from .pruning.problem import Problem as Problem
-from .saliency.base import Saliency as Saliency
-from .saliency.magnitude import Magnitude as Magnitude
-from .saliency.obs import OBS as OBS
-from .saliency.ria import RIA as RIA
-from .saliency.wanda import Wanda as Wanda
+from .saliency.metrics import (
+    OBS as OBS,
+    RIA as RIA,
+    Magnitude as Magnitude,
+    Saliency as Saliency,
+    Wanda as Wanda,
+)
 from .system.progress import (
     disable_progress_bars as disable_progress_bars,
     enable_progress_bars as enable_progress_bars,

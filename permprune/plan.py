@@ -35,8 +35,7 @@ from permprune.permuters.registry import permuter
 from permprune.permuters.trust_region import TrustRegion
 from permprune.pruning.problem import Outline, Problem, build_problems
 from permprune.registry import describe
-from permprune.saliency.base import Saliency
-from permprune.saliency.registry import saliency
+from permprune.saliency.metrics import Saliency, saliency
 from permprune.system import distributed
 from permprune.system.device import compute_device, dtype_named, fast_dtype
 from permprune.system.digests import CALIBRATION, model_digests, versions

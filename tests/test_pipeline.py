@@ -37,7 +37,7 @@ from permprune.permuters.identity import Random
 from permprune.permuters.newton import Newton
 from permprune.plan import shares_of
 from permprune.pruning.network import PrunedNetwork
-from permprune.saliency.registry import SALIENCIES
+from permprune.saliency.metrics import SALIENCIES
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.updates.base import Update
 

@@ -48,7 +48,7 @@ PANELS = {
 NAMES = {
     **dict.fromkeys(("model", "teacher", "dense"), "zoo.models:MODELS"),
     **dict.fromkeys(("permute", "methods"), "permuters.registry:PERMUTERS"),
-    "saliency": "saliency.registry:SALIENCIES",
+    "saliency": "saliency.metrics:SALIENCIES",
     "update": "updates.registry:UPDATES",
     "effort": "config:EFFORTS",
     "mode": "options:MODES",

@@ -18,7 +18,7 @@ from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
 from permprune.pruning.problem import Orders, Part, Problem
 from permprune.pruning.running import RunningLayers
-from permprune.saliency.base import Saliency, Scale
+from permprune.saliency.metrics import Saliency, Scale
 from permprune.system import distributed, sharding
 from permprune.system.device import autocast_dtype
 from permprune.system.progress import track

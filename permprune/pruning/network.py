@@ -24,7 +24,7 @@ from permprune.pattern import Pattern
 from permprune.pruning.gradients import Gradients, GradientSums, differentiable, received
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Orders, Outline, Part, Problem
-from permprune.saliency.base import Saliency
+from permprune.saliency.metrics import Saliency
 from permprune.system import distributed, sharding
 from permprune.system.device import compute_device
 from permprune.system.shelf import Computed, Shelf

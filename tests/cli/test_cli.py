@@ -19,7 +19,7 @@ from permprune.kv.config import KVConfig
 from permprune.options import numbers_of
 from permprune.permuters.newton import Newton
 from permprune.permuters.registry import PERMUTERS
-from permprune.saliency.registry import SALIENCIES
+from permprune.saliency.metrics import SALIENCIES
 from permprune.system.search_state import Checkpoint
 from permprune.updates.registry import UPDATES
 

@@ -12,7 +12,7 @@ from permprune.evaluation.metrics import METRICS
 from permprune.jobs.finetune import RATES
 from permprune.options import PACKED
 from permprune.permuters.registry import PERMUTERS
-from permprune.saliency.registry import SALIENCIES
+from permprune.saliency.metrics import SALIENCIES
 from permprune.updates.registry import UPDATES
 
 from .running import run

@@ -25,7 +25,7 @@ from permprune.losses.objective import Objective
 from permprune.options import numbers_of
 from permprune.permuters.newton import Newton
 from permprune.permuters.registry import PERMUTERS, permuter
-from permprune.saliency.registry import SALIENCIES
+from permprune.saliency.metrics import SALIENCIES
 from permprune.training.loop import Training
 from permprune.updates.registry import UPDATES
 

@@ -16,7 +16,7 @@ from permprune.models.layers import Layer, blocks, prunable_layers
 from permprune.pattern import Pattern
 from permprune.pruning.gradients import Gradients
 from permprune.pruning.network import PrunedNetwork
-from permprune.saliency.wanda import Wanda
+from permprune.saliency.metrics import Wanda
 
 from ..fixtures import make_tiny_llama
 

@@ -19,7 +19,7 @@ from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 from permprune.permuters.identity import Random
 from permprune.pruning.masked import MaskedLayers
-from permprune.saliency.obs import OBS
+from permprune.saliency.metrics import OBS
 
 from ..fixtures import make_tiny_llama
 from ..processes import in_processes

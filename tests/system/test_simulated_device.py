@@ -33,7 +33,7 @@ from permprune.permuters.learned import Learned
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS
 from permprune.permuters.trust_region import TrustRegion
-from permprune.saliency.registry import SALIENCIES
+from permprune.saliency.metrics import SALIENCIES
 from permprune.system.failures import OutOfMemory
 from permprune.updates.registry import UPDATES
 
