@@ -76,8 +76,7 @@ from .training.zeros import (
     lora_on_packed as lora_on_packed,
     merge_adapters as merge_adapters,
 )
-from .updates.admm import ADMM as ADMM
 from .updates.base import LayerUpdate as LayerUpdate, Update as Update
-from .updates.sparsegpt import SparseGPT as SparseGPT
+from .updates.methods import ADMM as ADMM, SparseGPT as SparseGPT
 
 __version__: str

@@ -36,7 +36,7 @@ with on_first_use(globals()):
     from permprune.registry import describe, label_of
     from permprune.saliency.metrics import Saliency, saliency
     from permprune.updates.base import Update
-    from permprune.updates.registry import update
+    from permprune.updates.methods import update
 
 PRECISIONS = ("auto", "fp32", "bf16")
 

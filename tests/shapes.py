@@ -17,8 +17,7 @@ MODULES = [
     "permprune.calibration.fisher",
     "permprune.saliency.metrics",
     "permprune.updates.base",
-    "permprune.updates.sparsegpt",
-    "permprune.updates.admm",
+    "permprune.updates.methods",
     "permprune.inference.solved",
 ]
 """Modules whose functions declare shapes, each after those that it imports from."""

@@ -49,7 +49,7 @@ NAMES = {
     **dict.fromkeys(("model", "teacher", "dense"), "zoo.models:MODELS"),
     **dict.fromkeys(("permute", "methods"), "permuters.registry:PERMUTERS"),
     "saliency": "saliency.metrics:SALIENCIES",
-    "update": "updates.registry:UPDATES",
+    "update": "updates.methods:UPDATES",
     "effort": "config:EFFORTS",
     "mode": "options:MODES",
     "precision": "config:PRECISIONS",

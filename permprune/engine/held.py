@@ -50,7 +50,7 @@ from permprune.system.progress import log, stage
 from permprune.system.search_state import Journal
 from permprune.system.shelf import Shelf
 from permprune.system.stages import CALIBRATE, NATURAL, UPDATE
-from permprune.updates.registry import update
+from permprune.updates.methods import update
 from permprune.updates.share import update_network
 
 

@@ -39,7 +39,8 @@ from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.ria import RIAPermuter
 from permprune.permuters.trust_region import TrustRegion
 from permprune.pruning.problem import Outline, Problem
-from permprune.updates.base import NoUpdate, Update
+from permprune.updates.base import Update
+from permprune.updates.methods import NoUpdate
 
 TRIED = 1.5
 """Mean number of held-out losses in a round of a trust region: most steps are accepted or halved once."""

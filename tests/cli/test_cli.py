@@ -21,7 +21,7 @@ from permprune.permuters.newton import Newton
 from permprune.permuters.registry import PERMUTERS
 from permprune.saliency.metrics import SALIENCIES
 from permprune.system.search_state import Checkpoint
-from permprune.updates.registry import UPDATES
+from permprune.updates.methods import UPDATES
 
 from .running import COMMAND, fails, run
 

@@ -13,7 +13,7 @@ from permprune.jobs.finetune import RATES
 from permprune.options import PACKED
 from permprune.permuters.registry import PERMUTERS
 from permprune.saliency.metrics import SALIENCIES
-from permprune.updates.registry import UPDATES
+from permprune.updates.methods import UPDATES
 
 from .running import run
 

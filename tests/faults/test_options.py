@@ -27,7 +27,7 @@ from permprune.permuters.newton import Newton
 from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.saliency.metrics import SALIENCIES
 from permprune.training.loop import Training
-from permprune.updates.registry import UPDATES
+from permprune.updates.methods import UPDATES
 
 from ..cli.running import fails, run
 

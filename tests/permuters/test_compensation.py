@@ -17,7 +17,7 @@ from permprune.permuters.iterate import Landscape, SearchState
 from permprune.permuters.newton import Newton
 from permprune.permuters.refinement import compensate
 from permprune.system.search_state import Checkpoint, Resumable
-from permprune.updates.admm import ADMM
+from permprune.updates.methods import ADMM
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 METHOD = Newton(

@@ -35,7 +35,7 @@ from permprune.permuters.registry import PERMUTERS
 from permprune.permuters.trust_region import TrustRegion
 from permprune.saliency.metrics import SALIENCIES
 from permprune.system.failures import OutOfMemory
-from permprune.updates.registry import UPDATES
+from permprune.updates.methods import UPDATES
 
 from ..counted_run import counted, plan_for, read_there, trace_on_cpu
 from ..fixtures import BLOCK, make_tiny_llama, small_checkpoint

@@ -14,10 +14,9 @@ from permprune.losses.objective import ONE_LABEL_DIVERGENCE, Objective, TeacherO
 from permprune.permuters.identity import Random
 from permprune.pruning.network import PrunedNetwork
 from permprune.system.shelf import Place, Shelf
-from permprune.updates.admm import ADMM
-from permprune.updates.base import NoUpdate, Update
+from permprune.updates.base import Update
+from permprune.updates.methods import ADMM, NoUpdate, SparseGPT
 from permprune.updates.share import SHARES, update_network
-from permprune.updates.sparsegpt import SparseGPT
 
 from ..modalities import make, sentences
 
