@@ -30,7 +30,7 @@ from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, reo
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
 from permprune.forecasts.efforts import resolve
-from permprune.losses.choice import choose_task
+from permprune.losses.targets import choose_task
 from permprune.models.autocast import autocast
 from permprune.models.dummy_inputs import processed_size
 from permprune.models.forward import computed_in, frozen, kept_in_fp32, short_inputs
