@@ -42,19 +42,20 @@ from .kv.files import KVRecord as KVRecord
 from .losses.objective import Loss as Loss, Objective as Objective
 from .pattern import Pattern as Pattern
 from .permuters.base import (
+    Identity as Identity,
     LocalPermuter as LocalPermuter,
     Permuter as Permuter,
+    Random as Random,
     Round as Round,
     Run as Run,
     ScorePermuter as ScorePermuter,
     Solution as Solution,
 )
-from .permuters.identity import Identity as Identity, Random as Random
 from .permuters.iterate import Iterative as Iterative, Landscape as Landscape, SearchState as SearchState
+from .permuters.kept import RIAPermuter as RIAPermuter
 from .permuters.learned import Learned as Learned
-from .permuters.newton import Newton as Newton
 from .permuters.reconstruction import Reconstruction as Reconstruction
-from .permuters.ria import RIAPermuter as RIAPermuter
+from .permuters.trust_region import Newton as Newton
 from .pruning.folder import push_to_hub as push_to_hub, save as save
 from .pruning.masked import LayerMeasure as LayerMeasure, MaskedLayers as MaskedLayers
 from .pruning.network import PrunedNetwork as PrunedNetwork

@@ -33,8 +33,8 @@ from permprune.losses.objective import Objective
 from permprune.models.activation_checkpointing import recomputing
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
-from permprune.permuters.identity import Random
-from permprune.permuters.newton import Newton
+from permprune.permuters.base import Random
+from permprune.permuters.trust_region import Newton
 from permprune.plan import shares_of
 from permprune.pruning.network import PrunedNetwork
 from permprune.saliency.metrics import SALIENCIES

@@ -8,10 +8,12 @@ with each of many others is therefore computed from a few matrices of L1 distanc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import reduce
+from typing import ClassVar
 
 from permprune.pattern import Pattern
-from permprune.permuters.base import Scores
+from permprune.permuters.base import ScorePermuter, Scores
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
@@ -103,6 +105,20 @@ def union_kept(x: list[Tensor], y: list[Tensor], n: int) -> Tensor:
         elif j < len(y):
             total += y[j].sum(1)
     return total
+
+
+@dataclass(frozen=True)
+class RIAPermuter(ScorePermuter):
+    """Keep the most score, with equally weighted rows (Zhang et al. 2024, "Plug-and-Play", section 3.2)."""
+
+    name: ClassVar[str] = "ria"
+
+    @property
+    def divides_rows(self) -> bool:
+        return True
+
+    def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
+        return ria_order(scores_by_layer(network, problem), network.pattern_of(problem))
 
 
 def ria_order(read: Callable[[], Iterable[Tensor]], pattern: Pattern) -> Tensor:

@@ -1,4 +1,4 @@
-"""The loop of `newton` and `learned`: gradients, proposals, trial steps, the accept test, and the damping."""
+"""Newton, and its loop, which `learned` shares: gradients, proposals, trial steps, the accept test, and the damping."""
 
 from __future__ import annotations
 
@@ -287,6 +287,21 @@ class TrustRegion(Iterative[TrustRegionState]):
         state.show(landscape.network)
         state, bits = after_rounds(self, landscape, state)
         return replace(super().finish(landscape, state), bits=bits)
+
+
+@dataclass(frozen=True)
+class Newton(TrustRegion):
+    """End-to-end search by swaps: in each round every group of channels makes up to `swaps` swaps.
+
+    Swaps are chosen with the damped quadratic model of the loss; those that lower it most come first.
+    """
+
+    name: ClassVar[str] = "newton"
+    swaps: Natural = 4
+
+    def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:
+        model.swap(generator, self.swaps)
+        return memory
 
 
 def accepted_part(landscape: Landscape, state: TrustRegionState, trial: Trial) -> tuple[float, list[str]]:

@@ -15,10 +15,9 @@ from transformers import LlamaForCausalLM
 from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.engine.session import Session
-from permprune.permuters.base import LocalPermuter, Permuter
-from permprune.permuters.identity import Random
-from permprune.permuters.newton import Newton
+from permprune.permuters.base import LocalPermuter, Permuter, Random
 from permprune.permuters.registry import PERMUTERS
+from permprune.permuters.trust_region import Newton
 from permprune.permuters.tuning import KeptWeights
 from permprune.system import search_state as checkpoint
 from permprune.system.files import WorkFolder

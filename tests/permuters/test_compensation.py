@@ -12,10 +12,10 @@ from transformers import LlamaForCausalLM
 from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.losses.objective import Objective
-from permprune.permuters.identity import Identity
+from permprune.permuters.base import Identity
 from permprune.permuters.iterate import Landscape, SearchState
-from permprune.permuters.newton import Newton
 from permprune.permuters.refinement import compensate
+from permprune.permuters.trust_region import Newton
 from permprune.system.search_state import Checkpoint, Resumable
 from permprune.updates.methods import ADMM
 

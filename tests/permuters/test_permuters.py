@@ -15,15 +15,13 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Loss, Objective
 from permprune.permuters.base import Permuter, Run, Solution
-from permprune.permuters.cost_matrix import CostMatrixLearner
+from permprune.permuters.cost_matrix import CostMatrixLearner, LearnedPaper
 from permprune.permuters.cp import CP
 from permprune.permuters.iterate import Landscape
 from permprune.permuters.learned import Learned
-from permprune.permuters.newton import Newton
-from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS, permuter
-from permprune.permuters.trust_region import DISCOUNT, LEAST_SLOPE, TrustRegion
+from permprune.permuters.trust_region import DISCOUNT, LEAST_SLOPE, Newton, TrustRegion
 from permprune.permuters.trust_region_state import TrustRegionState
 from permprune.pruning.gradients import Gradients
 from permprune.pruning.problem import Orders

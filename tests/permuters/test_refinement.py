@@ -14,10 +14,10 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.losses.objective import Objective
 from permprune.permuters import refinement
-from permprune.permuters.identity import Identity
+from permprune.permuters.base import Identity
 from permprune.permuters.iterate import Landscape, SearchState
-from permprune.permuters.newton import Newton
 from permprune.permuters.refinement import Swaps, find_swaps, refine_masks, swapped
+from permprune.permuters.trust_region import Newton
 from permprune.system.search_state import Checkpoint, Resumable
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))

@@ -17,7 +17,7 @@ from permprune.losses.objective import Objective
 from permprune.losses.targets import next_token
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
-from permprune.permuters.identity import Random
+from permprune.permuters.base import Random
 from permprune.pruning.masked import MaskedLayers
 from permprune.saliency.metrics import OBS
 

@@ -11,7 +11,7 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.examples import Examples
 from permprune.losses.objective import ONE_LABEL_DIVERGENCE, Objective, TeacherOutputs
-from permprune.permuters.identity import Random
+from permprune.permuters.base import Random
 from permprune.pruning.network import PrunedNetwork
 from permprune.system.shelf import Place, Shelf
 from permprune.updates.base import Update

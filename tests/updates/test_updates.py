@@ -12,7 +12,7 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.errors import PermpruneError
 from permprune.pattern import Pattern
-from permprune.permuters.identity import Random
+from permprune.permuters.base import Random
 from permprune.pruning.network import PrunedNetwork
 from permprune.updates.base import LayerUpdate
 from permprune.updates.methods import ADMM, UPDATES, NoUpdate, SparseGPT, update
