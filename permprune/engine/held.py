@@ -312,14 +312,14 @@ class Held:
         network.write()
         wide = kept_in_fp32(model, self.stored)
         _round([weight for name, weight in model.named_parameters() if not wide.search(name)], self.stored)
-        with nullcontext() if network.holds_narrow else computed_in(model, torch.float32):
+        with nullcontext() if network.held.active else computed_in(model, torch.float32):
             probe = make_probe(model, short_inputs(model, plan.run.held_out))
         pruned = stored_form(plan, model, solution, layers=measures, probe=probe, sample=shown)
         pruned.mix = self.mix
         fold_all(model, pruned.tables, plan.coupling)
         for layer, order in gathered_layers(plan, solution.orders).values():
             layer.stored.data.copy_(reorder_columns(layer.stored, layer, order))
-        network.release()
+        network.held.release()
         attach_gathers(model, pruned.gathers)
         pruned.gathers = compose(origin.gathers, pruned.gathers)
         set_origin(model, replace(origin, record=pruned.record(), probe=probe))

@@ -273,8 +273,8 @@ class Scores(Protocol):
     def pattern_of(self, problem: Problem) -> Pattern:
         """The pattern along the channels of a problem."""
 
-    def row_count(self, layer: str) -> int:
-        """The number of rows of a layer's scores."""
+    def rows_of(self, problem: Problem) -> int:
+        """The number of rows of scores that follow a problem's order."""
 
 
 @dataclass(frozen=True)

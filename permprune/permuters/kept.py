@@ -46,7 +46,7 @@ def stacked_scores(network: Scores, problem: Problem, fisher: dict[str, Tensor] 
     scores, first = torch.empty(0), 0
     for part, rows in zip(problem.parts, _scores(network, problem), strict=True):
         if not first:
-            scores = rows.new_empty(problem.size, _row_count(network, problem))
+            scores = rows.new_empty(problem.size, network.rows_of(problem))
         stacked = scores[:, first : first + rows.shape[1]].copy_(rows)
         if fisher is not None:
             stacked *= fisher[part.layer].sqrt()
@@ -56,7 +56,7 @@ def stacked_scores(network: Scores, problem: Problem, fisher: dict[str, Tensor] 
 
 def scores_by_layer(network: Scores, problem: Problem) -> Callable[[], Iterable[Tensor]]:
     """Return a function that reads the scores of a problem, (channels, rows) of one layer after the other."""
-    if problem.size * _row_count(network, problem) <= HELD:
+    if problem.size * network.rows_of(problem) <= HELD:
         held = [rows.contiguous() for rows in _scores(network, problem)]
         return lambda: held
     return lambda: (rows.contiguous() for rows in _scores(network, problem))
@@ -65,10 +65,6 @@ def scores_by_layer(network: Scores, problem: Problem) -> Callable[[], Iterable[
 def _scores(network: Scores, problem: Problem) -> Iterator[Tensor]:
     """The scores of each layer's columns that follow a problem, (channels, rows)."""
     return (network.scores[part.layer][:, part.span].T for part in problem.parts)
-
-
-def _row_count(network: Scores, problem: Problem) -> int:
-    return sum(network.row_count(part.layer) for part in problem.parts)
 
 
 def kept_score(score: Tensor, groups: Tensor, pattern: Pattern) -> Tensor:

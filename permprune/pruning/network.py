@@ -55,10 +55,10 @@ class PrunedNetwork(MaskedLayers):
         saliency: Saliency,
         patterns: Mapping[str, Pattern],
         task: Task,
-        dtype: torch.dtype = torch.float32,
-        batch: int = 2,
-        recompute: bool = False,
-        held: NarrowWeights | None = None,
+        dtype: torch.dtype,
+        batch: int,
+        recompute: bool,
+        held: NarrowWeights,
         shelf: Shelf | None = None,
     ) -> None:
         super().__init__(

@@ -311,7 +311,7 @@ def test_what_was_found_is_recalled_by_all_that_it_depends_on(prepared: Prepared
     assert (shorter is first) == isinstance(method, LocalPermuter)
     other = method.solve(network, dataclasses.replace(run, seed=1))
     assert any(not torch.equal(other.orders[name], order) for name, order in first.orders.items()) or method != Random()
-    assert torch.equal(network.current()[network.problems[0].name], other.orders[network.problems[0].name])
+    assert torch.equal(network.orders[network.problems[0].name], other.orders[network.problems[0].name])
     with pytest.raises(dataclasses.FrozenInstanceError):
         run.seed = 1  # type: ignore[misc]
 

@@ -159,7 +159,7 @@ def test_updated_weights_are_rounded_when_they_are_written() -> None:
     assert torch.equal(network.shown[name], changed)
     network.write()
     assert torch.equal(network.layers[name].weight, changed.bfloat16())
-    network.release()
+    network.held.release()
     assert torch.equal(network.layers[name].weight, changed.bfloat16().float())
 
 

@@ -70,7 +70,7 @@ def test_a_time_limit_leaves_blocks_as_they_are(
 
     monkeypatch.setattr(ADMM, "apply", slow_at_first)
     before = {name: weight.clone() for name, weight in network.shown.items()}
-    state = SearchState(orders=network.current(), best=landscape.held_out_loss())
+    state = SearchState(orders=network.orders, best=landscape.held_out_loss())
     saved = Resumable(Checkpoint(None, {}), "compensation")
     after = compensate(landscape, state, examples=16, limit=1.0, saved=saved)
     assert "blocks from model.layers.1.self_attn.q_proj on are not updated" in caplog.text

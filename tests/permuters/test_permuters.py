@@ -323,7 +323,7 @@ def test_a_step_much_too_far_damps_each_problem_by_its_slopes_and_is_taken_again
     network = prepared.network
     method, landscape, state = begun(prepared, name, damping=0.01)
     network.set_orders(network.identity())
-    state = dataclasses.replace(state, orders=network.current())
+    state = dataclasses.replace(state, orders=network.orders)
     gradients = method.gradients(landscape, state)
     proposals, before = method.proposals(landscape, state, gradients)
     orders = {name: proposal.order for name, proposal in proposals.items()}
