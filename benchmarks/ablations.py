@@ -17,12 +17,11 @@ from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.jobs.compare import compare
 from permprune.losses.objective import Objective
-from permprune.permuters.base import Permuter
-from permprune.permuters.identity import Identity
+from permprune.permuters.base import Identity, Permuter
+from permprune.permuters.cost_matrix import LearnedPaper
+from permprune.permuters.kept import RIAPermuter
 from permprune.permuters.learned import Learned
-from permprune.permuters.newton import Newton
-from permprune.permuters.paper import LearnedPaper
-from permprune.permuters.ria import RIAPermuter
+from permprune.permuters.trust_region import Newton
 from permprune.report.showcase import comparison_table
 from permprune.system.progress import console
 

@@ -1,4 +1,4 @@
-"""The time of compensation (`updates.admm`) of one layer with products in bf16, beside fp32: a Markdown table.
+"""The time of compensation (`updates.methods`) of one layer with products in bf16, beside fp32: a Markdown table.
 
 Inputs are random, with channels of different sizes that are mixed. Both take turns, and the fastest of all turns
 counts; "error" is the output error with products in bf16, relative to that in fp32.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from permprune.pattern import Pattern
-from permprune.updates.admm import ADMM
+from permprune.updates.methods import ADMM
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         for _ in range(options.turns):
             for dtype, taken in seconds.items():
                 began = time.perf_counter()
-                with patch("permprune.updates.admm.fast_dtype", lambda _, dtype=dtype: dtype):
+                with patch("permprune.updates.methods.fast_dtype", lambda _, dtype=dtype: dtype):
                     pruned = ADMM().apply(weight, moments, torch.arange(channels), Pattern(2, 4))
                 taken.append(time.perf_counter() - began)
                 lost = pruned - weight

@@ -28,7 +28,7 @@ from permprune.jobs.prune import prune_to_folder
 STAGES = {
     "transcribe": ["permprune.engine.held:transcribed"],
     "calibrate": ["permprune.engine.held:calibrate"],
-    "ria": ["permprune.permuters.ria:RIAPermuter.each"],
+    "ria": ["permprune.permuters.kept:RIAPermuter.each"],
     "reconstruction": ["permprune.permuters.reconstruction:Reconstruction.each"],
     "reconstruction: accept": ["permprune.permuters.reconstruction:Reconstruction._choose"],
     "newton: gradients": ["permprune.permuters.iterate:Landscape.gradients"],

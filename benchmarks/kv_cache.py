@@ -42,8 +42,8 @@ from permprune.kv.files import LayerChannels
 from permprune.kv.layer import PackedCacheLayer
 from permprune.kv.packing import Channels
 from permprune.kv.tiers import measure_bits
-from permprune.permuters.identity import Identity
-from permprune.permuters.ria import RIAPermuter
+from permprune.permuters.base import Identity
+from permprune.permuters.kept import RIAPermuter
 from permprune.system.device import dtype_named
 
 Observed = Mapping[int, ObservedLayer]

@@ -28,7 +28,7 @@ import permprune
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.forecasts.machine import Machine, Rates
-from permprune.updates.admm import ADMM
+from permprune.updates.methods import ADMM
 
 COMPUTED = 1e11
 """The operations of the largest products that are computed."""

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import permprune
-from permprune.permuters.identity import Identity
-from permprune.permuters.newton import Newton
+from permprune.permuters.base import Identity
+from permprune.permuters.trust_region import Newton
 from permprune.system import distributed
 from permprune.system.memory import keep_freed_memory, peak_memory_mb
 

@@ -36,8 +36,8 @@ from permprune.models.processors import tokenizer_of
 from permprune.permuters.base import Run
 from permprune.permuters.block_tuning import trained_blocks
 from permprune.permuters.iterate import Landscape
-from permprune.permuters.newton import Newton
 from permprune.permuters.registry import permuter
+from permprune.permuters.trust_region import Newton
 from permprune.permuters.tuning import KeptWeights, Schedule, train_weights
 from permprune.pruning.network import PrunedNetwork
 from permprune.system.progress import log

@@ -42,28 +42,31 @@ from .kv.files import KVRecord as KVRecord
 from .losses.objective import Loss as Loss, Objective as Objective
 from .pattern import Pattern as Pattern
 from .permuters.base import (
+    Identity as Identity,
     LocalPermuter as LocalPermuter,
     Permuter as Permuter,
+    Random as Random,
     Round as Round,
     Run as Run,
     ScorePermuter as ScorePermuter,
     Solution as Solution,
 )
-from .permuters.identity import Identity as Identity, Random as Random
 from .permuters.iterate import Iterative as Iterative, Landscape as Landscape, SearchState as SearchState
+from .permuters.kept import RIAPermuter as RIAPermuter
 from .permuters.learned import Learned as Learned
-from .permuters.newton import Newton as Newton
 from .permuters.reconstruction import Reconstruction as Reconstruction
-from .permuters.ria import RIAPermuter as RIAPermuter
+from .permuters.trust_region import Newton as Newton
 from .pruning.folder import push_to_hub as push_to_hub, save as save
 from .pruning.masked import LayerMeasure as LayerMeasure, MaskedLayers as MaskedLayers
 from .pruning.network import PrunedNetwork as PrunedNetwork
 from .pruning.problem import Problem as Problem
-from .saliency.base import Saliency as Saliency
-from .saliency.magnitude import Magnitude as Magnitude
-from .saliency.obs import OBS as OBS
-from .saliency.ria import RIA as RIA
-from .saliency.wanda import Wanda as Wanda
+from .saliency.metrics import (
+    OBS as OBS,
+    RIA as RIA,
+    Magnitude as Magnitude,
+    Saliency as Saliency,
+    Wanda as Wanda,
+)
 from .system.progress import (
     disable_progress_bars as disable_progress_bars,
     enable_progress_bars as enable_progress_bars,
@@ -74,8 +77,7 @@ from .training.zeros import (
     lora_on_packed as lora_on_packed,
     merge_adapters as merge_adapters,
 )
-from .updates.admm import ADMM as ADMM
 from .updates.base import LayerUpdate as LayerUpdate, Update as Update
-from .updates.sparsegpt import SparseGPT as SparseGPT
+from .updates.methods import ADMM as ADMM, SparseGPT as SparseGPT
 
 __version__: str

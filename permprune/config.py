@@ -33,10 +33,9 @@ with on_first_use(globals()):
     from permprune.permuters.base import Permuter
     from permprune.permuters.registry import permuter
     from permprune.registry import describe, label_of
-    from permprune.saliency.base import Saliency
-    from permprune.saliency.registry import saliency
+    from permprune.saliency.metrics import Saliency, saliency
     from permprune.updates.base import Update
-    from permprune.updates.registry import update
+    from permprune.updates.methods import update
 
 PRECISIONS = ("auto", "fp32", "bf16")
 

@@ -29,14 +29,12 @@ from permprune.models.modality import EXAMPLES_PER_WINDOW, Kind, clipped_length,
 from permprune.models.processors import Processor
 from permprune.models.shallow import Repetition, repetitions, shortened
 from permprune.pattern import Pattern
-from permprune.permuters.base import Run
-from permprune.permuters.identity import Identity
+from permprune.permuters.base import Identity, Run
 from permprune.permuters.registry import permuter
 from permprune.permuters.trust_region import TrustRegion
 from permprune.pruning.problem import Outline, Problem, build_problems
 from permprune.registry import describe
-from permprune.saliency.base import Saliency
-from permprune.saliency.registry import saliency
+from permprune.saliency.metrics import Saliency, saliency
 from permprune.system import distributed
 from permprune.system.device import compute_device, dtype_named, fast_dtype
 from permprune.system.digests import CALIBRATION, model_digests, versions

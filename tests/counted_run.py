@@ -28,7 +28,7 @@ from .simulated_device import SIMULATED, Allocated, SimulatedTensor, allocated, 
 
 BEGUN = {
     "calibrate": ("engine.held.measure", "engine.sharded.measure"),
-    "ria": ("permuters.ria.RIAPermuter.search",),
+    "ria": ("permuters.kept.RIAPermuter.search",),
     "gradients": ("pruning.network.PrunedNetwork.gradients",),
     "proposals": ("permuters.trust_region.TrustRegion.proposals", "pruning.masked.MaskedLayers.slopes_along"),
     "accept": ("pruning.network.PrunedNetwork.loss",),

@@ -11,21 +11,13 @@ from jaxtyping import jaxtyped
 MODULES = [
     "permprune.pattern",
     "permprune.matching.assignment",
-    "permprune.matching.assignment",
-    "permprune.matching.assignment",
-    "permprune.matching.sinkhorn",
     "permprune.matching.sinkhorn",
     "permprune.calibration.symmetric",
     "permprune.calibration.moments",
     "permprune.calibration.fisher",
-    "permprune.saliency.base",
-    "permprune.saliency.magnitude",
-    "permprune.saliency.wanda",
-    "permprune.saliency.ria",
-    "permprune.saliency.obs",
+    "permprune.saliency.metrics",
     "permprune.updates.base",
-    "permprune.updates.sparsegpt",
-    "permprune.updates.admm",
+    "permprune.updates.methods",
     "permprune.inference.solved",
 ]
 """Modules whose functions declare shapes, each after those that it imports from."""

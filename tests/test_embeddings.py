@@ -14,10 +14,8 @@ import permprune
 from permprune.data.load import load_examples
 from permprune.data.overlap import overlap
 from permprune.evaluation.agreement import embedding_agreement
-from permprune.losses.choice import choose_task
-from permprune.losses.embeddings import Embedding, Embeddings
 from permprune.losses.objective import Objective
-from permprune.losses.targets import Imitation
+from permprune.losses.targets import Embedding, Embeddings, Imitation, choose_task
 from permprune.models.modality import POOLING, embeddings, kind_of
 
 from .cli.running import run

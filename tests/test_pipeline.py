@@ -33,11 +33,11 @@ from permprune.losses.objective import Objective
 from permprune.models.activation_checkpointing import recomputing
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
-from permprune.permuters.identity import Random
-from permprune.permuters.newton import Newton
+from permprune.permuters.base import Random
+from permprune.permuters.trust_region import Newton
 from permprune.plan import shares_of
 from permprune.pruning.network import PrunedNetwork
-from permprune.saliency.registry import SALIENCIES
+from permprune.saliency.metrics import SALIENCIES
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.updates.base import Update
 

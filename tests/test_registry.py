@@ -12,8 +12,8 @@ from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.problem import Problem
 from permprune.registry import describe
-from permprune.saliency.registry import SALIENCIES, saliency
-from permprune.updates.registry import UPDATES, update
+from permprune.saliency.metrics import SALIENCIES, saliency
+from permprune.updates.methods import UPDATES, update
 
 MAKERS: list[tuple[Any, dict[str, Any]]] = [(permuter, PERMUTERS), (saliency, SALIENCIES), (update, UPDATES)]
 

@@ -11,7 +11,7 @@ import permprune
 from permprune.matching.sinkhorn import sinkhorn
 from permprune.pattern import Pattern
 from permprune.permuters.learned import assign
-from permprune.saliency.wanda import Wanda
+from permprune.saliency.metrics import Wanda
 
 from .shapes import MODULES
 

@@ -23,8 +23,8 @@ def methods(name: Annotated[str | None, typer.Argument(help="a method such as ne
 
     from permprune.losses.objective import Objective
     from permprune.permuters.registry import PERMUTERS
-    from permprune.saliency.registry import SALIENCIES
-    from permprune.updates.registry import UPDATES
+    from permprune.saliency.metrics import SALIENCIES
+    from permprune.updates.methods import UPDATES
 
     known: dict[str, dict[str, Any]] = {
         "permuter": PERMUTERS, "saliency": SALIENCIES, "update": UPDATES, "loss": {"objective": Objective},

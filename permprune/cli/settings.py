@@ -48,8 +48,8 @@ PANELS = {
 NAMES = {
     **dict.fromkeys(("model", "teacher", "dense"), "zoo.models:MODELS"),
     **dict.fromkeys(("permute", "methods"), "permuters.registry:PERMUTERS"),
-    "saliency": "saliency.registry:SALIENCIES",
-    "update": "updates.registry:UPDATES",
+    "saliency": "saliency.metrics:SALIENCIES",
+    "update": "updates.methods:UPDATES",
     "effort": "config:EFFORTS",
     "mode": "options:MODES",
     "precision": "config:PRECISIONS",

@@ -30,7 +30,7 @@ from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, reo
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
 from permprune.forecasts.efforts import resolve
-from permprune.losses.choice import choose_task
+from permprune.losses.targets import choose_task
 from permprune.models.autocast import autocast
 from permprune.models.dummy_inputs import processed_size
 from permprune.models.forward import computed_in, frozen, kept_in_fp32, short_inputs
@@ -50,7 +50,7 @@ from permprune.system.progress import log, stage
 from permprune.system.search_state import Journal
 from permprune.system.shelf import Shelf
 from permprune.system.stages import CALIBRATE, NATURAL, UPDATE
-from permprune.updates.registry import update
+from permprune.updates.methods import update
 from permprune.updates.share import update_network
 
 
@@ -315,14 +315,14 @@ class Held:
         network.write()
         wide = kept_in_fp32(model, self.stored)
         _round([weight for name, weight in model.named_parameters() if not wide.search(name)], self.stored)
-        with nullcontext() if network.holds_narrow else computed_in(model, torch.float32):
+        with nullcontext() if network.held.active else computed_in(model, torch.float32):
             probe = make_probe(model, short_inputs(model, plan.run.held_out))
         pruned = stored_form(plan, model, solution, layers=measures, probe=probe, sample=shown)
         pruned.mix = self.mix
         fold_all(model, pruned.tables, plan.coupling)
         for layer, order in gathered_layers(plan, solution.orders).values():
             layer.stored.data.copy_(reorder_columns(layer.stored, layer, order))
-        network.release()
+        network.held.release()
         attach_gathers(model, pruned.gathers)
         pruned.gathers = compose(origin.gathers, pruned.gathers)
         set_origin(model, replace(origin, record=pruned.record(), probe=probe))

@@ -23,9 +23,7 @@ from permprune.evaluation.result import (
     share,
 )
 from permprune.examples import Examples, batches
-from permprune.losses.choice import choose_task
-from permprune.losses.embeddings import Embedding, embed_all
-from permprune.losses.targets import Predictions, Task
+from permprune.losses.targets import Embedding, Predictions, Task, choose_task, embed_all
 from permprune.models.forward import frozen
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 from permprune.models.modality import pooling_of

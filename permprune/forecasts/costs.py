@@ -33,19 +33,18 @@ from permprune.forecasts.weights import (
 from permprune.matching.assignment import groups_in, part_count
 from permprune.pattern import MIXED
 from permprune.permuters import cp, kept, quadratic
-from permprune.permuters.base import Permuter
+from permprune.permuters.base import Identity, Permuter, Random
 from permprune.permuters.bundles import BLOCK
 from permprune.permuters.cost_matrix import CostMatrixLearner
 from permprune.permuters.cp import CP
-from permprune.permuters.identity import Identity, Random
 from permprune.permuters.iterate import Iterative
+from permprune.permuters.kept import RIAPermuter
 from permprune.permuters.learned import Learned
-from permprune.permuters.newton import Newton
 from permprune.permuters.reconstruction import Reconstruction
-from permprune.permuters.ria import RIAPermuter
-from permprune.permuters.trust_region import TrustRegion
+from permprune.permuters.trust_region import Newton, TrustRegion
 from permprune.pruning.problem import Outline, Problem
-from permprune.updates.base import NoUpdate, Update
+from permprune.updates.base import Update
+from permprune.updates.methods import NoUpdate
 
 TRIED = 1.5
 """Mean number of held-out losses in a round of a trust region: most steps are accepted or halved once."""

@@ -17,9 +17,9 @@ from permprune.forecasts.passes import example_pass
 from permprune.models.layers import block_linears
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
 from permprune.models.shallow import repetitions
-from permprune.permuters.newton import Newton
+from permprune.permuters.trust_region import Newton
 from permprune.system.progress import log
-from permprune.updates.admm import ADMM
+from permprune.updates.methods import ADMM
 
 DEFAULT = "minutes"
 """The effort of `prune` if neither an effort nor a permuter is given."""

@@ -33,8 +33,7 @@ from permprune.system import distributed
 from permprune.system.failures import failures_reported
 from permprune.system.files import gib
 from permprune.system.progress import log
-from permprune.updates.base import NoUpdate
-from permprune.updates.registry import update
+from permprune.updates.methods import NoUpdate, update
 from permprune.zoo.models import resolve_model
 
 ROOMY, LEAST = 10, 2**31

@@ -13,8 +13,7 @@ from permprune.forecasts.resources import Stage
 from permprune.permuters.registry import permuter
 from permprune.permuters.trust_region import TrustRegion
 from permprune.system.shelf import Place
-from permprune.updates.base import NoUpdate
-from permprune.updates.registry import update
+from permprune.updates.methods import NoUpdate, update
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,7 @@ from permprune.pruning.problem import Outline
 from permprune.system import distributed
 from permprune.system.device import dtype_named
 from permprune.system.shelf import Place
-from permprune.updates.base import NoUpdate
-from permprune.updates.registry import update
+from permprune.updates.methods import NoUpdate, update
 
 SHORT = 16
 """The tokens of text on which what was written is compared with the model."""

@@ -16,7 +16,7 @@ from permprune.losses.objective import as_loss
 from permprune.models.layers import Layer
 from permprune.permuters.block_tuning import PASSES
 from permprune.permuters.iterate import Iterative
-from permprune.updates.admm import ADMM, WIDE
+from permprune.updates.methods import ADMM, WIDE
 
 STEPPED = 15
 """How often a step of training reads or writes each weight: to mask and convert it, for both models' products, for its

@@ -38,8 +38,7 @@ with on_first_use(globals()):
     from permprune.jobs.packing import pack_folder
     from permprune.jobs.student import parameters_to_train, teacher_of, with_labels_head
     from permprune.kernels.product.layout import require_packable
-    from permprune.losses.choice import choose_task
-    from permprune.losses.targets import Imitation, Task
+    from permprune.losses.targets import Imitation, Task, choose_task
     from permprune.models.forward import is_causal_lm, is_ctc
     from permprune.models.layers import Layer, block_linears, require_changeable
     from permprune.models.processors import Processor

@@ -267,8 +267,8 @@ class _HeadScores:
     def pattern_of(self, problem: Problem) -> Pattern:
         return self.pattern
 
-    def row_count(self, layer: str) -> int:
-        return len(self.scores[layer])
+    def rows_of(self, problem: Problem) -> int:
+        return sum(len(self.scores[part.layer]) for part in problem.parts)
 
 
 def _order(score: Tensor, pattern: Pattern, method: ScorePermuter, generator: torch.Generator) -> Tensor:

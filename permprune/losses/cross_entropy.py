@@ -35,7 +35,7 @@ def cross_entropy(logits: Logits, labels: Tensor) -> Tensor:
     `logits` is (terms, classes), `labels` is int64 (terms,). For the backward pass only the gradient is saved, that of
     the logits, or of the hidden states from which they are projected, in their type.
     """
-    return _losses(logits, labels, None, of_labels=1.0, of_target=0.0)
+    return distilled_cross_entropy(logits, labels, None, label_weight=1.0, divergence_weight=0.0)
 
 
 def divergence(logits: Logits, target: Logits) -> Tensor:
@@ -43,24 +43,20 @@ def divergence(logits: Logits, target: Logits) -> Tensor:
 
     Both are (terms, classes); only `logits` get a gradient, which is saved as in `cross_entropy`.
     """
-    return _losses(logits, None, target, of_labels=0.0, of_target=1.0)
+    return distilled_cross_entropy(logits, None, target, label_weight=0.0, divergence_weight=1.0)
 
 
 def distilled_cross_entropy(
-    logits: Logits, labels: Tensor, target: Logits, *, label_weight: float, divergence_weight: float
+    logits: Logits, labels: Tensor | None, target: Logits | None, *, label_weight: float, divergence_weight: float
 ) -> Tensor:
     """Return the weighted sum of `cross_entropy` and `divergence`, in two thirds of the time of the two.
 
     This is the loss of knowledge distillation (Hinton et al. 2015, arXiv 1503.02531, section 2) at a temperature of 1.
+    Without labels or without a target, their weight has to be 0.
     """
-    return _losses(logits, labels, target, of_labels=label_weight, of_target=divergence_weight)
-
-
-def _losses(
-    logits: Logits, labels: Tensor | None, target: Logits | None, *, of_labels: float, of_target: float
-) -> Tensor:
     values = logits.hidden if isinstance(logits, Projected) else logits
-    total: Tensor = _Losses.apply(values, logits, labels, target, of_labels, of_target)  # type: ignore[no-untyped-call]
+    weights = label_weight, divergence_weight
+    total: Tensor = _Losses.apply(values, logits, labels, target, *weights)  # type: ignore[no-untyped-call]
     return total
 
 

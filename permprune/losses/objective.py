@@ -23,8 +23,7 @@ with on_first_use(globals()):
     from permprune.examples import Examples
     from permprune.losses import targets
     from permprune.losses.cross_entropy import Logits
-    from permprune.losses.embeddings import Embedding
-    from permprune.losses.targets import Imitation, Task
+    from permprune.losses.targets import Embedding, Imitation, Task
     from permprune.models.forward import Padding, padding_of
     from permprune.models.hooks import attached
     from permprune.models.layers import blocks

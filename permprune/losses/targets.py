@@ -1,7 +1,4 @@
-"""Tasks: what a model predicts for a batch, and the targets of its predictions.
-
-`permprune.losses.choice` chooses the task.
-"""
+"""Tasks: what a model predicts for a batch, the targets of its predictions, and the choice of the task."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
-from permprune.examples import IGNORED, Examples
+from permprune.examples import IGNORED, Examples, batches, by_length
 from permprune.losses.cross_entropy import (
     Logits,
     Projected,
@@ -22,9 +19,11 @@ from permprune.losses.cross_entropy import (
     distilled_cross_entropy,
     divergence,
 )
-from permprune.models.forward import Padding, is_encoder_decoder, padding_of, run_model
+from permprune.models.forward import Padding, is_causal_lm, is_ctc, is_encoder_decoder, padding_of, run_model
+from permprune.models.modality import embeddings, pooling_of
 from permprune.system import distributed
 from permprune.system.device import compute_device
+from permprune.system.progress import track
 
 FEATURES = ("image_embeds", "text_embeds", "pooler_output", "last_hidden_state")
 """Outputs that serve as the features of a model without a head, as far as it returns them."""
@@ -301,3 +300,80 @@ def _scaled(x: Tensor, variance: float, padding: Padding) -> Tensor:
     weight = values.new_ones(values.shape[:2]) if mask is None else mask.to(values)
     scale = (weight / weight.sum(1, keepdim=True) / max(variance, 1e-30)).sqrt()
     return (values * scale[..., None]).flatten(1)
+
+
+@dataclass(frozen=True)
+class Embeddings(Features):
+    """Embeddings of a batch of texts, (texts, channels), divided by the root of their variance.
+
+    The distance of unit vectors is twice one minus their cosine, so that `distance` compares cosines with the dense
+    model's embeddings. It also compares the similarities of all pairs of a batch (Reimers and Gurevych 2020, arXiv
+    2004.09813, distil embeddings; relational distillation, Park et al. 2019, arXiv 1904.05068, their pairs).
+    """
+
+    def distance(self, dense: Logits | None) -> Tensor:
+        """Squared distance to the dense embeddings and, for each text, of its similarities within the batch."""
+        assert isinstance(dense, Tensor)
+        target = dense.to(self.values)
+        similarities = self.values @ self.values.T - target @ target.T
+        return super().distance(dense) + similarities.square().sum() / len(target)
+
+
+@dataclass(frozen=True)
+class Embedding(Imitation):
+    """The task of reproducing the dense model's embeddings of texts.
+
+    `pooling` is that of the model (`POOLINGS`); `variance` that of the dense embeddings, summed over the channels.
+    """
+
+    pooling: str = "mean"
+    variance: float = 1.0
+
+    def __call__(self, model: nn.Module, batch: Examples) -> Embeddings:
+        return Embeddings(self.embed(model, batch) / self.variance**0.5)
+
+    def embed(self, model: nn.Module, batch: Examples) -> Tensor:
+        """Return the embeddings of a batch, of length 1, fp32 (texts, channels)."""
+        return embeddings(run_model(model, batch).last_hidden_state, batch.get("attention_mask"), self.pooling)
+
+    @classmethod
+    @torch.no_grad()
+    def of_pooling(cls, pooling: str, model: nn.Module, examples: Examples, batch: int) -> Embedding:
+        """Return the task for the embeddings of a dense model, which runs on `batch` of the examples at a time."""
+        task, device = cls(pooling=pooling), compute_device(model)
+        parts = [task.embed(model, part.to(device)) for part in distributed.share(batches(examples, batch))]
+        sums = Sums(task.embed(model, examples[:1].to(device)).shape[1])
+        for part in parts:
+            sums.add(part)
+        return cls(pooling=pooling, variance=sums.variance())
+
+
+@torch.inference_mode()
+def embed_all(model: nn.Module, examples: Examples, pooling: str, batch: int) -> Tensor:
+    """Return the embeddings of all examples in their order, of length 1, fp32 (examples, channels) on the CPU."""
+    task, device, order = Embedding(pooling=pooling), compute_device(model), by_length(examples, batch)
+    parts = [task.embed(model, examples[places].trimmed().to(device)).cpu() for places in track(order, "embedding")]
+    values = torch.empty(len(examples), parts[0].shape[1])
+    values[torch.cat(order)] = torch.cat(parts)
+    return values
+
+
+def choose_task(model: nn.Module, examples: Examples, batch: int) -> Task:
+    """Choose the task for examples; the dense model may run on `batch` of them at a time.
+
+    A sentence encoder reproduces the dense model's embeddings. For other models labels, if there are any, are targets:
+    classes or scores. Otherwise a causal language model predicts the next token of text, and any other model reproduces
+    the dense model's outputs (`Imitation`), as do models of CTC, whose transcripts give no frame a label. Raises
+    `PermpruneError` if the model and the examples do not fit any task.
+    """
+    labels = examples.get("labels")
+    if pooling := pooling_of(model):  # type: ignore[arg-type]
+        return Embedding.of_pooling(pooling, model, examples, batch)
+    if labels is None or is_ctc(model):
+        return next_token if is_causal_lm(model) and "input_ids" in examples else Imitation.of(model, examples, batch)
+    if labels.is_floating_point():
+        scored(model, examples[:1].to(compute_device(model)))
+        return scored
+    if not labels.ne(IGNORED).any():
+        raise PermpruneError(f"all labels of the measured examples are {IGNORED}: give some that count, or none")
+    return next_token if is_causal_lm(model) and labels.dim() == 2 else labelled

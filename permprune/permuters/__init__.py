@@ -1,1 +1,1 @@
-"""Permuters: searches for an order of channels; one file per method."""
+"""Permuters: searches for an order of channels."""

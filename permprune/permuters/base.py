@@ -1,4 +1,4 @@
-"""The interface of permuters, with the input and the result of a search."""
+"""The interface of permuters, with the input and the result of a search, and the two baselines."""
 
 from __future__ import annotations
 
@@ -273,8 +273,8 @@ class Scores(Protocol):
     def pattern_of(self, problem: Problem) -> Pattern:
         """The pattern along the channels of a problem."""
 
-    def row_count(self, layer: str) -> int:
-        """The number of rows of a layer's scores."""
+    def rows_of(self, problem: Problem) -> int:
+        """The number of rows of scores that follow a problem's order."""
 
 
 @dataclass(frozen=True)
@@ -320,3 +320,31 @@ class ScorePermuter(LocalPermuter):
     @abstractmethod
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         """Return the order of one problem, int64 (size,)."""
+
+
+@dataclass(frozen=True)
+class Identity(ScorePermuter):
+    """Keep the natural order."""
+
+    name: ClassVar[str] = "none"
+
+    @property
+    def divides_rows(self) -> bool:
+        return True
+
+    def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
+        return problem.identity()
+
+
+@dataclass(frozen=True)
+class Random(ScorePermuter):
+    """Take a uniformly random order."""
+
+    name: ClassVar[str] = "random"
+
+    @property
+    def divides_rows(self) -> bool:
+        return True
+
+    def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
+        return torch.randperm(problem.size, generator=generator)

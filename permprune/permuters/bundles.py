@@ -80,7 +80,7 @@ def read_bundles(
     parts_by_input: dict[tuple[str, int], list[Part]] = {}
     for part in problem.parts:
         parts_by_input.setdefault((part.site, int(part.columns[0])), []).append(part)
-    small = problem.size * sum(network.row_count(part.layer) for part in problem.parts) <= BLOCK
+    small = problem.size * network.rows_of(problem) <= BLOCK
 
     def bundle(parts: list[Part]) -> Bundle:
         moments, site, columns = network.statistics.moments, parts[0].site, parts[0].columns

@@ -1,4 +1,7 @@
-"""Cost matrices that are trained by gradient descent through the Sinkhorn matching and the pruned network."""
+"""Cost matrices that are trained by gradient descent through the Sinkhorn matching and the pruned network.
+
+The paper of the learned permutation and PermLLM do so, each with a relaxation and parameters of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from permprune.matching.schedule import Epsilon, Geometric
+from permprune.losses.objective import Loss, LossFunction, Objective
+from permprune.matching.schedule import Cosine, Epsilon, Geometric
 from permprune.options import Count, Natural, NonNegative
 from permprune.pattern import Pattern
-from permprune.permuters.base import Permuter
-from permprune.permuters.identity import Identity
+from permprune.permuters.base import Identity, Permuter
 from permprune.permuters.iterate import Iterative, Landscape, SearchState
+from permprune.permuters.kept import RIAPermuter
 from permprune.system.imports import on_first_use
 from permprune.system.progress import log
 
@@ -23,7 +27,7 @@ with on_first_use(globals()):
     from torch.optim.adamw import adamw
 
     from permprune.matching.assignment import assign
-    from permprune.matching.sinkhorn import gumbel_noise
+    from permprune.matching.sinkhorn import gumbel_noise, sinkhorn, straight_through
     from permprune.pruning.problem import Part, Problem
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -201,3 +205,56 @@ class CostMatrixLearner(Iterative[CostMatrixState]):
                 back = (weight * self.keep(score, network.patterns[part.layer])) @ plan.mT
                 relaxed.append((part, columns, back.transpose(0, 1).flatten(1)))
             yield problem, cost, relaxed
+
+
+@dataclass(frozen=True)
+class LearnedPaper(CostMatrixLearner):
+    """The learned permutation of Li et al. 2026 (arXiv 2601.22980), "set-up".
+
+    The channels are split into `groups` equal parts, and the soft plan itself permutes the weights while epsilon falls
+    from 1. As in the paper there are 5 Sinkhorn iterations, AdamW has weight decay 0.01 and a cosine schedule, and the
+    loss is cross-entropy + 1e-5 * Smooth-L1 distillation. The paper trains for 20 epochs of its data; here `steps` is
+    the number of steps. The initial costs are not published: with a `margin` of 1 channels can change places in so few
+    steps, with 3 they did not.
+    """
+
+    name: ClassVar[str] = "learned-paper"
+    objective: Loss | LossFunction = Objective(distillation=1e-5)
+    groups: Count = 4
+    noise: NonNegative = 0.1
+
+    def part_size(self, size: int, pattern: Pattern) -> int:
+        return size // self.groups if size % (self.groups * pattern.m) == 0 else size
+
+    def relax(self, cost: Tensor, epsilon: float) -> Tensor:
+        return sinkhorn(cost, epsilon, self.iterations)
+
+
+@dataclass(frozen=True)
+class PermLLM(CostMatrixLearner):
+    """PermLLM (Zou et al. 2025): a cost matrix for each block of 64 channels.
+
+    Permutation and mask are hard in the forward pass; the backward pass uses the Sinkhorn plan and a softmax over each
+    group. The temperature falls from 1 to 0.1, there are 5 Sinkhorn iterations, and the loss is 1 - the cosine
+    similarity of the last block's output and the dense model's. The blocks divide the channels in RIA's order, as in
+    the paper's better runs. The paper trains for 50 epochs of 8 batches with AdamW at a learning rate of 1e-3; here
+    `steps` is the number of steps, and the learning rate is high enough for channels to change places in so few.
+    """
+
+    name: ClassVar[str] = "permllm"
+    start: Permuter = RIAPermuter()
+    objective: Loss | LossFunction = Objective(0.0, cosine=1.0)
+    block: Count = 64
+    learning_rate: NonNegative = 0.05
+    epsilon: Epsilon = Cosine(1.0, 0.1)
+
+    def part_size(self, size: int, pattern: Pattern) -> int:
+        return self.block if size % self.block == 0 and self.block % pattern.m == 0 else size
+
+    def relax(self, cost: Tensor, epsilon: float) -> Tensor:
+        return straight_through(cost, epsilon, self.iterations)
+
+    def keep(self, score: Tensor, pattern: Pattern) -> Tensor:
+        soft = score.unflatten(-1, (-1, pattern.m)).softmax(-1).flatten(-2)
+        hard: Tensor = pattern.mask(score.detach()) + (soft - soft.detach())
+        return hard

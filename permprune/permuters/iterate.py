@@ -165,54 +165,48 @@ class Iterative(Permuter, Generic[S]):
         return float("inf") if run.minutes is None else 60 * run.minutes * self.search_share
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
+        """Search from the state that an interrupted run saved, or else from the start.
+
+        Callbacks are called after each round and at the start; if one stops the search, its last state is the solution.
+        """
         self.require_minutes(run.minutes)
         if not network.problems:
             log.warning("%s: there is no order to search for", self.name)
-        landscape = Landscape.of(network, run, self.objective)
-        return iterate(self, landscape)
+        landscape, checkpoint = Landscape.of(network, run, self.objective), self.checkpoint(run)
+        state = cast(S | None, checkpoint.load_object(self.name, self.state))
+        if state is not None:
+            log.info("%s resumes after %s %d", self.name, self.unit, state.number)
+            stopped = False
+        else:
+            state = self.init(landscape)
+            stopped = run.notify(self._round(landscape, state))
+        stage(self.stage(f"{self.unit}s"))
+        with bar(self.name, self.total, state.number) as advance:
+            while not stopped and not self.done(landscape, state):
+                began, points = time.monotonic(), len(state.curve)
+                state = self.step(landscape, state)
+                state = state.after(distributed.mean(time.monotonic() - began), points)
+                checkpoint.save_object(self.name, state)
+                if state.midway:
+                    continue
+                checkpoint.remove(self.name + TRAINING)
+                advance(state.number, f"{self.name}: held-out loss {state.best:.4f}")
+                stopped = run.notify(self._round(landscape, state))
+        if stopped:
+            log.info("%s was stopped by a callback after %s %d", self.name, self.unit, state.number)
+            return Solution(state.orders, state.seconds, state.curve, state.weights, stopped=True)
+        return self.finish(landscape, state)
 
-
-def iterate(method: Iterative[S], landscape: Landscape) -> Solution:
-    """Run a search from the state that an interrupted run saved, or else from the start.
-
-    Callbacks are called after each round and at the start; if one stops the search, its last state is the solution.
-    """
-    run, checkpoint = landscape.run, method.checkpoint(landscape.run)
-    state = cast(S | None, checkpoint.load_object(method.name, method.state))
-    if state is not None:
-        log.info("%s resumes after %s %d", method.name, method.unit, state.number)
-        stopped = False
-    else:
-        state = method.init(landscape)
-        stopped = run.notify(_round(method, landscape, state))
-    stage(method.stage(f"{method.unit}s"))
-    with bar(method.name, method.total, state.number) as advance:
-        while not stopped and not method.done(landscape, state):
-            began, points = time.monotonic(), len(state.curve)
-            state = method.step(landscape, state)
-            state = state.after(distributed.mean(time.monotonic() - began), points)
-            checkpoint.save_object(method.name, state)
-            if state.midway:
-                continue
-            checkpoint.remove(method.name + TRAINING)
-            advance(state.number, f"{method.name}: held-out loss {state.best:.4f}")
-            stopped = run.notify(_round(method, landscape, state))
-    if stopped:
-        log.info("%s was stopped by a callback after %s %d", method.name, method.unit, state.number)
-        return Solution(state.orders, state.seconds, state.curve, state.weights, stopped=True)
-    return method.finish(landscape, state)
-
-
-def _round(method: Iterative[S], landscape: Landscape, state: S) -> Round:
-    """What callbacks are given."""
-    return Round(
-        method=method.name,
-        number=state.number,
-        total=method.total,
-        loss=state.curve[-1].loss,
-        best=state.best,
-        kept=state.curve[-1].kept,
-        moved=state.moved,
-        problems=len(landscape.network.problems),
-        seconds=state.seconds,
-    )
+    def _round(self, landscape: Landscape, state: S) -> Round:
+        """What callbacks are given."""
+        return Round(
+            method=self.name,
+            number=state.number,
+            total=self.total,
+            loss=state.curve[-1].loss,
+            best=state.best,
+            kept=state.curve[-1].kept,
+            moved=state.moved,
+            problems=len(landscape.network.problems),
+            seconds=state.seconds,
+        )

@@ -8,10 +8,12 @@ with each of many others is therefore computed from a few matrices of L1 distanc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import reduce
+from typing import ClassVar
 
 from permprune.pattern import Pattern
-from permprune.permuters.base import Scores
+from permprune.permuters.base import ScorePermuter, Scores
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
@@ -44,7 +46,7 @@ def stacked_scores(network: Scores, problem: Problem, fisher: dict[str, Tensor] 
     scores, first = torch.empty(0), 0
     for part, rows in zip(problem.parts, _scores(network, problem), strict=True):
         if not first:
-            scores = rows.new_empty(problem.size, _row_count(network, problem))
+            scores = rows.new_empty(problem.size, network.rows_of(problem))
         stacked = scores[:, first : first + rows.shape[1]].copy_(rows)
         if fisher is not None:
             stacked *= fisher[part.layer].sqrt()
@@ -54,7 +56,7 @@ def stacked_scores(network: Scores, problem: Problem, fisher: dict[str, Tensor] 
 
 def scores_by_layer(network: Scores, problem: Problem) -> Callable[[], Iterable[Tensor]]:
     """Return a function that reads the scores of a problem, (channels, rows) of one layer after the other."""
-    if problem.size * _row_count(network, problem) <= HELD:
+    if problem.size * network.rows_of(problem) <= HELD:
         held = [rows.contiguous() for rows in _scores(network, problem)]
         return lambda: held
     return lambda: (rows.contiguous() for rows in _scores(network, problem))
@@ -63,10 +65,6 @@ def scores_by_layer(network: Scores, problem: Problem) -> Callable[[], Iterable[
 def _scores(network: Scores, problem: Problem) -> Iterator[Tensor]:
     """The scores of each layer's columns that follow a problem, (channels, rows)."""
     return (network.scores[part.layer][:, part.span].T for part in problem.parts)
-
-
-def _row_count(network: Scores, problem: Problem) -> int:
-    return sum(network.row_count(part.layer) for part in problem.parts)
 
 
 def kept_score(score: Tensor, groups: Tensor, pattern: Pattern) -> Tensor:
@@ -103,6 +101,20 @@ def union_kept(x: list[Tensor], y: list[Tensor], n: int) -> Tensor:
         elif j < len(y):
             total += y[j].sum(1)
     return total
+
+
+@dataclass(frozen=True)
+class RIAPermuter(ScorePermuter):
+    """Keep the most score, with equally weighted rows (Zhang et al. 2024, "Plug-and-Play", section 3.2)."""
+
+    name: ClassVar[str] = "ria"
+
+    @property
+    def divides_rows(self) -> bool:
+        return True
+
+    def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
+        return ria_order(scores_by_layer(network, problem), network.pattern_of(problem))
 
 
 def ria_order(read: Callable[[], Iterable[Tensor]], pattern: Pattern) -> Tensor:

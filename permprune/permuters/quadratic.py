@@ -120,7 +120,7 @@ class QuadraticModel:
         """
         bundles = read_bundles(network, problem, fisher, gradient, covariance)
         if order is None:
-            order = network.orders.get(problem.name, problem.identity())
+            order = network.orders[problem.name]
         model = cls(bundles, order, network.pattern_of(problem), damping)
         if gradient is None:
             for bundle in bundles:

@@ -30,7 +30,7 @@ from permprune.pruning.network import PrunedNetwork
 from permprune.system import distributed
 from permprune.system.progress import log, track
 from permprune.system.search_state import Resumable
-from permprune.updates.admm import ADMM
+from permprune.updates.methods import ADMM
 
 DAMPING = 1500.0
 """The damping of the first round: the swaps of a round are thousands, in all layers, and act together. It is divided by

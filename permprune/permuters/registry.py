@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from permprune.errors import PermpruneError
-from permprune.permuters.base import Permuter, ScorePermuter
+from permprune.permuters.base import Identity, Permuter, Random, ScorePermuter
+from permprune.permuters.cost_matrix import LearnedPaper, PermLLM
 from permprune.permuters.cp import CP
-from permprune.permuters.identity import Identity, Random
+from permprune.permuters.kept import RIAPermuter
 from permprune.permuters.learned import Learned
-from permprune.permuters.newton import Newton
-from permprune.permuters.paper import LearnedPaper
-from permprune.permuters.permllm import PermLLM
 from permprune.permuters.reconstruction import Reconstruction
-from permprune.permuters.ria import RIAPermuter
+from permprune.permuters.trust_region import Newton
 from permprune.registry import label_of, method_of
 
 PERMUTERS: dict[str, type[Permuter]] = {

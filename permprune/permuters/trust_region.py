@@ -1,4 +1,4 @@
-"""The loop of `newton` and `learned`: gradients, proposals, trial steps, the accept test, and the damping."""
+"""Newton, and its loop, which `learned` shares: gradients, proposals, trial steps, the accept test, and the damping."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class TrustRegion(Iterative[TrustRegionState]):
             best = natural
         else:
             network.set_orders(start.orders)
-        orders = network.current()
+        orders = network.orders
         state = TrustRegionState(
             orders=orders,
             best=best,
@@ -188,7 +188,7 @@ class TrustRegion(Iterative[TrustRegionState]):
         visits = (*state.visits[:-1], Visit(state.orders, (*state.visits[-1].rounds, state.number)))
         if state.slopes:
             ends = network.slopes_along(state.visits[-2].orders, state.orders, gradients.weight)
-            state = replace(state, damping=damping_after_slopes(state.damping, state.slopes, ends))
+            state = replace(state, damping=damping_after_slopes(state.damping, state.slopes, ends, kept=True))
         trial = self.trial(landscape, state, gradients)
         loss, moved = accepted_part(landscape, state, trial)
         kept = loss < state.best - TOLERANCE
@@ -202,7 +202,7 @@ class TrustRegion(Iterative[TrustRegionState]):
             network.set_orders(state.orders)
             landscape.mean = visits, gradients
             return replace(state, moved=0, slopes={}, visits=visits)
-        orders = network.current()
+        orders = network.orders
         visits = (*visits, Visit(orders))
         landscape.mean = visits, gradients.discounted(_discount(len(visits) - 1))
         memory = {name: new for name in moved if (new := trial.proposals[name].memory) is not None}
@@ -249,7 +249,7 @@ class TrustRegion(Iterative[TrustRegionState]):
             ends = network.slopes(run.batch(state.number, self.examples), landscape.loss, before, orders)
             if sum(ends.values()) <= 0:
                 break
-            state = replace(state, damping=damping_after_overshoot(damping, slopes, ends))
+            state = replace(state, damping=damping_after_slopes(damping, slopes, ends, kept=False))
             log.info("%s: held-out loss %.4f, the step was too long: raising the damping", self.name, loss)
             network.set_orders(before)
         return Trial(proposals, slopes, loss, damping)
@@ -289,6 +289,21 @@ class TrustRegion(Iterative[TrustRegionState]):
         return replace(super().finish(landscape, state), bits=bits)
 
 
+@dataclass(frozen=True)
+class Newton(TrustRegion):
+    """End-to-end search by swaps: in each round every group of channels makes up to `swaps` swaps.
+
+    Swaps are chosen with the damped quadratic model of the loss; those that lower it most come first.
+    """
+
+    name: ClassVar[str] = "newton"
+    swaps: Natural = 4
+
+    def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:
+        model.swap(generator, self.swaps)
+        return memory
+
+
 def accepted_part(landscape: Landscape, state: TrustRegionState, trial: Trial) -> tuple[float, list[str]]:
     """Search a part of a step that lowers the held-out loss; returns the loss and the names of the problems that move.
 
@@ -314,25 +329,21 @@ def turning_point(slope: float, change: float) -> float:
 
 
 def damping_after_slopes(
-    damping: Mapping[str, float], starts: Mapping[str, float], ends: Mapping[str, float]
+    damping: Mapping[str, float], starts: Mapping[str, float], ends: Mapping[str, float], *, kept: bool
 ) -> dict[str, float]:
-    """Adapt the damping to the slopes at both ends of each problem's step, which was kept.
+    """Adapt the damping to the slopes at both ends of each problem's step.
 
     A positive slope at the end means that the step was too long, a negative one that it was too short. If the slope is
     s at the start and r * s at the end, the minimum of the parabola is at 1 / (1 - r) of the step. The damping is
-    multiplied by only the square root of 1 - r, between 0.5 and 2, because the slopes are noisy.
+    multiplied by only the square root of 1 - r, between 0.5 and 2, because the slopes are noisy. After a step that was
+    not kept, because it was much too long, it is multiplied by all of 1 - r, at least by 1.
     """
-    lengths = {name: 1 - ends[name] / start for name, start in starts.items() if start < -LEAST_SLOPE}
-    factors = {name: min(2.0, max(0.5, max(0.0, length) ** 0.5)) for name, length in lengths.items()}
-    return {name: factor * factors.get(name, 1.0) for name, factor in damping.items()}
-
-
-def damping_after_overshoot(
-    damping: Mapping[str, float], starts: Mapping[str, float], ends: Mapping[str, float]
-) -> dict[str, float]:
-    """Raise the damping after a step that was much too long, by the factor that the slopes at its ends suggest."""
-    factors = {name: max(1.0, 1 - ends[name] / start) for name, start in starts.items() if start < -LEAST_SLOPE}
-    return {name: factor * factors.get(name, 1.0) for name, factor in damping.items()}
+    adapted = dict(damping)
+    for name, start in starts.items():
+        if start < -LEAST_SLOPE:
+            length = 1 - ends[name] / start
+            adapted[name] *= min(2.0, max(0.5, max(0.0, length) ** 0.5)) if kept else max(1.0, length)
+    return adapted
 
 
 def damping_after_trial(trial: Trial, moved: list[str], kept: bool, change: float) -> dict[str, float]:

@@ -18,7 +18,7 @@ from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
 from permprune.pruning.problem import Orders, Part, Problem
 from permprune.pruning.running import RunningLayers
-from permprune.saliency.base import Saliency, Scale
+from permprune.saliency.metrics import Saliency, Scale
 from permprune.system import distributed, sharding
 from permprune.system.device import autocast_dtype
 from permprune.system.progress import track
@@ -51,8 +51,7 @@ class MaskedLayers(RunningLayers):
     Weights in `trained` and `updated` rest on shelves at the place of `shelf`, by default on the device.
 
     `sites` maps each layer to the name of the tensor that it reads. `held` are the weights that are held in bf16; the
-    network releases them when the dense weights are restored. Raises
-    `PermpruneError` for a layer that cannot be scored.
+    network releases them when the dense weights are restored. Raises `PermpruneError` if a layer cannot be scored.
     """
 
     def __init__(
@@ -64,13 +63,13 @@ class MaskedLayers(RunningLayers):
         statistics: Statistics,
         saliency: Saliency,
         patterns: Mapping[str, Pattern],
-        held: NarrowWeights | None = None,
+        held: NarrowWeights,
         shelf: Shelf | None = None,
     ) -> None:
         super().__init__(layers, held)
         self.problems, self.sites, self.statistics, self.patterns = problems, sites, statistics, dict(patterns)
         self.shelf = Shelf() if shelf is None else shelf
-        self.orders: Orders = {}
+        self.orders = self.identity()
         self._stored_columns: dict[str, Tensor] | None = None
         self.trained = self.shelf.another()
         self._show_masked()
@@ -113,21 +112,17 @@ class MaskedLayers(RunningLayers):
         patterns = [self.patterns[part.layer] for part in problem.parts]
         if len({*patterns}) == 1:
             return patterns[0]
-        rows = [self.row_count(part.layer) for part in problem.parts]
+        rows = [self.layers[part.layer].shape[0] for part in problem.parts]
         kept = sum(pattern.density * count for pattern, count in zip(patterns, rows, strict=True)) / sum(rows)
         return Pattern.containing(patterns, kept)
 
-    def row_count(self, layer: str) -> int:
-        """The number of rows of a layer."""
-        return self.layers[layer].shape[0]
+    def rows_of(self, problem: Problem) -> int:
+        """The number of weight rows that follow a problem's order."""
+        return sum(self.layers[part.layer].shape[0] for part in problem.parts)
 
     def identity(self) -> Orders:
         """The natural order of every problem."""
         return {problem.name: problem.identity() for problem in self.problems}
-
-    def current(self) -> Orders:
-        """The current order of every problem."""
-        return self.identity() | self.orders
 
     def each_problem(self, solve: Callable[[int, Problem], T], label: str | None) -> dict[str, T]:
         """Call `solve(number, problem)` for every problem and return the results by name.
@@ -135,14 +130,9 @@ class MaskedLayers(RunningLayers):
         The problems are distributed over ranks and threads, the largest first, to balance the load; every rank gets all
         results. `solve` must not change the network. A progress bar shows `label` unless it is None.
         """
-
-        def weights(numbered: tuple[int, Problem]) -> int:
-            problem = numbered[1]
-            return -problem.size * sum(self.row_count(part.layer) for part in problem.parts)
-
         numbered = list(enumerate(self.problems))
         if distributed.shards() == 1:  # otherwise all ranks solve the same problem at a time
-            numbered.sort(key=weights)
+            numbered.sort(key=lambda pair: -pair[1].size * self.rows_of(pair[1]))
         mine = distributed.share(numbered)
         results = distributed.each(lambda pair: solve(*pair), mine, next(iter(self.layers.values())).stored.device)
         tracked = track(results, label, len(mine)) if label else results
@@ -155,23 +145,25 @@ class MaskedLayers(RunningLayers):
         problem moves keep their positions.
         """
         stored = {name: torch.arange(layer.shape[1]) for name, layer in self.layers.items()}
-        orders = self.current()
         for problem in self.problems:
             for part in problem.parts:
-                stored[part.layer][part.columns] = part.columns[orders[problem.name]]
+                stored[part.layer][part.columns] = part.columns[self.orders[problem.name]]
         return stored
 
     def set_orders(self, orders: Orders) -> None:
         """Apply the masks of these orders; problems that are not in `orders` keep their current order."""
         touched: dict[str, list[Tensor]] = {}
+        changed: Orders = {}
         self._show_masked()
         for problem in self.problems:
             order = orders.get(problem.name)
-            if order is None or torch.equal(order, self.orders.get(problem.name, problem.identity())):
+            if order is None or torch.equal(order, self.orders[problem.name]):
                 continue
-            self.orders[problem.name], self._stored_columns = order.clone(), None
+            changed[problem.name] = order.clone()
             for part in problem.parts:
                 touched.setdefault(part.layer, []).append(part.columns[order])
+        if changed:
+            self.orders, self._stored_columns = self.orders | changed, None
         for name, moved in touched.items():
             score, mask = self.scores[name], self.masks[name]
             for columns in moved:
@@ -296,17 +288,7 @@ class MaskedLayers(RunningLayers):
     def restore(self) -> None:
         """Let the model run with its dense weights; the network must not be used afterwards."""
         self.detach()
-        self.release()
-
-    @property
-    def holds_narrow(self) -> bool:
-        """Whether weights are held in bf16."""
-        return self.held is not None and self.held.active
-
-    def release(self) -> None:
-        """Convert weights that are held in bf16 to the types of before."""
-        if self.held is not None:
-            self.held.release()
+        self.held.release()
 
     def write(self) -> None:
         """Write the weights that are shown into the model; the network must not be used afterwards.
@@ -341,8 +323,7 @@ class MaskedLayers(RunningLayers):
     def _type(self, name: str) -> torch.dtype:
         """The type of a layer's weights where they are not held in bf16."""
         layer = self.layers[name]
-        dtype = layer.stored.dtype
-        return dtype if self.held is None else self.held.types.get(layer.parameter, dtype)
+        return self.held.types.get(layer.parameter, layer.stored.dtype)
 
     def _shown(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self._type(name)
@@ -352,8 +333,7 @@ class MaskedLayers(RunningLayers):
 
     def _unmasked(self, name: str) -> Tensor:
         """The weight that is masked, in the type in which it is held."""
-        trained = name in self.trained
-        return self.trained[name] if trained else self.layers[name].weight
+        return self.trained[name] if name in self.trained else self.layers[name].weight
 
     def _multiplied(self, layer: Layer) -> Tensor | None:
         other = layer.expert is not None or layer.transposed or layer.name in self.updated

@@ -24,7 +24,7 @@ from permprune.pattern import Pattern
 from permprune.pruning.gradients import Gradients, GradientSums, differentiable, received
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Orders, Outline, Part, Problem
-from permprune.saliency.base import Saliency
+from permprune.saliency.metrics import Saliency
 from permprune.system import distributed, sharding
 from permprune.system.device import compute_device
 from permprune.system.shelf import Computed, Shelf
@@ -55,10 +55,10 @@ class PrunedNetwork(MaskedLayers):
         saliency: Saliency,
         patterns: Mapping[str, Pattern],
         task: Task,
-        dtype: torch.dtype = torch.float32,
-        batch: int = 2,
-        recompute: bool = False,
-        held: NarrowWeights | None = None,
+        dtype: torch.dtype,
+        batch: int,
+        recompute: bool,
+        held: NarrowWeights,
         shelf: Shelf | None = None,
     ) -> None:
         super().__init__(

@@ -24,7 +24,7 @@ class RunningLayers(ABC):
     Such a weight is in memory only while its module runs. `held` are the weights of the model that are held in bf16.
     """
 
-    def __init__(self, layers: Iterable[Layer], held: NarrowWeights | None) -> None:
+    def __init__(self, layers: Iterable[Layer], held: NarrowWeights) -> None:
         self.layers, self.held = {layer.name: layer for layer in layers}, held
         self._handles: list[RemovableHandle] = []
         self._packed: PackedWeights | None = None
@@ -96,8 +96,8 @@ class RunningLayers(ABC):
         if first.expert is None and not others:
             weight = self._shown(first.name, autocast_dtype(stored.device))  # as the product would convert it
             return weight.T if first.transposed else weight
-        held = self.held is not None and first.parameter in self.held.types
-        whole = stored.detach().to(computed_type(stored) if held else stored.dtype, copy=True)
+        dtype = computed_type(stored) if first.parameter in self.held.types else stored.dtype
+        whole = stored.detach().to(dtype, copy=True)
         for layer in layers:
             layer.part_of(whole).copy_(self._shown(layer.name, whole.dtype))
         return whole

@@ -1,1 +1,1 @@
-"""Saliency metrics, which score the importance of each weight; one file per metric."""
+"""Scores of weights."""

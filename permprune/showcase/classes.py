@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permprune.examples import IGNORED, Examples
-from permprune.losses.embeddings import embed_all
+from permprune.losses.targets import embed_all
 from permprune.models.forward import frozen, run_model
 from permprune.models.modality import pooling_of
 from permprune.models.processors import Processor, image_processor_of

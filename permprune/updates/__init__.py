@@ -1,1 +1,1 @@
-"""Updates of the remaining weights, which compensate for the pruned ones; one file per method."""
+"""Updates of the remaining weights, which compensate for the pruned ones."""

@@ -1,4 +1,4 @@
-"""The interface of weight updates, no update, and the block-by-block pass that layer-wise updates share."""
+"""The interface of weight updates, and the block-by-block pass that layer-wise updates share."""
 
 from __future__ import annotations
 
@@ -46,16 +46,6 @@ class Update(ABC):
         `examples` are calibration examples. `masks` are the weights to keep, bool (rows, channels) by layer, in the
         network's own order; if they are None, the update chooses. Raises `PermpruneError` if no update can be computed.
         """
-
-
-@dataclass(frozen=True)
-class NoUpdate(Update):
-    """Apply the masks only: every remaining weight keeps its value."""
-
-    name: ClassVar[str] = "none"
-
-    def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
-        """Leave the network as it is."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from permprune.losses.objective import Objective
 from permprune.pruning.network import PrunedNetwork
 from permprune.system.progress import log
 from permprune.system.shelf import Computed
-from permprune.updates.base import NoUpdate, Update
+from permprune.updates.base import Update
+from permprune.updates.methods import NoUpdate
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """The shares that are tried of an update that keeps the network's masks."""

@@ -17,11 +17,11 @@ from permprune.errors import PermpruneError
 from permprune.jobs.finetune import FineTuning
 from permprune.kv.config import KVConfig
 from permprune.options import numbers_of
-from permprune.permuters.newton import Newton
 from permprune.permuters.registry import PERMUTERS
-from permprune.saliency.registry import SALIENCIES
+from permprune.permuters.trust_region import Newton
+from permprune.saliency.metrics import SALIENCIES
 from permprune.system.search_state import Checkpoint
-from permprune.updates.registry import UPDATES
+from permprune.updates.methods import UPDATES
 
 from .running import COMMAND, fails, run
 

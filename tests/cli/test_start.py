@@ -12,8 +12,8 @@ from permprune.evaluation.metrics import METRICS
 from permprune.jobs.finetune import RATES
 from permprune.options import PACKED
 from permprune.permuters.registry import PERMUTERS
-from permprune.saliency.registry import SALIENCIES
-from permprune.updates.registry import UPDATES
+from permprune.saliency.metrics import SALIENCIES
+from permprune.updates.methods import UPDATES
 
 from .running import run
 

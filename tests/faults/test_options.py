@@ -23,11 +23,11 @@ from permprune import (
 from permprune.cli.settings import parse_bytes
 from permprune.losses.objective import Objective
 from permprune.options import numbers_of
-from permprune.permuters.newton import Newton
 from permprune.permuters.registry import PERMUTERS, permuter
-from permprune.saliency.registry import SALIENCIES
+from permprune.permuters.trust_region import Newton
+from permprune.saliency.metrics import SALIENCIES
 from permprune.training.loop import Training
-from permprune.updates.registry import UPDATES
+from permprune.updates.methods import UPDATES
 
 from ..cli.running import fails, run
 

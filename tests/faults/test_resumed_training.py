@@ -25,7 +25,7 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
 
 
 ADAM = "permprune.permuters.tuning.adam_step"
-ADMM = "permprune.updates.admm.cholesky"
+ADMM = "permprune.updates.methods.cholesky"
 LAYERS = 14
 """Of the tiny LLaMA; each step of a training calls `adam_step` once for each."""
 

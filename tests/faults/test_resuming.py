@@ -15,10 +15,9 @@ from transformers import LlamaForCausalLM
 from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.engine.session import Session
-from permprune.permuters.base import LocalPermuter, Permuter
-from permprune.permuters.identity import Random
-from permprune.permuters.newton import Newton
+from permprune.permuters.base import LocalPermuter, Permuter, Random
 from permprune.permuters.registry import PERMUTERS
+from permprune.permuters.trust_region import Newton
 from permprune.permuters.tuning import KeptWeights
 from permprune.system import search_state as checkpoint
 from permprune.system.files import WorkFolder
@@ -312,7 +311,7 @@ def test_what_was_found_is_recalled_by_all_that_it_depends_on(prepared: Prepared
     assert (shorter is first) == isinstance(method, LocalPermuter)
     other = method.solve(network, dataclasses.replace(run, seed=1))
     assert any(not torch.equal(other.orders[name], order) for name, order in first.orders.items()) or method != Random()
-    assert torch.equal(network.current()[network.problems[0].name], other.orders[network.problems[0].name])
+    assert torch.equal(network.orders[network.problems[0].name], other.orders[network.problems[0].name])
     with pytest.raises(dataclasses.FrozenInstanceError):
         run.seed = 1  # type: ignore[misc]
 

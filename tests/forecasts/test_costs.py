@@ -16,10 +16,9 @@ from permprune.forecasts.costs import proposals, stages_of, state_bytes
 from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.resources import Memory, Phase, Stage, Work, Workload
 from permprune.permuters.base import LocalPermuter, Permuter
-from permprune.permuters.newton import Newton
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.registry import PERMUTERS
-from permprune.permuters.trust_region import TrustRegion
+from permprune.permuters.trust_region import Newton, TrustRegion
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Problem
 

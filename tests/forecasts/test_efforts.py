@@ -20,8 +20,8 @@ from permprune.engine.held import prepare
 from permprune.forecasts import efforts
 from permprune.forecasts.activations import Activations
 from permprune.forecasts.efforts import EFFORTS, ROUNDS, STEPS, Effort, resolve
-from permprune.permuters.newton import Newton
 from permprune.permuters.registry import permuter
+from permprune.permuters.trust_region import Newton
 
 from ..cli.running import fails, run
 from ..fixtures import make_tiny_llama

@@ -26,9 +26,9 @@ from permprune.kv.evaluation import CacheMeter
 from permprune.kv.files import read_channels, read_record, weights_of, write_cache
 from permprune.kv.moving import Moving
 from permprune.models.forward import cache_argument
+from permprune.permuters.base import Identity
 from permprune.permuters.cp import CP
-from permprune.permuters.identity import Identity
-from permprune.permuters.ria import RIAPermuter
+from permprune.permuters.kept import RIAPermuter
 
 from ..cli.running import fails, run
 from ..faults.pruned import write_source

@@ -5,9 +5,8 @@ import torch
 
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
-from permprune.losses.choice import choose_task
 from permprune.losses.objective import TRAINED_HIDDEN_STATES, Objective, TeacherOutputs, block_outputs
-from permprune.losses.targets import Imitation, next_token
+from permprune.losses.targets import Imitation, choose_task, next_token
 from permprune.models.forward import padding_of, run_model
 
 from ..modalities import EXAMPLES, make

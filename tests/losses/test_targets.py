@@ -17,10 +17,18 @@ from permprune.config import PruneConfig
 from permprune.engine.held import prepare
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
-from permprune.losses.choice import choose_task
-from permprune.losses.embeddings import Embeddings
 from permprune.losses.objective import Objective
-from permprune.losses.targets import Features, Imitation, Predictions, Task, labelled, next_token, scored
+from permprune.losses.targets import (
+    Embeddings,
+    Features,
+    Imitation,
+    Predictions,
+    Task,
+    choose_task,
+    labelled,
+    next_token,
+    scored,
+)
 from permprune.models.forward import Padding, padding_of, run_model
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern

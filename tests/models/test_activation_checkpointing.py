@@ -13,10 +13,11 @@ from permprune.losses.objective import Objective
 from permprune.losses.targets import Predictions, Task, next_token
 from permprune.models.activation_checkpointing import recomputed, recomputing
 from permprune.models.layers import Layer, blocks, prunable_layers
+from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
 from permprune.pruning.gradients import Gradients
 from permprune.pruning.network import PrunedNetwork
-from permprune.saliency.wanda import Wanda
+from permprune.saliency.metrics import Wanda
 
 from ..fixtures import make_tiny_llama
 
@@ -121,6 +122,7 @@ def gradients(model: nn.Module, found: Statistics, dtype: torch.dtype, recompute
         dtype=dtype,
         batch=2,
         recompute=recompute,
+        held=NarrowWeights(model, layers, dtype),
     )
     every = Objective(1.0, 1.0, 1.0, 1.0)
     try:

@@ -11,8 +11,7 @@ from permprune.engine.held import prepare
 from permprune.examples import Examples
 from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.run import forecast_plan
-from permprune.losses.choice import choose_task
-from permprune.losses.targets import Imitation
+from permprune.losses.targets import Imitation, choose_task
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 
 from ..modalities import images, make, speech

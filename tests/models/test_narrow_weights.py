@@ -24,7 +24,7 @@ from permprune.models.layers import prunable_layers
 from permprune.models.narrow_weights import NarrowWeights
 from permprune.models.narrow_weights import held_bytes as held_bytes_of_a_run
 from permprune.pattern import Pattern
-from permprune.permuters.newton import Newton
+from permprune.permuters.trust_region import Newton
 
 from ..fixtures import make_tiny_llama
 
@@ -159,7 +159,7 @@ def test_updated_weights_are_rounded_when_they_are_written() -> None:
     assert torch.equal(network.shown[name], changed)
     network.write()
     assert torch.equal(network.layers[name].weight, changed.bfloat16())
-    network.release()
+    network.held.release()
     assert torch.equal(network.layers[name].weight, changed.bfloat16().float())
 
 

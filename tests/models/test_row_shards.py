@@ -19,8 +19,8 @@ from permprune.losses.objective import Objective
 from permprune.models.layers import block_linears, prunable_layers
 from permprune.models.row_shards import load_rows, require_divisible
 from permprune.permuters import kept
-from permprune.permuters.newton import Newton
-from permprune.permuters.ria import RIAPermuter
+from permprune.permuters.kept import RIAPermuter
+from permprune.permuters.trust_region import Newton
 from permprune.plan import plan_run
 from permprune.system import distributed
 

@@ -14,9 +14,9 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.models.hooks import attached
 from permprune.models.layers import blocks
+from permprune.permuters.base import Identity
 from permprune.permuters.block_tuning import Chain, trained_blocks
-from permprune.permuters.identity import Identity
-from permprune.permuters.newton import Newton
+from permprune.permuters.trust_region import Newton
 from permprune.pruning.network import PrunedNetwork
 from permprune.system.search_state import Checkpoint, Resumable
 

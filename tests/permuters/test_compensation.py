@@ -12,12 +12,12 @@ from transformers import LlamaForCausalLM
 from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.losses.objective import Objective
-from permprune.permuters.identity import Identity
+from permprune.permuters.base import Identity
 from permprune.permuters.iterate import Landscape, SearchState
-from permprune.permuters.newton import Newton
 from permprune.permuters.refinement import compensate
+from permprune.permuters.trust_region import Newton
 from permprune.system.search_state import Checkpoint, Resumable
-from permprune.updates.admm import ADMM
+from permprune.updates.methods import ADMM
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 METHOD = Newton(
@@ -70,7 +70,7 @@ def test_a_time_limit_leaves_blocks_as_they_are(
 
     monkeypatch.setattr(ADMM, "apply", slow_at_first)
     before = {name: weight.clone() for name, weight in network.shown.items()}
-    state = SearchState(orders=network.current(), best=landscape.held_out_loss())
+    state = SearchState(orders=network.orders, best=landscape.held_out_loss())
     saved = Resumable(Checkpoint(None, {}), "compensation")
     after = compensate(landscape, state, examples=16, limit=1.0, saved=saved)
     assert "blocks from model.layers.1.self_attn.q_proj on are not updated" in caplog.text

@@ -10,11 +10,9 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.losses.objective import Objective
 from permprune.matching.schedule import Geometric
-from permprune.permuters.cost_matrix import CostMatrixLearner
-from permprune.permuters.identity import Random
+from permprune.permuters.base import Random
+from permprune.permuters.cost_matrix import CostMatrixLearner, LearnedPaper, PermLLM
 from permprune.permuters.iterate import Landscape
-from permprune.permuters.paper import LearnedPaper
-from permprune.permuters.permllm import PermLLM
 from permprune.permuters.reconstruction import Reconstruction
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))

@@ -14,9 +14,9 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Objective
 from permprune.permuters.base import Permuter, Round
+from permprune.permuters.cost_matrix import LearnedPaper
 from permprune.permuters.learned import Learned
-from permprune.permuters.newton import Newton
-from permprune.permuters.paper import LearnedPaper
+from permprune.permuters.trust_region import Newton
 from permprune.system.search_state import Checkpoint
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))

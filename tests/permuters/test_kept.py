@@ -90,7 +90,7 @@ def test_ria_assigns_inside_random_parts_of_wide_problems(pattern: Pattern, monk
 def test_scores_of_large_problems_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     pattern, orders = Pattern(2, 4), []
     network = Mock(scores={"a": random(30, 16), "b": random(9, 32, seed=1)})
-    network.row_count.side_effect = lambda name: len(network.scores[name])
+    network.rows_of.return_value = 39
     problem = Problem("order", 16, (Part("a", "x", torch.arange(16)), Part("b", "y", torch.arange(16) * 2)))
     for held in (2**10, 0):
         monkeypatch.setattr("permprune.permuters.kept.HELD", held)

@@ -10,10 +10,9 @@ from permprune.engine.held import Held, prepare
 from permprune.losses.objective import Objective
 from permprune.models.forward import run_model
 from permprune.permuters.learned import Learned
-from permprune.permuters.newton import Newton
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.registry import PERMUTERS
-from permprune.permuters.trust_region import TrustRegion
+from permprune.permuters.trust_region import Newton, TrustRegion
 from permprune.permuters.tuning import counted, train_weights
 from permprune.system.search_state import Checkpoint, Resumable
 

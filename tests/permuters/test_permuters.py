@@ -15,15 +15,13 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Loss, Objective
 from permprune.permuters.base import Permuter, Run, Solution
-from permprune.permuters.cost_matrix import CostMatrixLearner
+from permprune.permuters.cost_matrix import CostMatrixLearner, LearnedPaper
 from permprune.permuters.cp import CP
 from permprune.permuters.iterate import Landscape
 from permprune.permuters.learned import Learned
-from permprune.permuters.newton import Newton
-from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS, permuter
-from permprune.permuters.trust_region import DISCOUNT, LEAST_SLOPE, TrustRegion
+from permprune.permuters.trust_region import DISCOUNT, LEAST_SLOPE, Newton, TrustRegion
 from permprune.permuters.trust_region_state import TrustRegionState
 from permprune.pruning.gradients import Gradients
 from permprune.pruning.problem import Orders
@@ -325,7 +323,7 @@ def test_a_step_much_too_far_damps_each_problem_by_its_slopes_and_is_taken_again
     network = prepared.network
     method, landscape, state = begun(prepared, name, damping=0.01)
     network.set_orders(network.identity())
-    state = dataclasses.replace(state, orders=network.current())
+    state = dataclasses.replace(state, orders=network.orders)
     gradients = method.gradients(landscape, state)
     proposals, before = method.proposals(landscape, state, gradients)
     orders = {name: proposal.order for name, proposal in proposals.items()}

@@ -14,10 +14,10 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.losses.objective import Objective
 from permprune.permuters import refinement
-from permprune.permuters.identity import Identity
+from permprune.permuters.base import Identity
 from permprune.permuters.iterate import Landscape, SearchState
-from permprune.permuters.newton import Newton
 from permprune.permuters.refinement import Swaps, find_swaps, refine_masks, swapped
+from permprune.permuters.trust_region import Newton
 from permprune.system.search_state import Checkpoint, Resumable
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
@@ -81,7 +81,7 @@ def test_rounds_lower_the_loss_and_keep_the_pattern(
     network, before = prepared.network, prepared.network.bits
     landscape = Landscape(network, prepared.run, Objective())
     first = landscape.held_out_loss()
-    state = SearchState(orders=network.current(), best=first)
+    state = SearchState(orders=network.orders, best=first)
     with caplog.at_level(logging.INFO, logger="permprune"):
         best = refine_masks(landscape, state, **{**BRIEF, "rounds": 3}).best
     assert best < first - 1e-3 and landscape.held_out_loss() == pytest.approx(best, abs=1e-6)
@@ -95,7 +95,7 @@ def test_the_loss_cannot_rise(prepared: Prepared, monkeypatch: pytest.MonkeyPatc
     network, before = prepared.network, prepared.network.bits
     landscape = Landscape(network, prepared.run, Objective())
     monkeypatch.setattr(landscape, "held_out_loss", lambda: 9.0)
-    refined = refine_masks(landscape, SearchState(orders=network.current(), best=8.0), **BRIEF)
+    refined = refine_masks(landscape, SearchState(orders=network.orders, best=8.0), **BRIEF)
     assert [point.loss for point in refined.curve] == [8.0, 8.0]
     assert all(torch.equal(bits, before[name]) for name, bits in network.bits.items())
 

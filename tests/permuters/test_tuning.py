@@ -19,7 +19,7 @@ from permprune.examples import IGNORED, Examples
 from permprune.forecasts.costs import state_bytes
 from permprune.kernels.adam.step import BETAS, RISING
 from permprune.losses.objective import Loss, Objective, as_loss
-from permprune.permuters.newton import Newton
+from permprune.permuters.trust_region import Newton
 from permprune.permuters.tuning import (
     LOGGED,
     SLOWER,

@@ -20,9 +20,9 @@ from permprune.losses.objective import Objective
 from permprune.losses.targets import next_token
 from permprune.models.layers import Layer, block_linears, prunable_layers
 from permprune.pattern import Pattern
-from permprune.permuters.identity import Random
+from permprune.permuters.base import Random
 from permprune.pruning.problem import build_problems
-from permprune.saliency.registry import SALIENCIES
+from permprune.saliency.metrics import SALIENCIES
 from permprune.training.zeros import KeptZeros
 
 from ..experts import FAMILIES, make, written_by

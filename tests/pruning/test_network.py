@@ -17,9 +17,9 @@ from permprune.losses.objective import Objective
 from permprune.losses.targets import next_token
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
-from permprune.permuters.identity import Random
+from permprune.permuters.base import Random
 from permprune.pruning.masked import MaskedLayers
-from permprune.saliency.obs import OBS
+from permprune.saliency.metrics import OBS
 
 from ..fixtures import make_tiny_llama
 from ..processes import in_processes
@@ -92,7 +92,15 @@ def test_a_layer_that_cannot_be_scored_is_named(prepared: Prepared) -> None:
     moments = {site: -moments for site, moments in network.statistics.moments.items()}
     wrong, first = Statistics(moments, {}, 1), prepared.layers[0].name
     with pytest.raises(PermpruneError, match=f"{first}: .* no Cholesky factor"):
-        MaskedLayers(prepared.layers, [], network.sites, statistics=wrong, saliency=OBS(), patterns=network.patterns)
+        MaskedLayers(
+            prepared.layers,
+            [],
+            network.sites,
+            statistics=wrong,
+            saliency=OBS(),
+            patterns=network.patterns,
+            held=network.held,
+        )
 
 
 def test_gradients_are_those_of_the_mean_loss(prepared: Prepared) -> None:
@@ -285,7 +293,7 @@ def test_weights_shown_stay_until_orders_are_set(prepared: Prepared) -> None:
     with network.dense_weights():
         pass
     assert torch.equal(network.shown[name], weight)
-    network.set_orders(network.current())
+    network.set_orders(network.orders)
     assert torch.equal(network.shown[name], network.dense[name] * network.masks[name])
 
 

@@ -5,11 +5,7 @@ import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.saliency.magnitude import Magnitude
-from permprune.saliency.obs import OBS
-from permprune.saliency.registry import SALIENCIES, saliency
-from permprune.saliency.ria import RIA
-from permprune.saliency.wanda import Wanda
+from permprune.saliency.metrics import OBS, RIA, SALIENCIES, Magnitude, Wanda, saliency
 
 WEIGHT = torch.tensor([[1.0, -2.0, 0.5], [-4.0, 1.0, 0.0]])
 NORM = torch.tensor([1.0, 0.25, 4.0])

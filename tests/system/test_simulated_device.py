@@ -33,9 +33,9 @@ from permprune.permuters.learned import Learned
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS
 from permprune.permuters.trust_region import TrustRegion
-from permprune.saliency.registry import SALIENCIES
+from permprune.saliency.metrics import SALIENCIES
 from permprune.system.failures import OutOfMemory
-from permprune.updates.registry import UPDATES
+from permprune.updates.methods import UPDATES
 
 from ..counted_run import counted, plan_for, read_there, trace_on_cpu
 from ..fixtures import BLOCK, make_tiny_llama, small_checkpoint

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.pattern import Pattern
-from permprune.updates.admm import ADMM, gradual_mask, pattern_mask
-from permprune.updates.sparsegpt import SparseGPT
+from permprune.updates.methods import ADMM, SparseGPT, gradual_mask, pattern_mask
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(4, 8), Pattern(8, 16)]
 
@@ -61,8 +60,8 @@ def test_products_in_bf16_lose_no_more(seed: int, given: bool, monkeypatch: pyte
     mask = masked(weight, moments, order, Pattern(2, 4)) != 0 if given else None
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr("permprune.updates.admm.WIDE", 256)
-        monkeypatch.setattr("permprune.updates.admm.fast_dtype", lambda _, dtype=dtype: dtype)
+        monkeypatch.setattr("permprune.updates.methods.WIDE", 256)
+        monkeypatch.setattr("permprune.updates.methods.fast_dtype", lambda _, dtype=dtype: dtype)
         found.append(ADMM().apply(weight, moments, order, Pattern(2, 4), mask))
     assert not torch.equal(*found)
     one, other = (output_error(weight, pruned, moments) for pruned in found)

@@ -11,13 +11,12 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.examples import Examples
 from permprune.losses.objective import ONE_LABEL_DIVERGENCE, Objective, TeacherOutputs
-from permprune.permuters.identity import Random
+from permprune.permuters.base import Random
 from permprune.pruning.network import PrunedNetwork
 from permprune.system.shelf import Place, Shelf
-from permprune.updates.admm import ADMM
-from permprune.updates.base import NoUpdate, Update
+from permprune.updates.base import Update
+from permprune.updates.methods import ADMM, NoUpdate, SparseGPT
 from permprune.updates.share import SHARES, update_network
-from permprune.updates.sparsegpt import SparseGPT
 
 from ..modalities import make, sentences
 

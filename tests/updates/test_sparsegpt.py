@@ -6,7 +6,7 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.pattern import Pattern
-from permprune.updates.sparsegpt import SparseGPT
+from permprune.updates.methods import SparseGPT
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(4, 8), Pattern(8, 16)]
 

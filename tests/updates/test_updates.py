@@ -12,12 +12,10 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.errors import PermpruneError
 from permprune.pattern import Pattern
-from permprune.permuters.identity import Random
+from permprune.permuters.base import Random
 from permprune.pruning.network import PrunedNetwork
-from permprune.updates.admm import ADMM
-from permprune.updates.base import LayerUpdate, NoUpdate
-from permprune.updates.registry import UPDATES, update
-from permprune.updates.sparsegpt import SparseGPT
+from permprune.updates.base import LayerUpdate
+from permprune.updates.methods import ADMM, UPDATES, NoUpdate, SparseGPT, update
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
