@@ -76,7 +76,7 @@ def _grouped(walk: Walk, node: Node) -> Any:
     if a is None or b is None or len(a) != 2 or len(b) != 3 or rest != [None] * len(rest):
         return NotImplemented
     reason = f"rows are looked up by {place(node)}"
-    freeze(b[0], reason)
+    freeze(b[0], reason=reason)
     if a[0]:
         unify(a[0], Axis(a[0].size, reason, lookups(b[0], cast(Node, ends))), reason)
     unify(a[1], b[1], reason)
@@ -106,8 +106,7 @@ def _attention(walk: Walk, node: Node) -> Any:
     if mask is not None:
         broadcast([scores, mask], len(scores), reason)
     if bound["is_causal"]:
-        freeze(query[-2], f"order matters to {place(node)}")
-        freeze(key[-2], f"order matters to {place(node)}")
+        freeze(query[-2], key[-2], reason=f"order matters to {place(node)}")
     for operand in (query, key):
         walk.record(operand, without=[-1])
     for operand in (key, value):
@@ -120,7 +119,7 @@ def _attention(walk: Walk, node: Node) -> Any:
 def _embedding(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     weight, indices = walk.label(bound["weight"]) or (), walk.label(bound["indices"]) or ()
-    freeze(weight[0], f"rows are looked up by {place(node)}")
+    freeze(weight[0], reason=f"rows are looked up by {place(node)}")
     walk.write(bound["weight"], 1)
     return (*indices, weight[1])
 
@@ -132,8 +131,7 @@ def _convolution(walk: Walk, node: Node) -> Any:
     if bound.get("transposed") or len(source) != len(weight):
         return NotImplemented
     reason, regrouped = f"order matters to {place(node)}", f"indices regrouped by {place(node)}"
-    for axis in (*source[2:], *weight[2:]):
-        freeze(axis, reason)
+    freeze(*source[2:], *weight[2:], reason=reason)
     (group,) = fresh([bound["groups"]])
     unify(_in_group(source[1], group, regrouped), weight[1], regrouped)
     _in_group(weight[0], group, regrouped)
@@ -154,8 +152,7 @@ def _in_group(channels: Axis | None, group: Axis | None, reason: str) -> Axis | 
         return channels
     halves = (channels, None) if channels.size == group.size else factor(channels, group.size, reason)
     if halves is None:
-        freeze(channels, reason)
-        freeze(group, reason)
+        freeze(channels, group, reason=reason)
         return Axis(channels.size // group.size, reason)
     unify(halves[0], group, reason)
     return halves[1]
@@ -220,7 +217,7 @@ def _extreme(walk: Walk, node: Node) -> Any:
         return NotImplemented
     label, dim = walk.label(bound["self"]) or (), bound["dim"]
     if any(user.args[1:] != (0,) for user in node.users):
-        freeze(label[dim], f"order matters to {place(node)}")
+        freeze(label[dim], reason=f"order matters to {place(node)}")
     kept = replace(label, dim, None)
     if not bound["keepdim"]:
         kept = kept[: dim % len(label)] + kept[dim % len(label) + 1 :]

@@ -59,15 +59,12 @@ def find(axis: Axis) -> Axis:
     return root
 
 
-def freeze(axis: Axis | None, reason: str) -> None:
-    """Forbid permutations of the axis and of all its parts. An atom that is already frozen keeps its reason."""
-    if axis is None:
-        return
-    root = find(axis)
-    for part in root.parts:
-        freeze(part, reason)
-    if root.kind == "atom" and not root.reason:
-        root.reason = reason
+def freeze(*axes: Axis | None, reason: str) -> None:
+    """Forbid permutations of the axes and of all their parts. An atom that is already frozen keeps its reason."""
+    for root in (find(axis) for axis in axes if axis is not None):
+        freeze(*root.parts, reason=reason)
+        if root.kind == "atom" and not root.reason:
+            root.reason = reason
 
 
 def product(parts: Iterable[Axis]) -> Axis:
@@ -75,9 +72,9 @@ def product(parts: Iterable[Axis]) -> Axis:
     return _compose("product", [part for part in parts if part.size != 1] or [Axis(1)])
 
 
-def concat(parts: Iterable[Axis]) -> Axis:
-    """The concatenation of axes."""
-    return _compose("concat", list(parts))
+def concat(parts: Iterable[Axis | None]) -> Axis:
+    """The concatenation of axes, where None stands for an axis of size 1."""
+    return _compose("concat", [Axis(1) if part is None else part for part in parts])
 
 
 def unify(first: Axis | None, second: Axis | None, reason: str) -> None:
@@ -88,15 +85,15 @@ def unify(first: Axis | None, second: Axis | None, reason: str) -> None:
     if a is b:
         return
     if a.size != b.size:
-        _freeze_all((a, b), reason)
+        freeze(a, b, reason=reason)
         return
     if a.kind != "atom" and b.kind == "atom":
         a, b = b, a
     if a.kind == "atom":
         if a.reason:
-            freeze(b, a.reason)
+            freeze(b, reason=a.reason)
     elif not _unify_structures(a, b, reason):
-        _freeze_all((a, b), reason)
+        freeze(a, b, reason=reason)
         return
     a, b = find(a), find(b)
     if a is not b:
@@ -107,12 +104,12 @@ def unify(first: Axis | None, second: Axis | None, reason: str) -> None:
                 unify(one.axis, other.axis, reason)
 
 
-def align(left: Sequence[Axis], right: Sequence[Axis], reason: str) -> bool:
+def align(left: Iterable[Axis | None], right: Iterable[Axis | None], reason: str) -> bool:
     """Unify two row-major products of axes, splitting factors where needed, as the input and output of a view.
 
     Returns False, and freezes the axes not yet unified, if a factor cannot be split to fit.
     """
-    a_side, b_side = list(left), list(right)
+    a_side, b_side = ([axis for axis in side if axis is not None and axis.size != 1] for side in (left, right))
     while a_side and b_side:
         a, b = find(a_side.pop(0)), find(b_side.pop(0))
         if a.kind == "product" or b.kind == "product":
@@ -122,7 +119,7 @@ def align(left: Sequence[Axis], right: Sequence[Axis], reason: str) -> bool:
             unify(a, b, reason)
         elif a.size > b.size:
             if (halves := factor(a, b.size, reason)) is None:
-                _freeze_all((a, b, *a_side, *b_side), reason)
+                freeze(a, b, *a_side, *b_side, reason=reason)
                 return False
             unify(halves[0], b, reason)
             a_side.insert(0, halves[1])
@@ -198,36 +195,41 @@ class Loop:
 
 @dataclass(frozen=True)
 class Occurrence:
-    """The positions of an atom in a dimension.
+    """The positions of an atom in dimension `dim` of a tensor.
 
     Index i of the atom is at offset + stride * i + the offsets of the `siblings`: the loops over the other factors.
     """
 
+    dim: int
     atom: Axis
     stride: int
     offset: int
     siblings: tuple[Loop, ...]
 
 
-def occurrences(axis: Axis, stride: int = 1, offset: int = 0, around: tuple[Loop, ...] = ()) -> Iterator[Occurrence]:
-    """Yield every occurrence of an atom in the structure of an axis."""
+def occurrences(label: Label) -> Iterator[Occurrence]:
+    """Yield every occurrence of an atom in the structure of a tensor's axes."""
+    for dim, axis in enumerate(label):
+        if axis is not None:
+            yield from _occurrences(dim, axis)
+
+
+def _occurrences(
+    dim: int, axis: Axis, stride: int = 1, offset: int = 0, around: tuple[Loop, ...] = ()
+) -> Iterator[Occurrence]:
     root = find(axis)
     if root.kind == "atom":
-        yield Occurrence(root, stride, offset, around)
+        yield Occurrence(dim, root, stride, offset, around)
     elif root.kind == "concat":
         for part in root.parts:
-            yield from occurrences(part, stride, offset, around)
+            yield from _occurrences(dim, part, stride, offset, around)
             offset += stride * part.size
     else:
         strides = _strides(root.parts, stride)
-        for position, part in enumerate(root.parts):
-            siblings = tuple(
-                loop
-                for place, other in enumerate(root.parts)
-                if place != position
-                for loop in loops(other, strides[place])
-            )
-            yield from occurrences(part, strides[position], offset, around + siblings)
+        nested = [loops(part, step) for part, step in zip(root.parts, strides, strict=True)]
+        for place, part in enumerate(root.parts):
+            siblings = itertools.chain(around, *nested[:place], *nested[place + 1 :])
+            yield from _occurrences(dim, part, strides[place], offset, tuple(siblings))
 
 
 def loops(axis: Axis, stride: int = 1) -> tuple[Loop, ...]:
@@ -250,11 +252,6 @@ def _restructure(root: Axis, kind: Literal["product", "concat"], parts: list[Axi
     return root
 
 
-def _freeze_all(axes: Iterable[Axis], reason: str) -> None:
-    for axis in axes:
-        freeze(axis, reason)
-
-
 def _unify_structures(a: Axis, b: Axis, reason: str) -> bool:
     if a.kind == b.kind == "product":
         return align(a.parts, b.parts, reason)
@@ -273,11 +270,7 @@ def _unify_structures(a: Axis, b: Axis, reason: str) -> bool:
 
 
 def _boundaries(root: Axis) -> list[int]:
-    bounds, position = [], 0
-    for part in root.parts[:-1]:
-        position += part.size
-        bounds.append(position)
-    return bounds
+    return list(itertools.accumulate(part.size for part in root.parts[:-1]))
 
 
 def _cut_concat(root: Axis, points: Sequence[int]) -> list[Axis] | None:

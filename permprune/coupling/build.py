@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from permprune.coupling.axes import Axis, Label, Loop, Occurrence, find, freeze, loops, occurrences
-from permprune.coupling.sites import UniqueNames, common_prefix, dotted, owner
-from permprune.coupling.space import ChannelSpace, Member, Role
+from permprune.coupling.sites import common_prefix, dotted, owner, unique
+from permprune.coupling.space import ChannelSpace, Freedom, Member, Role
 from permprune.coupling.walk import Walk
 
+Key = tuple[str, int]
+"""A parameter and one of its dimensions."""
 
-@dataclass(frozen=True)
-class _Spot:
-    """An occurrence of an atom in dimension `dim` of a tensor."""
-
-    dim: int
-    occurrence: Occurrence
+Places = Mapping[Key, Sequence[Occurrence]]
+"""Where an atom occurs in the parameters."""
 
 
-def build_spaces(walk: Walk, readers: Mapping[tuple[str, int], str]) -> tuple[ChannelSpace, ...]:
+def build_spaces(walk: Walk, readers: Mapping[Key, str]) -> tuple[ChannelSpace, ...]:
     """Build a space for every atom that the input dimension of some linear contains.
 
     Spaces are sorted by the first linear that reads them; spaces in the same input dimension are sorted by stride, so
@@ -33,56 +32,39 @@ def build_spaces(walk: Walk, readers: Mapping[tuple[str, int], str]) -> tuple[Ch
     What the model returns beside its logits (`Walk.outputs`) keeps its order, except for channels that are read at
     several sites, such as the hidden states of the last layer: to keep them would cost the most important order.
     """
-    spots = _parameter_spots(walk)
-    outputs = _outputs(walk, spots, readers)
-    blocks = _block_axes(walk, spots)
+    places_of: dict[Axis, dict[Key, list[Occurrence]]] = {}
+    for parameter, label in walk.parameters.items():
+        for spot in occurrences(label):
+            if spot.atom.size > 1:
+                places_of.setdefault(spot.atom, {}).setdefault((parameter, spot.dim), []).append(spot)
+    outputs = _outputs(walk, places_of, readers)
+    blocks = _block_axes(walk, places_of)
     rank = {key: position for position, key in enumerate(walk.reads)}
     ranked = []
-    for atom, places in spots.items():
-        reading = [
-            (rank[parameter, spot.dim], spot.occurrence.stride)
-            for parameter, spot in places
-            if (parameter, spot.dim) in rank
-        ]
+    for atom, places in places_of.items():
+        reading = [(rank[key], spot.stride) for key, spots in places.items() if key in rank for spot in spots]
         if reading:
             ranked.append((min(reading), atom))
     ranked.sort(key=lambda entry: entry[0])
-    names = UniqueNames()
-    return tuple(
-        replace(_space(walk, atom, spots[atom], blocks[atom], readers, names), outputs=tuple(outputs.get(atom, ())))
-        for _, atom in ranked
-    )
+    taken: Counter[str] = Counter()
+    spaces = []
+    for _, atom in ranked:
+        space = _space(walk, atom, places_of[atom], blocks[atom], readers)
+        spaces.append(replace(space, name=unique(space.name, taken), outputs=tuple(outputs.get(atom, ()))))
+    return tuple(spaces)
 
 
-def _outputs(
-    walk: Walk, spots: Mapping[Axis, Sequence[tuple[str, _Spot]]], readers: Mapping[tuple[str, int], str]
-) -> dict[Axis, dict[str, None]]:
+def _outputs(walk: Walk, places_of: Mapping[Axis, Places], readers: Mapping[Key, str]) -> dict[Axis, dict[str, None]]:
     """The names of the outputs beside the logits with channels of each atom; atoms read at one site are frozen."""
     names: dict[Axis, dict[str, None]] = {}
     for name, label in walk.outputs:
-        for atom in (spot.occurrence.atom for spot in _spots(label) if spot.occurrence.atom in spots):
-            sites = {readers.get((parameter, spot.dim)) for parameter, spot in spots[atom]} - {None}
+        for atom in (spot.atom for spot in occurrences(label) if spot.atom in places_of):
+            sites = {readers[key] for key in places_of[atom] if key in readers}
             if len(sites) > 1 and not atom.reason:
                 names.setdefault(atom, {})[name] = None
             else:
-                freeze(atom, f"the model returns it as {name}")
+                freeze(atom, reason=f"the model returns it as {name}")
     return names
-
-
-def _parameter_spots(walk: Walk) -> dict[Axis, list[tuple[str, _Spot]]]:
-    spots: dict[Axis, list[tuple[str, _Spot]]] = {}
-    for parameter, label in walk.parameters.items():
-        for spot in _spots(label):
-            if spot.occurrence.atom.size > 1:
-                spots.setdefault(spot.occurrence.atom, []).append((parameter, spot))
-    return spots
-
-
-def _spots(label: Label) -> Iterable[_Spot]:
-    for dim, axis in enumerate(label):
-        if axis is not None:
-            for occurrence in occurrences(axis):
-                yield _Spot(dim, occurrence)
 
 
 def _block_axes(walk: Walk, atoms: Iterable[Axis]) -> dict[Axis, list[Axis]]:
@@ -96,55 +78,36 @@ def _block_axes(walk: Walk, atoms: Iterable[Axis]) -> dict[Axis, list[Axis]]:
     every = itertools.chain(walk.records, walk.parameters.values())
     labels = {tuple(0 if axis is None else id(find(axis)) for axis in label): label for label in every}
     for label in labels.values():
-        for spot in _spots(label):
-            atom = spot.occurrence.atom
-            if atom not in wanted:
-                continue
-            beside = _companions(label, spot)
-            if atom in common:
-                common[atom] = {axis: None for axis in common[atom] if axis in beside}
-            else:
-                common[atom] = beside
+        for spot in occurrences(label):
+            if spot.atom in wanted:
+                beside = _companions(label, spot)
+                common[spot.atom] = {axis: None for axis in common.get(spot.atom, beside) if axis in beside}
     return {atom: [] if atom.reason else list(common[atom]) for atom in wanted}
 
 
-def _companions(label: Label, spot: _Spot) -> dict[Axis, None]:
+def _companions(label: Label, spot: Occurrence) -> dict[Axis, None]:
     """The atoms that accompany an occurrence: the other factors of its dimension, and the factors of other dimensions.
 
     An atom found twice is ambiguous and is left out.
     """
-    same = [loop.axis for loop in spot.occurrence.siblings]
+    same = [loop.axis for loop in spot.siblings]
     others = [
         loop.axis for dim, axis in enumerate(label) if axis is not None and dim != spot.dim for loop in loops(axis)
     ]
-    unique = [axis for axis in same if same.count(axis) == 1]
-    unique += [axis for axis in others if others.count(axis) == 1 and axis not in same]
-    return {axis: None for axis in unique if axis.kind == "atom" and axis is not spot.occurrence.atom}
+    once = [axis for axis in same if same.count(axis) == 1]
+    once += [axis for axis in others if others.count(axis) == 1 and axis not in same]
+    return {axis: None for axis in once if axis.kind == "atom" and axis is not spot.atom}
 
 
-def _space(
-    walk: Walk,
-    atom: Axis,
-    places: Sequence[tuple[str, _Spot]],
-    blocks: Sequence[Axis],
-    readers: Mapping[tuple[str, int], str],
-    names: UniqueNames,
-) -> ChannelSpace:
-    members: list[Member] = []
-    for key, group in itertools.groupby(places, key=lambda place: (place[0], place[1].dim)):
-        members += _members(walk, key, [spot for _, spot in group], blocks, readers)
+def _space(walk: Walk, atom: Axis, places: Places, blocks: Sequence[Axis], readers: Mapping[Key, str]) -> ChannelSpace:
+    members = [one for key, spots in places.items() for one in _members(walk, key, spots, blocks, readers)]
     count = members[0].positions.shape[0]
-    freedom: str = "frozen" if atom.reason else "blocks" if count > 1 else "free"
-    name = names.take(_name(places, count, readers))
-    return ChannelSpace(name, atom.size, count, freedom, tuple(members), atom.reason)  # type: ignore[arg-type]
+    freedom: Freedom = "frozen" if atom.reason else "blocks" if count > 1 else "free"
+    return ChannelSpace(_name(places, count, readers), atom.size, count, freedom, tuple(members), atom.reason)
 
 
 def _members(
-    walk: Walk,
-    key: tuple[str, int],
-    spots: Sequence[_Spot],
-    blocks: Sequence[Axis],
-    readers: Mapping[tuple[str, int], str],
+    walk: Walk, key: Key, spots: Sequence[Occurrence], blocks: Sequence[Axis], readers: Mapping[Key, str]
 ) -> list[Member]:
     """The members for one dimension of a parameter: a single one that holds all copies, or one per copy if they overlap
     or involve different dimensions.
@@ -160,9 +123,9 @@ def _members(
     return [Member(parameter, where, positions, role, site) for where, positions in placed]
 
 
-def _positions(label: Label, spot: _Spot, blocks: Sequence[Axis]) -> tuple[tuple[int, ...], Tensor]:
+def _positions(label: Label, spot: Occurrence, blocks: Sequence[Axis]) -> tuple[tuple[int, ...], Tensor]:
     """`Member.dims` and `Member.positions`, (blocks, copies, size), of one occurrence."""
-    beside = {loop.axis for loop in spot.occurrence.siblings}
+    beside = {loop.axis for loop in spot.siblings}
     elsewhere = [
         dim
         for dim, axis in enumerate(label)
@@ -171,15 +134,14 @@ def _positions(label: Label, spot: _Spot, blocks: Sequence[Axis]) -> tuple[tuple
         and any(loop.axis in blocks and loop.axis not in beside for loop in loops(axis))
     ]
     dims = tuple(sorted([spot.dim, *elsewhere]))
-    atom_loop = Loop(spot.occurrence.atom, spot.occurrence.stride)
     offset, stride, around = 0, 1, []
     for dim in reversed(dims):
         axis = label[dim]
         assert axis is not None
         if dim == spot.dim:
-            offset = spot.occurrence.offset * stride
-            inner = spot.occurrence.siblings
-            atom_loop = Loop(atom_loop.axis, atom_loop.stride * stride)
+            offset = spot.offset * stride
+            inner = spot.siblings
+            atom_loop = Loop(spot.atom, spot.stride * stride)
         else:
             inner = loops(axis)
         around += [Loop(loop.axis, loop.stride * stride) for loop in inner]
@@ -199,17 +161,16 @@ def _run(nested: Iterable[Loop]) -> Tensor:
     return offsets
 
 
-def _name(places: Sequence[tuple[str, _Spot]], blocks: int, readers: Mapping[tuple[str, int], str]) -> str:
+def _name(places: Places, blocks: int, readers: Mapping[Key, str]) -> str:
     """The name of a space, prefixed with the common prefix of the modules that read it.
 
     "input" for channels read at one site, "residual" for channels read at several sites, and "heads" or
     "heads_in_group" for groups of channels (stride > 1), without and with several blocks.
     """
-    reading = [(parameter, spot) for parameter, spot in places if (parameter, spot.dim) in readers]
-    owners = [owner(parameter) for parameter, _ in reading]
+    reading = [key for key in places if key in readers]
+    owners = {owner(parameter) for parameter, _ in reading}
     prefix = common_prefix(owners)
-    if all(spot.occurrence.stride == 1 for _, spot in reading):
-        sites = {readers[parameter, spot.dim] for parameter, spot in reading}
-        return dotted(prefix, "input" if len(sites) == 1 else "residual")
-    parent = prefix.rpartition(".")[0] if len(set(owners)) == 1 else prefix
+    if all(spot.stride == 1 for key in reading for spot in places[key]):
+        return dotted(prefix, "input" if len({readers[key] for key in reading}) == 1 else "residual")
+    parent = prefix.rpartition(".")[0] if len(owners) == 1 else prefix
     return dotted(parent, "heads" if blocks == 1 else "heads_in_group")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import Tensor, nn
 
 from permprune.coupling.build import build_spaces
-from permprune.coupling.sites import UniqueNames, common_prefix, dotted, find_sites, owner
+from permprune.coupling.sites import common_prefix, connected, dotted, find_sites, owner, unique
 from permprune.coupling.space import Coupling, Site
 from permprune.coupling.trace import trace
 from permprune.errors import PermpruneError, first_line
@@ -38,7 +39,7 @@ def observe(model: nn.Module, example: Mapping[str, Tensor], layers: Sequence[La
     read the same tensor object share a site; all experts of a layer read one. The result has no spaces, so every
     permutation needs a gather at run time. Raises `PermpruneError` if the forward pass fails.
     """
-    read: list[tuple[str, Tensor]] = []  # keeps the tensors alive, so that no id() is reused
+    read: list[tuple[str, Tensor]] = []  # tensors are equal if they are the same object
 
     def note(layer: Layer, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inside = args[0].new_empty(0, layer.weight.shape[1])  # what an expert computes is read by nothing else
@@ -55,22 +56,9 @@ def observe(model: nn.Module, example: Mapping[str, Tensor], layers: Sequence[La
         raise PermpruneError(
             f"the model can be neither traced nor run on the calibration data ({first_line(error)}): check that it runs"
         ) from error
-    return Coupling((), tuple(_sites(read)))
-
-
-def _sites(read: Sequence[tuple[str, Tensor]]) -> list[Site]:
-    """Group weights that read a common tensor, directly or through other weights, into one site each, in call order."""
-    groups: list[dict[str, Tensor]] = []
-    readers: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in read:
-        readers.setdefault(id(tensor), {})[name] = tensor
-    for weights in readers.values():
-        joined = [group for group in groups if group.keys() & weights.keys()]
-        merged = {name: tensor for group in [*joined, weights] for name, tensor in group.items()}
-        groups = [group for group in groups if group not in joined] + [merged]
-    names, sites = UniqueNames(), []
-    for group in groups:
-        size = next(iter(group.values())).shape[-1]
-        prefix = common_prefix(map(owner, group))
-        sites.append(Site(names.take(dotted(prefix, "input")), tuple(group), size, ("input",)))
-    return sites
+    names, sites = Counter[str](), []
+    for group in connected(read):
+        weights = tuple(dict.fromkeys(weight for weight, _ in group))
+        name = unique(dotted(common_prefix(map(owner, weights)), "input"), names)
+        sites.append(Site(name, weights, group[0][1].shape[-1], ("input",)))
+    return Coupling((), tuple(sites))

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from permprune.coupling.axes import Axis, Label, align, factor, freeze, product, unify
+from permprune.coupling.axes import Axis, Label, align, concat, factor, freeze, product, unify
 from permprune.coupling.stack import stacked
 from permprune.coupling.walk import (
     IDENTITIES,
@@ -19,12 +19,12 @@ from permprune.coupling.walk import (
     broadcast,
     coupling_rule,
     fresh,
-    join,
     listed,
     lookups,
     moved_dims,
     op_name,
     place,
+    reordered,
     replace,
     segments,
     shape_of,
@@ -49,11 +49,7 @@ def _view(walk: Walk, node: Node) -> Any:
     if stack := stacked(walk, node, label):
         return stack
     result = fresh(shape)
-    align(
-        [axis for axis in label if axis is not None],
-        [axis for axis in result if axis is not None],
-        f"indices regrouped by {place(node)}",
-    )
+    align(label, result, f"indices regrouped by {place(node)}")
     return result
 
 
@@ -62,10 +58,8 @@ def _move(walk: Walk, node: Node) -> Any:
     source: Any = node.args[0]
     label, order = walk.label(source) or (), moved_dims(node) or []
     if origin := walk.origins.get(source):
-        walk.origins[node] = ParameterView(
-            origin.parameter, tuple(None if d is None else origin.dims[d] for d in order)
-        )
-    return tuple(None if dim is None else label[dim] for dim in order)
+        walk.origins[node] = ParameterView(origin.parameter, reordered(origin.dims, order))
+    return reordered(label, order)
 
 
 @coupling_rule("expand", "expand_as", "broadcast_to")
@@ -127,8 +121,7 @@ def _split(walk: Walk, node: Node) -> Any:
     sizes = [shape[dim] for shape in shapes_of(node)]
     if len(sizes) == 1:
         return [label]
-    pieces = segments(label[dim], sizes, f"cut by {place(node)}")
-    return [replace(label, dim, _solid(piece)) for piece in pieces]
+    return [replace(label, dim, piece) for piece in segments(label[dim], sizes, f"cut by {place(node)}")]
 
 
 @coupling_rule("glu")
@@ -138,7 +131,7 @@ def _glu(walk: Walk, node: Node) -> Any:
     size = shape_of(node)[dim]
     first, second = segments(label[dim], [size, size], f"cut by {place(node)}")
     unify(first, second, f"halves joined by {place(node)}")
-    return replace(label, dim, _solid(first))
+    return replace(label, dim, first)
 
 
 @coupling_rule("select", "unbind")
@@ -146,7 +139,7 @@ def _select(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label = walk.label(bound["self"]) or ()
     dim = bound["dim"] % len(label)
-    freeze(label[dim], f"one index picked by {place(node)}")
+    freeze(label[dim], reason=f"one index picked by {place(node)}")
     rest = label[:dim] + label[dim + 1 :]
     if isinstance(node.meta["val"], (list, tuple)):
         return [rest] * len(node.meta["val"])
@@ -164,7 +157,7 @@ def _cat(walk: Walk, node: Node) -> Any:
     if not tensors:
         return NotImplemented
     labels = [walk.label(tensor) or () for tensor in tensors]
-    joined = labels[0][dim] if len(labels) == 1 else join([label[dim] for label in labels])
+    joined = labels[0][dim] if len(labels) == 1 else concat(label[dim] for label in labels)
     rest = broadcast([replace(label, dim, None) for label in labels], len(shape), f"joined by {place(node)}")
     return replace(rest, dim, joined)
 
@@ -188,8 +181,7 @@ def _ordered(walk: Walk, node: Node) -> Any:
     if not label or dims is None or dims == [] or ("index" in bound and bound["index"] is None):
         return NotImplemented
     reason = f"order matters to {place(node)}"
-    for axis in walk.label(bound.get("index")) or ():
-        freeze(axis, reason)
+    freeze(*(walk.label(bound.get("index")) or ()), reason=reason)
     value = node.meta["val"]
     if isinstance(value, (list, tuple)):
         return [_reorder(label, listed(dims, len(label)), shape, reason) for shape in shapes_of(node)]
@@ -208,10 +200,9 @@ def _ordered(walk: Walk, node: Node) -> Any:
     "upsample_bicubic2d",
 )
 def _pool(walk: Walk, node: Node) -> Any:
+    label, reason = walk.label(node.args[0]) or (), f"order matters to {place(node)}"
     count = int(op_name(node)[-2])  # the last `count` dimensions are pooled: 2 for avg_pool2d
-    return _reorder(
-        walk.label(node.args[0]) or (), list(range(-count, 0)), shape_of(node), f"order matters to {place(node)}"
-    )
+    return _reorder(label, list(range(-count, 0)), shape_of(node), reason)
 
 
 @coupling_rule("masked_scatter")
@@ -224,8 +215,7 @@ def _masked_scatter(walk: Walk, node: Node) -> Any:
         return NotImplemented
     reason = f"order matters to {place(node)}"
     unify(label[-1], source[-1], reason)
-    for axis in (*label[:-1], *source[:-1]):
-        freeze(axis, reason)
+    freeze(*label[:-1], *source[:-1], reason=reason)
     return label
 
 
@@ -246,7 +236,7 @@ def _gather(walk: Walk, node: Node) -> Any:
     reason = f"order matters to {place(node)}"
     for dim, (axis, index_axis) in enumerate(zip(label, index, strict=True)):
         if dim == bound["dim"] % len(label) or axis is None or index_axis is None:
-            freeze(axis, reason)
+            freeze(axis, reason=reason)
         else:
             unify(axis, index_axis, reason)
     return index
@@ -255,8 +245,7 @@ def _gather(walk: Walk, node: Node) -> Any:
 @coupling_rule("tril", "triu")
 def _triangle(walk: Walk, node: Node) -> Any:
     label = walk.label(node.args[0]) or ()
-    for axis in label[-2:]:
-        freeze(axis, f"order matters to {place(node)}")
+    freeze(*label[-2:], reason=f"order matters to {place(node)}")
     return label
 
 
@@ -270,14 +259,19 @@ def _pad(walk: Walk, node: Node) -> Any:
 
 @coupling_rule("index")
 def _index(walk: Walk, node: Node) -> Any:
-    label, indexed = walk.label(node.args[0]) or (), _indexed(walk, node)
+    bound = arguments(node)
+    label, indexed = walk.label(bound["self"]) or (), _indexed(walk, node)
     if indexed is None:
         return NotImplemented
     shape, reason = shape_of(node), f"indexed by {place(node)}"
     after = len(label) - indexed[-1] - 1
     middle = fresh(shape[indexed[0] : len(shape) - after], reason)
     if len(indexed) == len(middle) == 1:
-        _look_up(walk, node, indexed[0], middle[0])
+        (dim,), (rows,) = indexed, middle
+        if rows:
+            rows.lookups = lookups(label[dim], bound["indices"][dim])
+        if origin := walk.origins.get(bound["self"]):
+            walk.origins[node] = ParameterView(origin.parameter, replace(origin.dims, dim, None))
     return (*label[: indexed[0]], *middle, *label[indexed[-1] + 1 :])
 
 
@@ -303,20 +297,9 @@ def _indexed(walk: Walk, node: Node) -> list[int] | None:
     if any(bound["indices"][dim].meta["val"].dtype in (torch.bool, torch.uint8) for dim in indexed):
         return None
     label = walk.label(bound["self"]) or ()
-    for axes in (label[indexed[0] : indexed[-1] + 1], *(walk.label(bound["indices"][dim]) for dim in indexed)):
-        for axis in axes or ():
-            freeze(axis, f"indexed by {place(node)}")
+    for axes in (label[indexed[0] : indexed[-1] + 1], *(walk.label(bound["indices"][dim]) or () for dim in indexed)):
+        freeze(*axes, reason=f"indexed by {place(node)}")
     return indexed
-
-
-def _look_up(walk: Walk, node: Node, dim: int, rows: Axis | None) -> None:
-    """Record that the op looked up one index of dimension `dim` for each of the `rows` of its result."""
-    bound = arguments(node)
-    label = walk.label(bound["self"]) or ()
-    if rows:
-        rows.lookups = lookups(label[dim], bound["indices"][dim])
-    if origin := walk.origins.get(bound["self"]):
-        walk.origins[node] = ParameterView(origin.parameter, (*origin.dims[:dim], None, *origin.dims[dim + 1 :]))
 
 
 def _replicas(axis: Axis | None, times: int, inside: bool) -> Axis | None:
@@ -335,7 +318,7 @@ def _piece(axis: Axis | None, start: int, length: int, size: int, node: Node) ->
     if length < 1:
         return Axis(0, reason)
     sizes = [start, length, size - start - length]
-    return _solid(segments(axis, sizes, reason)[1])
+    return segments(axis, sizes, reason)[1]
 
 
 def _every(axis: Axis | None, start: int, stop: int, step: int, reason: str) -> Axis | None:
@@ -348,12 +331,8 @@ def _every(axis: Axis | None, start: int, stop: int, step: int, reason: str) -> 
     halves = factor(axis, axis.size // step, reason)
     if halves is None:
         return None
-    freeze(halves[1], reason)
+    freeze(halves[1], reason=reason)
     return halves[0]
-
-
-def _solid(axis: Axis | None) -> Axis | None:
-    return None if axis is None or axis.size == 1 else axis
 
 
 def _reorder(label: Label, dims: list[int], shape: Any, reason: str) -> Label:
@@ -362,8 +341,7 @@ def _reorder(label: Label, dims: list[int], shape: Any, reason: str) -> Label:
     Freezes the axes of `dims` and replaces them by new, frozen axes; they are dropped if the op removes dimensions.
     """
     chosen = {dim % len(label) for dim in dims}
-    for dim in chosen:
-        freeze(label[dim], reason)
+    freeze(*(label[dim] for dim in chosen), reason=reason)
     if len(shape) < len(label):
         return tuple(axis for dim, axis in enumerate(label) if dim not in chosen)
     new = fresh(shape, reason)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Set
+from typing import TypeVar
 
 from torch import nn
 from torch.fx import Graph, Node
@@ -12,48 +13,58 @@ from torch.fx import Graph, Node
 from permprune.coupling.space import Site
 from permprune.coupling.walk import IDENTITIES, Walk, module_path, op_name, shape_of
 
+W = TypeVar("W", bound=Hashable)
+T = TypeVar("T", bound=Hashable)
+
 _VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unsqueeze", "squeeze"})
-
-
-@dataclass
-class _Group:
-    """Tensors that are read by the same weights, so that they have to share one permutation."""
-
-    sources: list[Node] = field(default_factory=list)
-    readings: set[tuple[Node, Node]] = field(default_factory=set)  # (tensor, linear)
-    weights: dict[tuple[str, int], None] = field(default_factory=dict)
 
 
 def find_sites(model: nn.Module, walk: Walk, graph: Graph) -> tuple[tuple[Site, ...], dict[tuple[str, int], str]]:
     """The sites in graph order, and a mapping from (weight, input dimension) to the name of the site it reads."""
-    groups = _groups(walk)
     order = {node: position for position, node in enumerate(graph.nodes)}
-    groups.sort(key=lambda group: min(order[node] for node in group.sources))
+    readings = [(key, _source(tensor), linear) for key, read in walk.reads.items() for tensor, linear in read]
+    groups = connected((key, source) for key, source, _ in readings)
+    groups.sort(key=lambda group: min(order[source] for _, source in group))
     exits = _module_exits(graph)
-    names = UniqueNames()
+    names: Counter[str] = Counter()
     sites, readers = [], {}
     for group in groups:
-        weights = sorted(group.weights, key=lambda key: min(order[linear] for _, linear in walk.reads[key]))
-        module = _gather_module(model, group, exits)
+        keys = {key for key, _ in group}
+        weights = [key for key in walk.reads if key in keys]
+        weights.sort(key=lambda key: min(order[linear] for _, linear in walk.reads[key]))
+        uses = {(source, linear) for key, source, linear in readings if key in keys}
+        module = _gather_module(model, uses, exits)
         owners = [owner(parameter) for parameter, _ in weights]
-        name = names.take(f"{module}.output" if module else dotted(common_prefix(owners), "input"))
+        name = unique(f"{module}.output" if module else dotted(common_prefix(owners), "input"), names)
         gather = ("output", module) if module else ("input",)
         parameters = tuple(dict.fromkeys(parameter for parameter, _ in weights))
-        sites.append(Site(name, parameters, shape_of(group.sources[0])[-1], gather))
+        sites.append(Site(name, parameters, shape_of(group[0][1])[-1], gather))
         readers.update(dict.fromkeys(weights, name))
     return tuple(sites), readers
 
 
-class UniqueNames:
-    """Makes names unique: `take` appends a number to a name that is already taken."""
+def connected(readings: Iterable[tuple[W, T]]) -> list[list[tuple[W, T]]]:
+    """Group readings (weight, tensor): those of one weight or of one tensor have to share a permutation.
 
-    def __init__(self) -> None:
-        self._taken: dict[str, int] = {}
+    Groups are in the order in which their last tensor occurs first.
+    """
+    read: dict[T, list[tuple[W, T]]] = {}
+    for weight, tensor in readings:
+        read.setdefault(tensor, []).append((weight, tensor))
+    groups: list[list[tuple[W, T]]] = []
+    for together in read.values():
+        weights = {weight for weight, _ in together}
+        joined, apart = list[list[tuple[W, T]]](), list[list[tuple[W, T]]]()
+        for group in groups:
+            (apart if weights.isdisjoint(weight for weight, _ in group) else joined).append(group)
+        groups = [*apart, [*itertools.chain(*joined, together)]]
+    return groups
 
-    def take(self, name: str) -> str:
-        """Return `name`, with a number appended if it is taken, and mark it as taken."""
-        count = self._taken[name] = self._taken.get(name, 0) + 1
-        return name if count == 1 else self.take(f"{name}.{count}")
+
+def unique(name: str, taken: Counter[str]) -> str:
+    """Return `name`, with a number appended if it is among those `taken`, and count it there."""
+    taken[name] += 1
+    return name if taken[name] == 1 else unique(f"{name}.{taken[name]}", taken)
 
 
 def owner(parameter: str) -> str:
@@ -70,27 +81,6 @@ def common_prefix(names: Iterable[str]) -> str:
 def dotted(prefix: str, name: str) -> str:
     """Join a prefix, which may be empty, and a name with a dot."""
     return f"{prefix}.{name}" if prefix else name
-
-
-def _groups(walk: Walk) -> list[_Group]:
-    """Group the tensors that linears read: tensors read by the same weight are in the same group."""
-    group_of: dict[Node, _Group] = {}
-    for weight, readings in walk.reads.items():
-        group = _Group()
-        for tensor, linear in readings:
-            source = _source(tensor)
-            group.readings.add((source, linear))
-            known = group_of.get(source)
-            if known is None:
-                group.sources.append(source)
-            elif known is not group:
-                group.sources += [node for node in known.sources if node not in group.sources]
-                group.readings |= known.readings
-                group.weights.update(known.weights)
-            for node in group.sources:
-                group_of[node] = group
-        group.weights[weight] = None
-    return list({id(group): group for group in group_of.values()}.values())
 
 
 def _source(tensor: Node) -> Node:
@@ -136,15 +126,18 @@ def _inside(node: Node, path: str) -> bool:
     return not path or here == path or here.startswith(f"{path}.")
 
 
-def _gather_module(model: nn.Module, group: _Group, exits: dict[str, set[Node]]) -> str:
-    """The leaf module whose only output is the group's tensor, if only the group's linears use it; else empty."""
-    path = module_path(group.sources[0])
-    if not path or group.sources[0].op != "call_function":
+def _gather_module(model: nn.Module, readings: Set[tuple[Node, Node]], exits: Mapping[str, set[Node]]) -> str:
+    """The leaf module whose only output is the tensor of all readings, if nothing else uses it; else empty.
+
+    The readings are (tensor, linear).
+    """
+    sources = {source for source, _ in readings}
+    path = module_path(next(iter(sources)))
+    if not path or exits.get(path) != sources:
         return ""
     try:
         module = model.get_submodule(path)
     except AttributeError:
         return ""
-    alone = all((source, user) in group.readings for source in group.sources for _, user in _uses(source))
-    leaf = next(module.children(), None) is None
-    return path if alone and leaf and exits.get(path) == set(group.sources) else ""
+    alone = all((source, user) in readings for source in sources for _, user in _uses(source))
+    return path if alone and next(module.children(), None) is None else ""

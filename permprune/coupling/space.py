@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 Role = Literal["reads", "writes", "scales"]
+Freedom = Literal["free", "blocks", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ChannelSpace:
     name: str
     size: int
     blocks: int
-    freedom: Literal["free", "blocks", "frozen"]
+    freedom: Freedom
     members: tuple[Member, ...]
     reason: str = ""
     outputs: tuple[str, ...] = ()

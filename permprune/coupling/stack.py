@@ -26,6 +26,7 @@ from permprune.coupling.walk import (
     moved_dims,
     op_name,
     place,
+    reordered,
     segments,
     shape_of,
     shapes_of,
@@ -45,18 +46,16 @@ class Stack(Composite):
     def step(self, walk: Walk, node: Node) -> Any:
         """The label of a node that moves the dimensions of this stack or takes pieces of it."""
         if (order := moved_dims(node)) is not None:
-            labels = tuple(tuple(None if dim is None else label[dim] for dim in order) for label in self.labels)
+            labels = tuple(reordered(label, order) for label in self.labels)
             return replace(self, dim=order.index(self.dim), labels=labels)
         pieces = _pieces(walk, node, self.dim)
         if pieces is None:
             raise AssertionError(f"{node} takes no piece of its stack")
         whole = op_name(node) in ("select", "unbind")
-        taken = [self._piece(start, stop, drop=whole) for start, stop in pieces]
+        taken = [self.labels[self.bounds.index(start)] for start, _ in pieces]
+        if whole:
+            taken = [label[: self.dim] + label[self.dim + 1 :] for label in taken]
         return taken if isinstance(node.meta["val"], (list, tuple)) else taken[0]
-
-    def _piece(self, start: int, stop: int, drop: bool) -> Label:
-        label = self.labels[self.bounds.index(start)]
-        return label[: self.dim] + label[self.dim + 1 :] if drop else label
 
 
 def stacked(walk: Walk, node: Node, label: Label) -> Stack | None:
@@ -73,8 +72,8 @@ def stacked(walk: Walk, node: Node, label: Label) -> Stack | None:
                 if piece_labels is None:
                     return None
                 front, back = fresh(shape[:first]), fresh(shape[last:])
-                _match(label[:source], front, reason)
-                _match(label[source + 1 :], back, reason)
+                align(label[:source], front, reason)
+                align(label[source + 1 :], back, reason)
                 return Stack(dim, tuple(points), tuple((*front, *piece, *back) for piece in piece_labels))
     return None
 
@@ -89,18 +88,14 @@ def _split(axis: Axis, shape: Sequence[int], dim: int, points: Sequence[int], re
     if halves is None:
         return None
     outside = fresh(shape[:dim])
-    _match([halves[0]], outside, reason)
+    align([halves[0]], outside, reason)
     sizes = [stop - start for start, stop in itertools.pairwise(points)]
     labels = []
     for size, segment in zip(sizes, segments(halves[1], [size * inner for size in sizes], reason), strict=True):
         inside = fresh((size, *shape[dim + 1 :]))
-        _match([segment], inside, reason)
+        align([segment], inside, reason)
         labels.append((*outside, *inside))
     return labels
-
-
-def _match(source: Sequence[Axis | None], target: Label, reason: str) -> None:
-    align([axis for axis in source if axis and axis.size > 1], [axis for axis in target if axis], reason)
 
 
 def _splits(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[int, tuple[int, int]]]:

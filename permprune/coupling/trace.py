@@ -62,8 +62,7 @@ def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]
     _freeze_overlaps(walk, model, canonical)
     output = _output(program)
     for node in main_outputs(output):
-        for axis in walk.label(node) or ():
-            freeze(axis, f"the model returns it ({place(node)})")
+        freeze(*(walk.label(node) or ()), reason=f"the model returns it ({place(node)})")
     walk.outputs += [(name, label) for name, node in side_outputs(output) if (label := walk.label(node))]
     return walk, program.graph
 
@@ -141,8 +140,8 @@ def _freeze_overlaps(walk: Walk, model: nn.Module, canonical: Mapping[str, str])
     before, end, furthest = "", 0, ""  # of the ranges so far, the one that ends last
     for device, start, stop, name in sorted(ranges):
         if device == before and start < end:
-            for axis in (*walk.parameters.get(furthest, ()), *walk.parameters.get(name, ())):
-                freeze(axis, f"{furthest} and {name} share memory")
+            axes = (*walk.parameters.get(furthest, ()), *walk.parameters.get(name, ()))
+            freeze(*axes, reason=f"{furthest} and {name} share memory")
         if device != before or stop > end:
             before, end, furthest = device, stop, name
 

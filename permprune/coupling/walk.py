@@ -8,19 +8,22 @@ Supporting a new family of models takes new rules and nothing else.
 
 from __future__ import annotations
 
+import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from permprune.coupling.axes import Axis, Label, Lookup, concat, cut, find, freeze, unify
+from permprune.coupling.axes import Axis, Label, Lookup, cut, find, freeze, unify
+
+T = TypeVar("T")
 
 Rule = Callable[["Walk", Node], Any]
 
@@ -128,8 +131,7 @@ class Walk:
         reason = f"no rule for {place(node)}"
         for source in node.all_input_nodes:
             for one in labels_in(self.labels.get(source)):
-                for axis in one:
-                    freeze(axis, reason)
+                freeze(*one, reason=reason)
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             return fresh(value.shape, reason)
@@ -196,13 +198,9 @@ def shapes_of(node: Node) -> list[tuple[int, ...]]:
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of an ATen op by their names in its schema, including defaults."""
     target: Any = node.target
-    bound: dict[str, Any] = {}
-    for position, argument in enumerate(target._schema.arguments):
-        if position < len(node.args):
-            bound[argument.name] = node.args[position]
-        else:
-            bound[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return bound
+    schema = target._schema.arguments
+    given = {argument.name: value for argument, value in zip(schema, node.args, strict=False)} | node.kwargs
+    return {argument.name: given.get(argument.name, argument.default_value) for argument in schema}
 
 
 def op_name(node: Node) -> str:
@@ -287,34 +285,33 @@ def place(node: Node) -> str:
 
 
 def segments(axis: Axis | None, sizes: Sequence[int], reason: str) -> list[Axis | None]:
-    """Cut an axis into consecutive pieces; if its structure does not allow it, freeze it and return new frozen axes."""
-    points, position = [], 0
-    kept = [size for size in sizes if size]
-    for size in kept[:-1]:
-        position += size
-        points.append(position)
+    """Cut an axis into consecutive pieces, None for those of size 1.
+
+    If its structure does not allow it, the axis is frozen, and the pieces are new frozen axes.
+    """
+    points = list(itertools.accumulate([size for size in sizes if size][:-1]))
     pieces = cut(axis, points) if axis is not None and axis.size == sum(sizes) else None
     if pieces is None:
-        freeze(axis, reason)
+        freeze(axis, reason=reason)
         return list(fresh(sizes, reason))
-    remaining = iter(pieces)
+    remaining = iter([None if piece.size == 1 else piece for piece in pieces])
     return [next(remaining) if size else Axis(0, reason) for size in sizes]
 
 
-def replace(label: Label, dim: int, axis: Axis | None) -> Label:
+def replace(label: tuple[T, ...], dim: int, axis: T) -> tuple[T, ...]:
     """The label with the axis at `dim` replaced."""
     dim %= len(label)
     return (*label[:dim], axis, *label[dim + 1 :])
 
 
+def reordered(label: tuple[T | None, ...], order: Sequence[int | None]) -> tuple[T | None, ...]:
+    """The label of a tensor whose dimensions are moved (`moved_dims`)."""
+    return tuple(None if dim is None else label[dim] for dim in order)
+
+
 def listed(dims: int | Sequence[int] | None, rank: int) -> list[int]:
     """An op's `dim` argument as a list of non-negative dimensions; empty if it is None."""
     return [dim % rank for dim in ([] if dims is None else [dims] if isinstance(dims, int) else dims)]
-
-
-def join(axes: Sequence[Axis | None]) -> Axis:
-    """The concatenation of axes, where None stands for an axis of size 1."""
-    return concat([Axis(1) if axis is None else axis for axis in axes])
 
 
 def broadcast(labels: Sequence[Label | None], rank: int, reason: str) -> Label:

@@ -15,7 +15,7 @@ sizes = st.lists(st.sampled_from([2, 3, 4, 6]), min_size=1, max_size=3)
 def reached(axis: Axis) -> list[int]:
     """Every position that the atoms of an axis reach, sorted."""
     found = []
-    for spot in occurrences(axis):
+    for spot in occurrences([axis]):
         offsets = [spot.offset + spot.stride * index for index in range(spot.atom.size)]
         for loop in spot.siblings:
             offsets = [offset + loop.stride * index for offset in offsets for index in range(loop.axis.size)]
@@ -47,7 +47,7 @@ def test_aligned_products_name_every_position_alike_or_are_frozen(left, right):
         assert addresses(one) == addresses(other)
     else:
         for axis in (one, other):
-            assert any(spot.atom.reason == "misfit" for spot in occurrences(axis))
+            assert any(spot.atom.reason == "misfit" for spot in occurrences([axis]))
 
 
 @given(st.sets(st.integers(1, 11)), st.sets(st.integers(1, 11)), st.sampled_from([2, 3, 4, 6]))
@@ -77,14 +77,14 @@ def test_a_product_cut_between_its_rows_becomes_a_concatenation():
 
 def test_frozen_axes_stay_frozen_when_they_are_split_or_joined():
     axis = Axis(12)
-    freeze(axis, "first")
-    freeze(axis, "second")
+    freeze(axis, reason="first")
+    freeze(axis, reason="second")
     halves = factor(axis, 3, "misfit")
     assert halves is not None
     assert [half.reason for half in halves] == ["first", "first"]
     other = Axis(12)
     unify(other, axis, "misfit")
-    assert [spot.atom.reason for spot in occurrences(other)] == ["first", "first"]
+    assert [spot.atom.reason for spot in occurrences([other])] == ["first", "first"]
 
 
 def test_halves_swapped_are_tied():
