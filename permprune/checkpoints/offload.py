@@ -18,7 +18,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.damage import require_digests
 from permprune.checkpoints.gathers import attach_gathers
 from permprune.checkpoints.io import (
     CONFIG,
@@ -32,6 +31,7 @@ from permprune.checkpoints.io import (
     written_checkpoint,
 )
 from permprune.checkpoints.origin import Origin, set_origin
+from permprune.checkpoints.probe import require_digests
 from permprune.checkpoints.record import RECORD, read_record
 from permprune.checkpoints.weights import GATHERED, ModelFiles, require_buildable, stop_transformers
 from permprune.errors import PermpruneError
