@@ -27,12 +27,7 @@ class Speed:
     cache: Annotated[int, Range(0, 2**60)] = 0
 
     @property
-    def prefill(self) -> float:
-        """Prompt tokens per second, over all sequences."""
-        return self.batch * self.context / self.first_token
-
-    @property
-    def decode(self) -> float:
+    def rate(self) -> float:
         """Generated tokens per second, over all sequences."""
         return self.batch / self.next_token
 
@@ -57,7 +52,7 @@ class Throughput:
     seconds: Duration
 
     @property
-    def items(self) -> float:
+    def rate(self) -> float:
         """Inputs per second."""
         return self.batch / self.seconds
 
@@ -110,5 +105,6 @@ class Benchmark:
 
 def _with_rates(speed: Throughput | Speed) -> dict[str, Any]:
     if isinstance(speed, Throughput):
-        return {**dataclasses.asdict(speed), "items": speed.items}
-    return {**dataclasses.asdict(speed), "prefill": speed.prefill, "decode": speed.decode}
+        return {**dataclasses.asdict(speed), "items": speed.rate}
+    prompts = speed.batch * speed.context / speed.first_token
+    return {**dataclasses.asdict(speed), "prefill": prompts, "decode": speed.rate}
