@@ -31,7 +31,7 @@ from permprune.kernels.product.layout import BLOCK, LARGEST_BATCH, Layout
 from permprune.kernels.product.linear import multiply_native
 from permprune.kernels.product.packed import PackedWeight, quantize
 from permprune.pattern import Pattern
-from permprune.system.huge_pages import move_to_huge_pages
+from permprune.system.memory import move_to_huge_pages
 
 Product = Callable[[Tensor], Tensor]
 

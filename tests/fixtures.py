@@ -55,7 +55,7 @@ from permprune.kernels import library  # noqa: E402
 from permprune.pruning.problem import Outline  # noqa: E402
 from permprune.report import run, sweep  # noqa: E402
 from permprune.showcase.base import NotShown  # noqa: E402
-from permprune.showcase.shown import showing_of  # noqa: E402
+from permprune.showcase.kinds import showing_of  # noqa: E402
 from permprune.zoo.models import resolve_model  # noqa: E402
 
 logging.getLogger("torch.__trace").propagate = True  # else pytest attaches a handler, and torch describes each trace

@@ -14,14 +14,10 @@ Bytes = Annotated[int, Range(1, 2**60)]
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """The speed of a model at one batch size and context length.
+    """The speed of a model that generates `batch` sequences in parallel, each after a prompt of `context` tokens.
 
-    Attributes:
-        batch: Number of sequences that are generated in parallel.
-        context: Number of tokens in the prompt of each sequence.
-        first_token: Seconds from the prompt to the first generated token.
-        next_token: Mean number of seconds per generated token after the first.
-        cache: Bytes of the key/value cache at the end; 0 if they were not measured.
+    `first_token` is the time from the prompt to the first generated token in seconds, and `next_token` the mean time
+    per token after it. `cache` are the bytes of the key/value cache at the end; 0 if they were not measured.
     """
 
     batch: Count
@@ -31,12 +27,7 @@ class Speed:
     cache: Annotated[int, Range(0, 2**60)] = 0
 
     @property
-    def prefill(self) -> float:
-        """Prompt tokens per second, over all sequences."""
-        return self.batch * self.context / self.first_token
-
-    @property
-    def decode(self) -> float:
+    def rate(self) -> float:
         """Generated tokens per second, over all sequences."""
         return self.batch / self.next_token
 
@@ -52,10 +43,8 @@ class Speed:
 class Throughput:
     """The speed of a model that does not continue text: an encoder, or a model of images or speech.
 
-    Attributes:
-        batch: Number of inputs that are read in parallel.
-        context: Number of tokens of each text; 0 for images and speech.
-        seconds: Seconds for the batch; a model that transcribes writes a fixed number of tokens in them.
+    It takes `seconds` for `batch` inputs, texts of `context` tokens, or images or speech, where `context` is 0. A model
+    that transcribes writes a fixed number of tokens in them.
     """
 
     batch: Count
@@ -63,7 +52,7 @@ class Throughput:
     seconds: Duration
 
     @property
-    def items(self) -> float:
+    def rate(self) -> float:
         """Inputs per second."""
         return self.batch / self.seconds
 
@@ -76,13 +65,10 @@ class Throughput:
 class BenchedModel:
     """The measurements of one model.
 
-    Attributes:
-        name: The folder or the name of the model, followed by the data type of the dense model and by the folder of the
-            pruned key/value cache.
-        dense: Whether it is the dense model with a dense cache.
-        bytes: Bytes of all tensors of the model, tied ones counted once.
-        resident: Resident memory of the model's process after the measurements in bytes, including PyTorch itself.
-        speeds: The speed at each batch size and context length; those of all models are of the same type.
+    `name` is its folder or name, followed by the data type of the dense model and by the folder of the pruned key/value
+    cache; `dense` tells whether it is the dense model with a dense cache. `bytes` are those of all tensors, tied ones
+    counted once, and `resident` those of its process after the measurements, including PyTorch itself. `speeds` has the
+    speed at each batch size and context length; those of all models are of the same type.
     """
 
     name: str
@@ -119,5 +105,6 @@ class Benchmark:
 
 def _with_rates(speed: Throughput | Speed) -> dict[str, Any]:
     if isinstance(speed, Throughput):
-        return {**dataclasses.asdict(speed), "items": speed.items}
-    return {**dataclasses.asdict(speed), "prefill": speed.prefill, "decode": speed.decode}
+        return {**dataclasses.asdict(speed), "items": speed.rate}
+    prompts = speed.batch * speed.context / speed.first_token
+    return {**dataclasses.asdict(speed), "prefill": prompts, "decode": speed.rate}

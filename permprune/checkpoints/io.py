@@ -16,13 +16,12 @@ from transformers.dynamic_module_utils import custom_object_save, get_class_from
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
 from permprune.checkpoints.companions import copy_companions, encoder_class, fetch_companions, write_modules
-from permprune.checkpoints.damage import damage, require_digests
 from permprune.checkpoints.gathers import attach_gathers, gather_buffers
 from permprune.checkpoints.origin import Origin, origin_of, recorded_patterns, set_origin
-from permprune.checkpoints.probe import PROBE, read_probe
+from permprune.checkpoints.probe import read_probe, require_digests
 from permprune.checkpoints.record import RECORD, Record, read_record
 from permprune.checkpoints.schema import Malformed
-from permprune.checkpoints.weights import GATHERED, ModelFiles, require_buildable, stop_transformers
+from permprune.checkpoints.weights import GATHERED, ModelFiles, damage, require_buildable, stop_transformers
 from permprune.errors import PermpruneError, first_line
 from permprune.models.forward import stored_as
 from permprune.models.layers import is_packed
@@ -196,8 +195,7 @@ def _load_pruned(checkpoint: ModelFiles, record: Record) -> PreTrainedModel:
         attach_gathers(model, record.gathers)
     except Malformed as error:
         raise PermpruneError(f"{folder / RECORD} does not fit the model: {error}") from error
-    probe = read_probe(folder, model.dtype) if (folder / PROBE).exists() else None
-    set_origin(model, Origin(checkpoint.name, model.dtype, record, probe))
+    set_origin(model, Origin(checkpoint.name, model.dtype, record, read_probe(folder, model.dtype)))
     return model
 
 

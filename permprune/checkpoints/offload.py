@@ -18,7 +18,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.damage import require_digests
 from permprune.checkpoints.gathers import attach_gathers
 from permprune.checkpoints.io import (
     CONFIG,
@@ -32,6 +31,7 @@ from permprune.checkpoints.io import (
     written_checkpoint,
 )
 from permprune.checkpoints.origin import Origin, set_origin
+from permprune.checkpoints.probe import require_digests
 from permprune.checkpoints.record import RECORD, read_record
 from permprune.checkpoints.weights import GATHERED, ModelFiles, require_buildable, stop_transformers
 from permprune.errors import PermpruneError
@@ -95,7 +95,7 @@ def _signature(file: str) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-class StoredWeights(Mapping[str, Tensor]):
+class StoredWeights(Computed):
     """Mapping from names to the tensors of a checkpoint in fp32, each read from disk when it is accessed.
 
     `edit`, if set, is applied to every tensor read. Tied weights can be accessed by any of their names; `edit` receives
@@ -105,17 +105,12 @@ class StoredWeights(Mapping[str, Tensor]):
     def __init__(self, stored: Mapping[str, Tensor], canonical: Mapping[str, str]) -> None:
         self.stored, self.canonical = StoredTensors(stored), canonical
         self.edit: Edit | None = None
+        super().__init__(self.stored, self.stored.__getitem__)
 
     def __getitem__(self, name: str) -> Tensor:
         name = self.canonical.get(name, name)
-        tensor = self.stored[name].to(best_device(), torch.float32, copy=True)
+        tensor = super().__getitem__(name).to(best_device(), torch.float32, copy=True)
         return tensor if self.edit is None else self.edit(name, tensor)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
 
     def rows(self, name: str, rows: slice) -> Tensor:
         """Read only some rows of a tensor; `edit` is not applied."""
@@ -280,11 +275,12 @@ def load_at_rest(model: PreTrainedModel, weights: StoredWeights, pruned: Collect
     `pruned` parameters and those of the model's ends have the type in which a search holds them, all others fp32.
     """
     ends = {id(weight) for weight, _ in end_weights(model)}
-    device, users = best_device(), Counter(parameter for one in model.modules() for parameter in _own(one).values())
+    device = best_device()
+    users = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
     resting = {layer.parameter for layer in block_linears(model) if users[layer.stored] == 1}
     loaded: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
-        for attribute, parameter in _own(module).items():
+        for attribute, parameter in [*module.named_parameters(recurse=False)]:
             name = f"{prefix}.{attribute}".removeprefix(".")
             if name in resting:
                 dtype = held_type(weights.stored[name].dtype) if name in pruned else torch.float32
@@ -296,10 +292,6 @@ def load_at_rest(model: PreTrainedModel, weights: StoredWeights, pruned: Collect
                 tensor = weights.stored[name].to(device, copy=True) if narrow else weights[name]
                 loaded[parameter] = nn.Parameter(tensor, requires_grad=False)
             module._parameters[attribute] = loaded[parameter]
-
-
-def _own(module: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(module.named_parameters(recurse=False))
 
 
 def _at_rest(

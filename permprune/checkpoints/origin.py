@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.gathers import Gather, attach_gathers
-from permprune.checkpoints.probe import PROBE, Probe, read_probe
+from permprune.checkpoints.probe import Probe, read_probe
 from permprune.checkpoints.record import RECORD, PrunedLayer, Record, read_record
 from permprune.checkpoints.schema import Malformed
 from permprune.errors import PermpruneError
@@ -67,7 +67,7 @@ def _recorded(model: PreTrainedModel, folder: Path) -> tuple[Record | None, Prob
     if not linear_layers(model).keys() >= {layer.name for layer in record.layers}:
         log.warning("%s is not used: it names layers that a %s does not have", folder / RECORD, type(model).__name__)
         return None, None
-    return record, read_probe(folder, model.dtype) if (folder / PROBE).exists() else None
+    return record, read_probe(folder, model.dtype)
 
 
 def set_origin(model: PreTrainedModel, origin: Origin) -> None:

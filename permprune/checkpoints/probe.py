@@ -1,18 +1,20 @@
-"""The probe of a pruned model's folder: random inputs and the masked model's outputs for them, to check the folder by.
+"""What a pruned model's folder is checked by: digests of its weights, and a probe of what the model computes.
 
-The outputs are computed in fp32 before the permutations are folded into the weights.
+The probe has random inputs and the masked model's outputs for them, computed in fp32 before the permutations are folded
+into the weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,6 +27,7 @@ from permprune.models.hooks import attached
 from permprune.models.layers import is_packed
 from permprune.models.narrow_weights import in_fp32
 from permprune.system.device import compute_device
+from permprune.system.digests import digest_of
 
 PROBE = "probe.safetensors"
 
@@ -100,13 +103,16 @@ def probe_outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor], position
     return output.float().cpu().contiguous()
 
 
-def read_probe(folder: Path, stored: torch.dtype) -> Probe:
-    """Read the probe of a folder with weights of type `stored`. Raises `PermpruneError` if it is missing or damaged."""
+def read_probe(folder: Path, stored: torch.dtype) -> Probe | None:
+    """Read the probe of a folder with weights of type `stored`; None if it has none.
+
+    Raises `PermpruneError` if it is damaged.
+    """
     path = folder / PROBE
     try:
         tensors = load_file(path)
     except FileNotFoundError:
-        raise PermpruneError(f"{folder} lacks {PROBE}: {ADVICE}") from None
+        return None
     except (OSError, SafetensorError, ValueError) as error:
         raise PermpruneError(f"{path} is damaged ({first_line(error)}): {ADVICE}") from error
     if (outputs := tensors.pop(OLD_OUTPUTS, None)) is not None:
@@ -164,6 +170,34 @@ def largest_difference(old: Tensor, new: Tensor) -> tuple[float, float]:
         return float("inf"), 0.0
     old, new = (torch.where(finite, value, 0).double() for value in (old, new))
     return float((old - new).abs().max()), float(old.abs().max())
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each tensor in the safetensors files of a folder, with its type and shape, by its name.
+
+    Several threads read the files. Raises `SafetensorError` or `OSError` if a file cannot be read.
+    """
+    with ExitStack() as opened, ThreadPoolExecutor() as threads:
+        paths = sorted(path for path in folder.glob("*.safetensors") if path.name != PROBE)
+        files = [opened.enter_context(safe_open(path, "pt")) for path in paths]
+        named = [(file, name) for file in files for name in file.keys()]  # noqa: SIM118 (no mapping)
+        digests = threads.map(lambda entry: digest_of([(entry[1], entry[0].get_tensor(entry[1]))]), named)
+        return {name: digest for (_, name), digest in zip(named, digests, strict=True)}
+
+
+def require_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    """Raise `PermpruneError` if a tensor in a folder is not the one with this digest in the folder's record.
+
+    A record without digests, of an earlier release, and a folder without weights are not compared.
+    """
+    present = weight_digests(folder) if digests else {}
+    changed = [name for name in {**digests, **present} if digests.get(name) != present.get(name)] if present else []
+    if changed:
+        more = f", as are {len(changed) - 1} other tensors" if len(changed) > 1 else ""
+        raise PermpruneError(
+            f"{folder}: {changed[0]} is not as permprune wrote it{more}: copy the folder again; if you trained it, "
+            "do so after permprune.load, and write it with permprune.save"
+        )
 
 
 @contextmanager

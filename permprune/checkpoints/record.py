@@ -257,7 +257,9 @@ def read_record(folder: str | Path) -> Record:
     path = Path(folder) / RECORD
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        _require_format(path, values)
+        if isinstance(values, dict) and isinstance(number := values.get("format"), int) and number > FORMAT:
+            number, version = map(reprlib.repr, (number, values.get("version")))
+            raise PermpruneError(f"{path} is of format {number}, from permprune {version}: upgrade permprune")
         return Record.of(values)
     except FileNotFoundError as error:
         raise PermpruneError(f"{folder} holds no {RECORD}: give a folder that permprune wrote") from error
@@ -266,13 +268,6 @@ def read_record(folder: str | Path) -> Record:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PermpruneError(f"{path} is damaged ({reason}): {ADVICE}") from error
-
-
-def _require_format(path: Path, values: object) -> None:
-    """Raise `PermpruneError` for a record of a newer format."""
-    if isinstance(values, dict) and isinstance(number := values.get("format"), int) and number > FORMAT:
-        number, version = map(reprlib.repr, (number, values.get("version")))
-        raise PermpruneError(f"{path} is of format {number}, from permprune {version}: upgrade permprune")
 
 
 def _check_metric(metric: str, values: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""Load a checkpoint, and raise an error unless it has every weight of the model in the right shape."""
+"""Load a checkpoint, and raise an error unless it has every weight of the model in the right shape, and undamaged."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from permprune.errors import PermpruneError
+from permprune.errors import PermpruneError, first_line
 from permprune.system.progress import log
 
 TRAINING_ONLY = re.compile(r"(^|\.)masked_spec_embed$")
@@ -37,6 +37,10 @@ SHOWN = 3
 """Maximum number of names in an error message."""
 
 Shape = tuple[int, ...]
+
+INDEX = "model.safetensors.index.json"
+
+PICKLES = "pytorch_model*.bin"
 
 GATHERED, PACKED_WEIGHTS = "gathered.safetensors", "packed.safetensors"
 """Files of the weights of a model with gathers, and of packed weights."""
@@ -66,7 +70,7 @@ class ModelFiles:
         """Load the model with `from_pretrained` after checking that the checkpoint has all of its weights.
 
         `options` are passed to `from_pretrained`. Logs a warning if modules of the checkpoint are left out because the
-        model does not have them. Raises `PermpruneError` if the weights do not match (see `Differences.require_none`);
+        model does not have them. Raises `PermpruneError` if the weights do not match (see `_require_fit`);
         errors from Transformers are not caught.
         """
         skeleton, options, left_out = self._checked_skeleton(options)
@@ -101,7 +105,7 @@ class ModelFiles:
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         shapes = {key: (shape, expected[key]) for key, shape in stored.items() if expected.get(key, shape) != shape}
         missing, unexpected = ((), ()) if shapes else load_model(model, path, strict=False)
-        Differences(missing, unexpected, shapes).require_none(str(path), model)
+        _require_fit(str(path), model, missing, unexpected, shapes)
         return model
 
     def without_weights(self) -> tuple[PreTrainedModel, torch.dtype]:
@@ -118,18 +122,19 @@ class ModelFiles:
         If the checkpoint lacks the model's pooler (in BERT, ViT and others), the model is built without it, since its
         weights would be random.
         """
-        model, differences = self._dry_run(options)
-        if any(map(POOLER.search, differences.missing)) and (pooler := _without_pooler(self.architecture)):
+        model, info = self._dry_run(options)
+        if any(map(POOLER.search, info["missing_keys"])) and (pooler := _without_pooler(self.architecture)):
             options = {**options, **pooler}
-            model, differences = self._dry_run(options)
-        return model, options, differences.require_none(self.name, model)
+            model, info = self._dry_run(options)
+        shapes = {key: (tuple(stored), tuple(expected)) for key, stored, expected in info["mismatched_keys"]}
+        return model, options, _require_fit(self.name, model, info["missing_keys"], info["unexpected_keys"], shapes)
 
-    def _dry_run(self, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Differences]:
-        """Load the model on the meta device; returns it and the differences from its checkpoint."""
+    def _dry_run(self, options: Mapping[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Load the model on the meta device; returns it and what Transformers says of its checkpoint."""
         dry = {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
         with _report() as lines:
             try:
-                model, info = self._from_pretrained(**{**options, **dry})
+                return self._from_pretrained(**{**options, **dry})  # type: ignore[no-any-return]
             except RuntimeError as error:
                 if "CONVERSION" not in str(error):
                     raise
@@ -137,49 +142,41 @@ class ModelFiles:
                 raise PermpruneError(
                     f"{self.name} does not load: the checkpoint lacks parts of {_named(fused)}, or they differ in shape"
                 ) from error
-        shapes = {key: (tuple(stored), tuple(expected)) for key, stored, expected in info["mismatched_keys"]}
-        return model, Differences(info["missing_keys"], info["unexpected_keys"], shapes)
 
     def _from_pretrained(self, **options: Any) -> Any:
         options = {"config": self.config, "dtype": "auto", "trust_remote_code": self.trust_remote_code, **options}
         return self.architecture.from_pretrained(self.source, **options)
 
 
-@dataclass(frozen=True)
-class Differences:
-    """Differences between the weights of a checkpoint and those of its model.
+def _require_fit(
+    name: str,
+    model: nn.Module,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    shapes: Mapping[str, tuple[Shape, Shape]],
+) -> list[str]:
+    """Raise `PermpruneError` if the weights of a checkpoint are not the model's; the message names the first few.
 
     `missing` are the names of weights that only the model has, `unexpected` those that only the checkpoint has, and
-    `shapes` maps names to (shape in the checkpoint, shape in the model) where the two differ.
+    `shapes` maps names to (shape in the checkpoint, shape in the model) where the two differ. Allowed are tensors that
+    inference does not use, and whole modules that only the checkpoint has, such as a head or another tower, if they are
+    not within the repeated blocks; the names of their tensors are returned. `name` is the checkpoint's in the message.
     """
-
-    missing: Iterable[str]
-    unexpected: Iterable[str]
-    shapes: Mapping[str, tuple[Shape, Shape]]
-
-    def require_none(self, name: str, model: nn.Module) -> list[str]:
-        """Raise `PermpruneError` if there are differences; the message counts them and names the first few.
-
-        Allowed are tensors that inference does not use, and whole modules that only the checkpoint has, such as a head
-        or another tower, if they are not within the repeated blocks; the names of their tensors are returned. `name` is
-        the checkpoint's name in the message.
-        """
-        missing = sorted((key for key in self.missing if not TRAINING_ONLY.search(key)), key=_numbered)
-        unexpected = sorted((key for key in self.unexpected if not OBSOLETE.search(key)), key=_numbered)
-        modules = {_pattern(module) for module, _ in model.named_modules()}
-        left_out = [key for key in unexpected if _is_apart(key, modules)]
-        faults = []
-        if missing:
-            faults.append(f"the checkpoint lacks {_named(missing)}")
-        if self.shapes:
-            shapes = [(key, *self.shapes[key]) for key in sorted(self.shapes, key=_numbered)]
-            shown = [f"{key} {stored} instead of {expected}" for key, stored, expected in shapes]
-            faults.append(f"the checkpoint has other shapes than config.json for {_named(shown)}")
-        if others := [key for key in unexpected if key not in left_out]:
-            faults.append(f"the {type(model).__name__} of config.json has no place for {_named(others)}")
-        if faults:
-            raise PermpruneError(f"{name} does not load: {'; '.join(faults)}")
-        return left_out
+    missing = sorted((key for key in missing if not TRAINING_ONLY.search(key)), key=_numbered)
+    unexpected = sorted((key for key in unexpected if not OBSOLETE.search(key)), key=_numbered)
+    modules = {_pattern(module) for module, _ in model.named_modules()}
+    left_out = [key for key in unexpected if _is_apart(key, modules)]
+    faults = []
+    if missing:
+        faults.append(f"the checkpoint lacks {_named(missing)}")
+    if shapes:
+        shown = [f"{key} {shapes[key][0]} instead of {shapes[key][1]}" for key in sorted(shapes, key=_numbered)]
+        faults.append(f"the checkpoint has other shapes than config.json for {_named(shown)}")
+    if others := [key for key in unexpected if key not in left_out]:
+        faults.append(f"the {type(model).__name__} of config.json has no place for {_named(others)}")
+    if faults:
+        raise PermpruneError(f"{name} does not load: {'; '.join(faults)}")
+    return left_out
 
 
 def require_buildable(config: PreTrainedConfig, source: str | Path | None = None) -> None:
@@ -258,6 +255,45 @@ def _is_apart(key: str, modules: Container[str]) -> bool:
     path = _pattern(key).split(".")[:-1]
     above = [".".join(path[:end]) for end in range(1, len(path) + 1)]
     return not any(part in modules and (part is above[-1] or part.endswith("*")) for part in above)
+
+
+def damage(source: str | Path, weights: bool = False) -> str | None:
+    """Describe the first damaged file in a checkpoint's folder, as a clause for an error message; None if all are fine.
+
+    Called after loading has failed, because the error from Transformers may not name the file. With `weights`, the
+    weights failed to load, and pickled weights are reported as the cause. Nothing is unpickled here.
+    """
+    folder = Path(source)
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{path.name} is not valid JSON ({first_line(error)})"
+        if path.name.endswith("config.json") and not isinstance(content, dict):
+            return f"{path.name} is not a JSON object"
+        if path.name == INDEX and (fault := _index_damage(content, folder)):
+            return fault
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{path.name} is damaged ({first_line(error).removeprefix('Error while deserializing header: ')})"
+    pickles = [] if any(folder.glob("model*.safetensors")) else sorted(folder.glob(PICKLES))
+    if weights and pickles:
+        return (
+            f"{pickles[0].name} contains pickled weights, which can run code, so only plain, intact tensors are read: "
+            "convert it to safetensors"
+        )
+    return None
+
+
+def _index_damage(content: Any, folder: Path) -> str | None:
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        return f"{INDEX} names no files of weights"
+    absent = [file for file in dict.fromkeys(files.values()) if not (folder / file).is_file()]
+    return f"{INDEX} names {absent[0]}, which is absent" if absent else None
 
 
 def stop_transformers(folder: Path, weights: str) -> None:

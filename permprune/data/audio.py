@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from io import BytesIO
 from math import gcd
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune.data.items import Item, Labels, Medium, Selection, class_of, find_list, row_label
-from permprune.data.sources import LABEL_COLUMNS, locate, read_text
+from permprune.data.items import Item, Labels, Medium, Selection
+from permprune.data.sources import LABEL_COLUMNS, read_text
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED
 from permprune.models.forward import argument_names, writes_text
@@ -72,17 +71,15 @@ def load_speech(
     maker: Any = feature_extractor_of(processor)
     taken = argument_names(model)
     classes = Labels(model.config) if "labels" in taken and not writes_text(model) else None
-    columns = TEXT_COLUMNS if classes is None else LABEL_COLUMNS
-    path = locate(source, "sound")
-    if path is None:
-        items = SOUND.rows(str(source), selection, lambda row, _, names: row_label(row, columns, names, classes))
+    if classes is None:
+        items = SOUND.labelled(source, selection, TEXT_COLUMNS, None, _transcribed)
     else:
-        items = selection.files(_from_files(path, columns, classes is not None), path)
+        items = SOUND.labelled(source, selection, LABEL_COLUMNS, classes)
     items, waves = _heard(items, maker)
     made = maker(
         waves,
         sampling_rate=maker.sampling_rate,
-        padding="max_length" if _longest(maker) else True,
+        padding="max_length" if getattr(maker, "n_samples", None) else True,
         return_tensors="pt",
     )
     tensors: dict[str, Tensor] = {name: tensor for name, tensor in made.items() if name in taken}
@@ -101,7 +98,7 @@ def _heard(items: list[Item], maker: Any) -> tuple[list[Item], list[Samples]]:
 
     Logs a warning if others are left out. Raises `PermpruneError` if none is left.
     """
-    rate, longest = maker.sampling_rate, _longest(maker)
+    rate, longest = maker.sampling_rate, getattr(maker, "n_samples", None)  # None: there is no limit
     waves = [_resampled(item.read(), rate) for item in items]
     limits = f"{SHORTEST:g} s or longer" if longest is None else f"{SHORTEST:g} to {longest / rate:g} s long"
     kept = [index for index, wave in enumerate(waves) if SHORTEST * rate <= len(wave) <= (longest or len(wave))]
@@ -117,11 +114,6 @@ def _heard(items: list[Item], maker: Any) -> tuple[list[Item], list[Samples]]:
         if not np.isfinite(waves[index]).all():
             raise PermpruneError(f"the sound {items[index].name} has samples that are not finite: remove or repair it")
     return [items[index] for index in kept], [waves[index] for index in kept]
-
-
-def _longest(maker: Any) -> int | None:
-    """The most samples that the model can process; None if there is no limit."""
-    return getattr(maker, "n_samples", None)
 
 
 def _labels(items: list[Item], processor: Processor | None, model: PreTrainedModel) -> Tensor:
@@ -158,9 +150,8 @@ def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
     return rows
 
 
-def _from_files(path: Path, columns: Sequence[str], classified: bool) -> list[Item]:
-    if table := find_list(path):
-        return SOUND.listed(table, columns)
+def _transcribed(path: Path) -> list[Item]:
+    """The sounds in a folder, with transcripts in LibriSpeech's files or in a text file beside each."""
     transcripts = {}
     for file in sorted(path.rglob("*.trans.txt")):
         for line in read_text(file).splitlines():
@@ -170,9 +161,7 @@ def _from_files(path: Path, columns: Sequence[str], classified: bool) -> list[It
     for file in SOUND.files(path):
         beside = file.with_suffix(".txt")
         label = transcripts.pop(file.with_suffix(""), None)
-        if classified:
-            label = class_of(file, path)
-        elif label is None and beside.is_file():
+        if label is None and beside.is_file():
             label = read_text(beside)
         items.append(SOUND.item(file, label))
     if transcripts:

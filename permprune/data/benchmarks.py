@@ -54,8 +54,6 @@ class TaskFiles:
                 raise PermpruneError(
                     f"{paths[0]}, record {number} is not in the format of docs/tasks.md: {type(error).__name__} {error}"
                 ) from error
-        if not rows:
-            raise PermpruneError(f"{paths[0]} is empty: see docs/tasks.md")
         return rows
 
 

@@ -12,17 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permprune.data.items import (
-    FILE_COLUMNS,
-    Item,
-    Labels,
-    Medium,
-    Selection,
-    class_of,
-    find_list,
-    listed_files,
-    row_label,
-)
+from permprune.data.items import FILE_COLUMNS, Item, Labels, Medium, Selection, find_list, listed_files
 from permprune.data.sources import (
     ANSWERS,
     LABEL_COLUMNS,
@@ -31,7 +21,6 @@ from permprune.data.sources import (
     columns_of,
     find_column,
     first_row,
-    locate,
     read_text,
 )
 from permprune.errors import PermpruneError
@@ -90,11 +79,7 @@ def load_images(
     maker = image_processor_of(processor)
     taken = argument_names(model)
     labels = Labels(model.config) if "labels" in taken else None
-    path = locate(source, "images")
-    if path is None:
-        items = IMAGES.rows(str(source), selection, lambda row, _, names: row_label(row, LABEL_COLUMNS, names, labels))
-    else:
-        items = selection.files(_from_files(path), path)
+    items = IMAGES.labelled(source, selection, LABEL_COLUMNS, labels)
     owner = find_config(model.config, "num_channels")
     mode = MODES.get(owner.num_channels if owner else 3, "RGB")
     made = [maker(images=[item.read().convert(mode)], return_tensors="pt") for item in items]
@@ -102,12 +87,6 @@ def load_images(
     if labels and any(item.label is not None for item in items):
         tensors["labels"] = labels.tensor([item.label for item in items], [item.name for item in items])
     return tensors
-
-
-def _from_files(path: Path) -> list[Item]:
-    if table := find_list(path):
-        return IMAGES.listed(table, LABEL_COLUMNS)
-    return [IMAGES.item(file, class_of(file, path)) for file in IMAGES.files(path)]
 
 
 def _stack(tensors: list[Tensor], items: list[Item]) -> Tensor:

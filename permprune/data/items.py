@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from permprune.data.sources import LISTED, class_names, dataset, find_column, read_table
+from permprune.data.sources import LISTED, class_names, dataset, find_column, locate, read_table
 from permprune.errors import PermpruneError
 from permprune.examples import Part
 
@@ -125,11 +125,32 @@ class Medium:
             raise PermpruneError(f"{folder} holds no {self.name}: give a folder of {', '.join(self.suffixes)} files")
         return paths
 
-    def listed(self, table: Path, labels: Sequence[str]) -> list[Item]:
-        """The examples that a table lists (`listed_files`), with their labels in the first of the columns `labels`."""
-        files = listed_files(table)
-        label = find_column(files[0][1], labels, str(table))
-        return [self.item(file, row.get(label)) for file, row in files]
+    def labelled(
+        self,
+        source: str | Path,
+        selection: Selection,
+        columns: Sequence[str],
+        labels: Labels | None,
+        of_folder: Callable[[Path], list[Item]] | None = None,
+    ) -> list[Item]:
+        """Return the examples that are chosen of a source, with their labels in the first of the `columns`.
+
+        The source is a table (`listed_files`), a folder with one or else with a sub-folder for each class, or a data
+        set. `of_folder` reads folders without a table in another way. With `labels`, the numbers of a data set's
+        classes become their names. Raises `PermpruneError` if the source cannot be read.
+        """
+        path = locate(source, self.name)
+        if path is None:
+            return self.rows(str(source), selection, lambda row, _, names: _row_label(row, columns, names, labels))
+        if table := find_list(path):
+            files = listed_files(table)
+            label = find_column(files[0][1], columns, str(table))
+            items = [self.item(file, row.get(label)) for file, row in files]
+        elif of_folder is not None:
+            items = of_folder(path)
+        else:
+            items = [self.item(file, _class_of(file, path)) for file in self.files(path)]
+        return selection.files(items, path)
 
     def rows(
         self, source: str, selection: Selection, label_of: Callable[[Row, str, Mapping[str, Sequence[str]]], Any]
@@ -148,7 +169,7 @@ class Medium:
         return items
 
 
-def class_of(file: Path, folder: Path) -> str | None:
+def _class_of(file: Path, folder: Path) -> str | None:
     """The class of a file in a folder with a sub-folder for each class: the sub-folder's name, or None."""
     *classes, _ = file.relative_to(folder).parts
     return classes[0] if classes else None
@@ -244,7 +265,7 @@ def as_number(text: str) -> float | None:
         return None
 
 
-def row_label(
+def _row_label(
     row: Mapping[str, Any], columns: Sequence[str], names: Mapping[str, Sequence[str]], labels: Labels | None
 ) -> Any:
     """The label in the first of the `columns` that a data set's row has; None if it has none of them.

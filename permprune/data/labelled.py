@@ -66,9 +66,6 @@ class LabelledTexts:
     labels: list[Any]
     names: Sequence[str] | None = None
 
-    def __len__(self) -> int:
-        return len(self.texts[0])
-
     def classes(self) -> list[str] | None:
         """The names of the classes: those of the data set, or else all distinct labels, sorted; None for scores.
 

@@ -63,7 +63,7 @@ def load_examples(
     if kind == "text":
         documents = load_documents(source, part)
         length = clipped_length(model, length)
-        windows = tokenize(documents, tokenizer_of(processor), length, count, seed, fewer=True, apart=apart)
+        windows = tokenize(documents, tokenizer_of(processor), length, count, seed, apart=apart)
         return _known(model, Examples.of(windows))
     if kind == "embeddings":
         length = clipped_length(model, length)

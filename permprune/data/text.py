@@ -79,7 +79,6 @@ def tokenize(
     length: int,
     count: int,
     seed: int | None = None,
-    fewer: bool = False,
     apart: int = 0,
 ) -> Tensor:
     """Tokenize documents and cut them into `count` non-overlapping windows of `length` tokens: int64 (count, length).
@@ -92,8 +91,7 @@ def tokenize(
     seed, documents are taken in random order until there are `POOL` * `count` windows or the text ends, and `count` of
     these windows are chosen at random. The first `apart` of them are in the order of the text, and come from other
     documents than the rest, except for the one that the last of them may share with it. If the text has too few tokens,
-    fewer windows are returned if `fewer` is True; otherwise, or if the text is shorter than one window,
-    `PermpruneError` is raised.
+    fewer windows are returned. Raises `PermpruneError` if it is shorter than one window.
     """
     if length < 2 or count < 1:
         raise PermpruneError(f"{count} windows of {length} tokens are too few: ask for at least 1 window of 2 tokens")
@@ -104,11 +102,9 @@ def tokenize(
     wanted = count * step * (1 if seed is None else POOL)
     ids = list(islice(_stream([documents[i] for i in order], tokenizer, wanted), wanted))
     available = len(ids) // step
-    if fewer:
-        count = max(1, min(count, available))
-    if available < count:
-        held = f"{available} windows" if available else f"{len(ids)} tokens"
-        raise PermpruneError(f"the text has {held} but {count} windows of {length} tokens are wanted: give more text")
+    if not available:
+        raise PermpruneError(f"the text has {len(ids)} tokens, too few for a window of {length}: give more text")
+    count = min(count, available)
     windows = torch.tensor(ids[: available * step], dtype=torch.int64).view(available, step)
     windows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(available, -1), windows], 1)
     if seed is None:

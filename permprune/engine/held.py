@@ -46,10 +46,9 @@ from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.network import PrunedNetwork
 from permprune.system.device import compute_device
 from permprune.system.failures import failures_reported
-from permprune.system.progress import log, stage
+from permprune.system.progress import CALIBRATE, NATURAL, UPDATE, log, stage
 from permprune.system.search_state import Journal
 from permprune.system.shelf import Shelf
-from permprune.system.stages import CALIBRATE, NATURAL, UPDATE
 from permprune.updates.methods import update
 from permprune.updates.share import update_network
 

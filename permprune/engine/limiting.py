@@ -14,7 +14,7 @@ from permprune.engine.session import Session
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import NotFinite, Result, difference_error
 from permprune.permuters.base import Callback, Permuter
-from permprune.system import stages
+from permprune.system import progress
 from permprune.system.progress import log, stage
 
 MOST = 0.98
@@ -122,7 +122,7 @@ class _Attempts:
         if weights.mix is None or weights.chosen_for != share:
             weights.choose_patterns(share)
             weights.search(self.method, replace(weights.plan.run, callbacks=self.callbacks))
-        stage(stages.MEASURE)
+        stage(progress.MEASURE)
         try:
             result = meter()[0]
         except NotFinite:

@@ -20,9 +20,8 @@ from permprune.inference.pack import layer_bytes, other_bytes
 from permprune.kernels.product.layout import LARGEST_GROUP
 from permprune.plan import Plan
 from permprune.pruning.network import PrunedNetwork
-from permprune.system.progress import stage
+from permprune.system.progress import ALLOCATE, stage
 from permprune.system.search_state import Checkpoint
-from permprune.system.stages import ALLOCATE
 
 P = TypeVar("P", bound=Plan)
 

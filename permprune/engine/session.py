@@ -20,7 +20,7 @@ from permprune.evaluation.size import weight_bytes
 from permprune.inference.pack import packed_bytes
 from permprune.permuters.base import Callback, Permuter, Run, Solution
 from permprune.showcase.shown import Shown
-from permprune.system import stages
+from permprune.system import progress
 from permprune.system.memory import peak_memory_mb, release_freed_memory, reset_peak_memory
 from permprune.system.progress import log, stage
 
@@ -39,7 +39,7 @@ class Session:
         self.answers: dict[str, list[str]] = {}
         self.tasks = evaluation.tasks.load() if evaluation.tasks else None
         reset_peak_memory()
-        stage(stages.READ)
+        stage(progress.READ)
         self.weights = open_weights()
         try:
             with self.weights.dense():
@@ -71,7 +71,7 @@ class Session:
     @cached_property
     def dense(self) -> Measurement:
         """The measurement of the dense model."""
-        stage(stages.DENSE)
+        stage(progress.DENSE)
         with self.weights.dense():
             return self._measurement(DENSE, 0.0)
 
@@ -79,7 +79,7 @@ class Session:
         """Search with a method, update, and measure the pruned model; `run` replaces that of the plan."""
         reset_peak_memory()
         solution = self.weights.search(method, run or self.weights.plan.run)
-        stage(stages.MEASURE)
+        stage(progress.MEASURE)
         measurement = self._measurement(label, solution.seconds)
         result = measurement.result
         log.info("%s: %s %.4g after %.0f s", method.name, result.metric, result.value, solution.seconds)
@@ -102,10 +102,10 @@ class Session:
         natural = weights.natural()
         none = known.get("none") or self._measurement("none", 0.0)
         solution = weights.search(method, dataclasses.replace(weights.plan.run, callbacks=callbacks))
-        stage(stages.MEASURE)
+        stage(progress.MEASURE)
         measured = {**known, "none": none}.get(method.name) or self._measurement(method.name, solution.seconds)
         self.pruned = True
-        stage(stages.WRITE)
+        stage(progress.WRITE)
         pruned = weights.finish(solution, natural)
         value, value_none = measured.result.value, none.result.value
         record = dataclasses.replace(

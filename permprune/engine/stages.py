@@ -13,7 +13,7 @@ from permprune.pattern import MIXED
 from permprune.permuters.base import Permuter
 from permprune.permuters.iterate import Iterative
 from permprune.permuters.registry import permuter
-from permprune.system.stages import ALLOCATE, CALIBRATE, DENSE, MEASURE, NATURAL, PACK, READ, SPEED, UPDATE, WRITE
+from permprune.system.progress import ALLOCATE, CALIBRATE, DENSE, MEASURE, NATURAL, PACK, READ, SPEED, UPDATE, WRITE
 from permprune.updates.methods import NoUpdate, update
 
 OF_PHASES = {

@@ -31,8 +31,7 @@ from permprune.kernels.product.layout import DTYPES
 from permprune.kernels.product.module import PackedLinear
 from permprune.kernels.product.plain import use_kernels, use_pytorch
 from permprune.pattern import Pattern
-from permprune.system.huge_pages import move_to_huge_pages
-from permprune.system.memory import keep_activations
+from permprune.system.memory import keep_activations, move_to_huge_pages
 
 if TYPE_CHECKING:
     from permprune.checkpoints.gathers import Gather

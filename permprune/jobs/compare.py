@@ -28,8 +28,7 @@ from permprune.permuters.registry import permuters
 from permprune.system import distributed
 from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, require_space
-from permprune.system.progress import stage, stages
-from permprune.system.stages import SPEED, WRITE
+from permprune.system.progress import SPEED, WRITE, stage, stages
 
 FIXED = ("pattern", "saliency", "mode", "update", "seed")
 """Fields of the config that the JSON file of a comparison contains."""

@@ -9,8 +9,7 @@ from permprune.evaluation.result import Result
 from permprune.models.modality import evaluation_batch
 from permprune.models.processors import Processor
 from permprune.system.failures import failures_reported
-from permprune.system.progress import stage, stages
-from permprune.system.stages import MEASURE, READ
+from permprune.system.progress import MEASURE, READ, stage, stages
 
 
 def evaluate(

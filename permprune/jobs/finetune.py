@@ -17,8 +17,7 @@ from permprune.options import PACKED, Count, NonNegative, Positive, Seed, requir
 from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.imports import on_first_use
-from permprune.system.progress import stage, stages
-from permprune.system.stages import MEASURE, READ, TRAIN, WRITE
+from permprune.system.progress import MEASURE, READ, TRAIN, WRITE, stage, stages
 
 with on_first_use(globals()):
     from transformers import PreTrainedModel

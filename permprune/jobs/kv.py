@@ -39,8 +39,7 @@ from permprune.pruning.folder import write_model
 from permprune.pruning.problem import Part, Problem
 from permprune.system.failures import failures_reported
 from permprune.system.files import atomic_folder, require_absent, require_writable
-from permprune.system.progress import stage, stages, track
-from permprune.system.stages import CALIBRATE, MEASURE, READ, WRITE
+from permprune.system.progress import CALIBRATE, MEASURE, READ, WRITE, stage, stages, track
 
 
 @failures_reported()

@@ -24,8 +24,7 @@ from permprune.plan import calibration_examples
 from permprune.pruning.folder import require_probe, write_pruned
 from permprune.system.failures import failures_reported
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
-from permprune.system.progress import log, stage, stages
-from permprune.system.stages import PACK, READ, WRITE
+from permprune.system.progress import PACK, READ, WRITE, log, stage, stages
 
 SLACK = 2.0
 """The tolerance of packed weights, relative to the difference that was measured when they were packed."""

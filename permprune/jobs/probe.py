@@ -18,8 +18,7 @@ from permprune.options import Count, require
 from permprune.pruning.folder import require_probe, write_model
 from permprune.system.failures import failures_reported
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
-from permprune.system.progress import stage, stages
-from permprune.system.stages import READ, TRAIN, WRITE
+from permprune.system.progress import READ, TRAIN, WRITE, stage, stages
 
 
 @failures_reported()

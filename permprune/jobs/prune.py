@@ -48,9 +48,8 @@ from permprune.system.device import best_device
 from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
-from permprune.system.progress import log, stage, stages
+from permprune.system.progress import MEASURE, PACK, SPEED, Stages, log, stage, stages
 from permprune.system.shelf import Room
-from permprune.system.stages import MEASURE, PACK, SPEED, Stages
 
 
 @failures_reported()

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.benchmark import Speed
 from permprune.checkpoints.io import load, read_model
 from permprune.checkpoints.offload import read_size
 from permprune.checkpoints.record import PACKED, Record, SizeAndSpeed, read_record
@@ -94,5 +93,4 @@ def _rate(model: PreTrainedModel, steps: int, size: ImageSize = None) -> float:
     """The tokens that a language model generates in a second, one at a time, or the inputs that another reads."""
     generates = is_causal_lm(model)
     ((batch, context),) = cells(model, [1 if generates else INPUTS], [steps if generates else TOKENS])
-    speed = measure(model, batch=batch, context=context, steps=steps, size=size)
-    return speed.decode if isinstance(speed, Speed) else speed.items
+    return measure(model, batch=batch, context=context, steps=steps, size=size).rate

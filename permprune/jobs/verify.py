@@ -16,8 +16,7 @@ from permprune.inference.rounding import check_rounding
 from permprune.models.layers import DenseWeights, dense_weights
 from permprune.pruning.folder import require_probe
 from permprune.system.failures import failures_reported
-from permprune.system.progress import stage, stages
-from permprune.system.stages import CHECK, READ
+from permprune.system.progress import CHECK, READ, stage, stages
 
 
 @dataclasses.dataclass(frozen=True)

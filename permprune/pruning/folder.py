@@ -14,10 +14,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, errors
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.companions import CARD
-from permprune.checkpoints.damage import weight_digests
 from permprune.checkpoints.io import WRITTEN, load_written, write_weights
 from permprune.checkpoints.origin import Origin, origin_of, recorded_patterns, require_patterns
-from permprune.checkpoints.probe import PROBE, Probe, check_outputs, make_probe
+from permprune.checkpoints.probe import PROBE, Probe, check_outputs, make_probe, weight_digests
 from permprune.checkpoints.record import RECORD, Record, read_record
 from permprune.errors import FinalError, PermpruneError
 from permprune.models.forward import computed_in, stored_as

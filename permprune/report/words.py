@@ -11,7 +11,7 @@ from rich.table import Column
 from permprune.data.overlap import QUOTED
 from permprune.evaluation.result import Result, metric_named
 from permprune.pattern import MIXED
-from permprune.system import stages
+from permprune.system import progress
 
 DASH = "\N{EN DASH}"
 
@@ -102,7 +102,7 @@ def kept_weights(record: Mapping[str, Any]) -> str:
 
 def duration(seconds: float | None) -> str:
     """Format a duration in seconds, minutes or hours; a dash for None."""
-    return DASH if seconds is None else stages.duration(seconds)
+    return DASH if seconds is None else progress.duration(seconds)
 
 
 def way(pattern: str, method: str, update: str) -> str:

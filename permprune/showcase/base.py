@@ -33,16 +33,12 @@ class Showing(ABC):
 
     kind: ClassVar[Kind]
     model: PreTrainedModel
-    note: str
-    given: list[str]
-    expected: list[str | None]
-    pictures: list[str | None]
-    gallery: dict[str, str]
 
     def __init__(self, given: list[str], note: str, expected: Sequence[str | None] | None = None) -> None:
         self.given, self.note = given, note
-        self.expected = list(expected) if expected else [None] * len(given)
-        self.pictures, self.gallery = [None] * len(given), {}
+        self.expected: list[str | None] = list(expected) if expected else [None] * len(given)
+        self.pictures: list[str | None] = [None] * len(given)
+        self.gallery: dict[str, str] = {}
 
     @abstractmethod
     def __call__(self) -> list[str]:

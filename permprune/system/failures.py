@@ -6,8 +6,8 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 from permprune.errors import PermpruneError
 from permprune.system.memory import peak_memory_mb
@@ -82,35 +82,30 @@ def failures_reported() -> Iterator[None]:
         raise
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible() -> AbstractContextManager[None]:
     """A context, for use inside `leaving_on_interrupt`, in which Ctrl-C raises `KeyboardInterrupt` again."""
-    if signal.getsignal(signal.SIGINT) is not _leave:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, _leave)
+    return _handled(signal.default_int_handler, instead_of=_leave)
 
 
-@contextmanager
-def leaving_on_interrupt() -> Iterator[None]:
+def leaving_on_interrupt() -> AbstractContextManager[None]:
     """A context in which Ctrl-C ends the program at once, with one line and status 130.
 
     Importing what a command needs takes seconds, during which `KeyboardInterrupt` could be raised anywhere in other
-    packages, and some of them catch it.
+    packages, and some of them catch it. Where Ctrl-C is ignored, as under nohup, it stays so.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is not signal.default_int_handler:  # for instance ignored, under nohup
+    return _handled(_leave, instead_of=signal.default_int_handler)
+
+
+@contextmanager
+def _handled(handler: Callable[..., object], *, instead_of: Callable[..., object]) -> Iterator[None]:
+    if signal.getsignal(signal.SIGINT) is not instead_of:
         yield
         return
-    signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, instead_of)
 
 
 def _leave(*_: object) -> None:

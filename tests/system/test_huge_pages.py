@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import permprune
-from permprune.system.huge_pages import HUGE, move_to_huge_pages
+from permprune.system.memory import HUGE, move_to_huge_pages
 
 
 class Model(nn.Module):

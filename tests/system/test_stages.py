@@ -1,14 +1,14 @@
 import pytest
 
-from permprune.system import stages
-from permprune.system.stages import Stages, duration
+from permprune.system import progress
+from permprune.system.progress import Stages, duration
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """The seconds that have passed, to be set."""
     passed = [0.0]
-    monkeypatch.setattr(stages.time, "monotonic", lambda: passed[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: passed[0])
     return passed
 
 
