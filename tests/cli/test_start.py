@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from permprune.config import PruneConfig
-from permprune.evaluation.dispatch import ACCURACY
 from permprune.evaluation.metrics import METRICS
 from permprune.jobs.finetune import RATES
 from permprune.options import PACKED
@@ -103,7 +102,7 @@ def test_permprune_and_transformers_are_imported_in_any_order() -> None:
     [
         ("prune", [*PERMUTERS]),
         ("prune", [*SALIENCIES]),
-        ("prune", [ACCURACY, *METRICS]),
+        ("prune", ["accuracy", *METRICS]),
         ("prune", [*UPDATES]),
         ("finetune", [*RATES]),
         ("pack", [*PACKED]),
