@@ -74,9 +74,8 @@ class MaskedWeight(Tensor):
         """Whether the kernels multiply such a weight in `dtype`, and leaving out what is pruned pays."""
         if not (weight.is_cpu and weight.stride(-1) == 1 and library.available()):
             return False
-        if dtype == torch.bfloat16:
-            kernels = library.best()
-            multiplied = kernels.pairs and (kernels.tiles or not processor_has("amx_bf16"))
+        if dtype == torch.bfloat16:  # with matrix units to bring activations into the order takes longer than they gain
+            multiplied = library.best().pairs and not processor_has("amx_bf16")
             return multiplied and pattern == Pattern(2, 4) and weight.dtype in (torch.float32, torch.bfloat16)
         return dtype == weight.dtype == torch.float32 and pattern.n * BLOCK <= pattern.m * native.MOST_SLOTS
 
