@@ -77,7 +77,8 @@ static ALWAYS_INLINE struct ahead look_ahead(const struct many_pairs *job, int64
 
 /* ---- products ---- */
 
-/* Which parts are multiplied, as places in the tiles of a step: those whose product is not below the rounding of the output. */
+/* Which parts are multiplied, as places in the tiles of a step: those whose product is not below the rounding of the output. In
+ * this order most share an operand with the one before, whose tiles stay in registers. */
 struct terms {
     int64_t count, weight[6], tokens[6];
     int64_t weight_step, token_step;

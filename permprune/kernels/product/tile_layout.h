@@ -22,14 +22,14 @@ static ALWAYS_INLINE void split(__m512 low, __m512 high, const int parts, __m512
     }
 }
 
-/* ---- activations ---- */
-
 /* The blocks that are multiplied at a time, of which the level 1 cache holds the parts of a panel and of 32 tokens. */
 static ALWAYS_INLINE int64_t blocks_at_a_time(const struct many_pairs *job)
 {
     const int64_t blocks = AMX_BLOCKS / (parts_of(job->weights->number) * token_parts(job->weights, job->number));
     return blocks < 1 ? 1 : blocks;
 }
+
+/* ---- activations ---- */
 
 /* The first tile of a group of 16 tokens from block `n` on. Blocks that are multiplied at a time follow each other; in each, the
  * tiles of two groups take turns, as they are read, for each part of the numbers. */
@@ -61,7 +61,7 @@ static ALWAYS_INLINE __m512i load_in_order(const struct many_pairs *job, int64_t
 static ALWAYS_INLINE int load_parts(const struct many_pairs *job, int64_t token, int64_t channel, __mmask32 some, const int parts,
                                     __m512i *to, int64_t apart)
 {
-    enum { NOT_FINITE = 0x99 };
+    enum { NOT_FINITE = 0x99 }; /* the classes of NaN and of infinities */
     const int64_t *order = job->weights->order, first = token * job->weights->width;
     float line[STEP] __attribute__((aligned(64))) = {0};
     __m512 low, high;
