@@ -190,6 +190,8 @@ static int64_t token_numbers(const struct weights *weights, int32_t number)
     return weights->count * BLOCK * token_parts(weights, number);
 }
 
+enum { FEW_TOKENS = 128 }; /* whose products take about as long as unpacking the weight */
+
 /* The tokens that matrix units multiply at a time: if half of them leave their tiles in half of a level 2 cache of 2 MiB, and all
  * do not, half of them. For wider ones the weight would have to be unpacked too often. */
 static int64_t tokens_of_tiles(const struct weights *weights, int32_t number, int64_t batch)
@@ -199,11 +201,23 @@ static int64_t tokens_of_tiles(const struct weights *weights, int32_t number, in
     return smaller(batch, halves ? ALL / 2 : ALL);
 }
 
-/* The rows of the weight that they multiply at a time: where the activations do not stay in the cache, as many as leave their sums
- * there. */
+/* The blocks of a row that they multiply at a time, in equal parts: as many as leave the tiles of a panel in the level 1 cache,
+ * with few tokens beside theirs and the packed weight. */
+static int64_t blocks_of_tiles(const struct weights *weights, int32_t number, int64_t tokens)
+{
+    const int64_t bf16 = tokens > FEW_TOKENS ? TILE_BLOCKS : TILE_BLOCKS / 3;
+    const int64_t most = bf16 / (parts_of(weights->number) * token_parts(weights, number));
+    const int64_t parts = most > 1 ? (weights->count + most - 1) / most : weights->count;
+    return (weights->count + parts - 1) / parts;
+}
+
+/* The rows of the weight that they multiply at a time. With few tokens the weight is read from memory as it is stored; where the
+ * activations do not stay in the level 2 cache, as many as leave their sums there. */
 static int64_t rows_of_tiles(const struct weights *weights, int32_t number, int64_t tokens)
 {
-    return tokens * token_numbers(weights, number) > 1 << 19 ? 8 * TILE_PANEL : TILE_PANEL;
+    if (tokens <= FEW_TOKENS)
+        return TILE_PANEL;
+    return (tokens * token_numbers(weights, number) > 1 << 19 ? TILE_PANELS : 2) * TILE_PANEL;
 }
 
 /* The bytes of the tiles of activations, and of the sums of a thread. */
@@ -238,6 +252,7 @@ static int multiply_many_tiles(const struct many *job, const struct kernels *ker
             .batch = smaller(most, batch - first),
             .chunk = rows_of_tiles(weights, number, most),
             .chunks = threads,
+            .blocks = blocks_of_tiles(weights, number, most),
         };
         run_in_pieces(&part, kernels->lay_out_tiles, (part.batch + 15) / 16, 1, threads);
         run_in_pieces(&part, kernels->many_tiles, threads, 1, threads);

@@ -4,16 +4,18 @@
  * here it is unpacked in that order to the level 1 cache.
  *
  * Activations are laid out once, as tiles of 16 tokens by 32 channels, in pairs of channels, the second operand of TDPBF16PS. Of
- * the weight, a panel of TILE_PANEL rows and up to AMX_CHANNELS channels is unpacked to tiles of 16 rows by 32 channels, the first
+ * the weight, a panel of TILE_PANEL rows and up to TILE_BLOCKS blocks is unpacked to tiles of 16 rows by 32 channels, the first
  * operand, and multiplied by all tokens, whose tiles are read past the level 1 cache. In registers are the sums of a panel and 32
  * tokens, four tiles; between the parts of a panel they are in the level 2 cache. As many panels follow each other as have room for
- * their sums there, so that activations are seldom read from memory. While tiles are multiplied, what is read next is fetched.
+ * their sums there, so that activations are seldom read from memory. Meanwhile the weight that follows is fetched. Tokens that
+ * follow are not: hardware does it, and instructions for it keep waiting what tiles need.
  *
  * Channels after the width are zeros in both operands. Activations that are not finite are multiplied by the zeros, too, which
  * gives what the dense product gives; where numbers are split, entry.c corrects their rows. */
 
 enum { TILE_SUMS = SIDE * SIDE, PANEL_SUMS = 4 * TILE_SUMS };
-enum { LARGE = 1 << 20, STREAMED_WIDTH = 2048 }; /* bytes of outputs, and channels, from which streaming them is faster */
+enum { APART = 64 }; /* bytes from row to row of a tile */
+enum { LARGE = 1 << 20, STREAMED_WIDTH = 1024 }; /* bytes of outputs, and channels, from which streaming them is faster */
 
 struct tile_config {
     uint8_t palette, start, reserved[14];
@@ -29,50 +31,6 @@ static ALWAYS_INLINE void use_whole_tiles(void)
         config.rows[i] = SIDE;
     }
     _tile_loadconfig(&config);
-}
-
-/* ---- what is read next ---- */
-
-/* Lines of a cache that are fetched while tiles are multiplied: the next blocks of the weight, in rows that are `apart` bytes from
- * each other, and the next tokens. What is outside of them does no harm. */
-struct ahead {
-    uintptr_t row, tokens;
-    int64_t line, lines, apart; /* the next line of a row, and their number */
-    int64_t weight_lines, token_lines; /* for each step */
-};
-
-static ALWAYS_INLINE void fetch_lines(struct ahead *ahead)
-{
-    for (int64_t i = 0; i < ahead->weight_lines; i++) {
-        __builtin_prefetch((const char *)(ahead->row + (uintptr_t)(64 * ahead->line)), 0, 2);
-        if (++ahead->line == ahead->lines) {
-            ahead->line = 0;
-            ahead->row += (uintptr_t)ahead->apart;
-        }
-    }
-    for (int64_t i = 0; i < ahead->token_lines; i++, ahead->tokens += 64)
-        __builtin_prefetch((const char *)ahead->tokens, 0, 2);
-}
-
-/* What is read after the blocks from number `n` on of the panel from row number `r` on, of `rows` rows from `row` on. */
-static ALWAYS_INLINE struct ahead look_ahead(const struct many_pairs *job, int64_t row, int64_t rows, int64_t r, int64_t n)
-{
-    const struct weights *weights = job->weights;
-    const int64_t most = blocks_at_a_time(job);
-    const int last_panel = r + TILE_PANEL >= rows, last_part = n + most >= weights->count;
-    const int64_t size = block_bytes(weights), part = last_part ? 0 : n + most, next = last_panel ? part : n;
-    const int64_t next_row = row + (last_panel && !last_part ? 0 : r + TILE_PANEL);
-    const int64_t steps = 2 * smaller(most, weights->count - n), panels = (rows + TILE_PANEL - 1) / TILE_PANEL;
-    struct ahead ahead = {.apart = weights->count * size};
-    ahead.row = (uintptr_t)weights->blocks + (uintptr_t)(next_row * ahead.apart + next * size);
-    ahead.lines = (smaller(most, weights->count - next) * size + 63) / 64 + 1;
-    ahead.weight_lines = (ahead.lines * TILE_PANEL + steps * pairs_of_groups(job->batch) - 1) / (steps * pairs_of_groups(job->batch));
-    if (panels > 1) { /* each fetches a part */
-        ahead.token_lines = (2 * 2 * SIDE * token_parts(weights, job->number) + panels - 1) / panels;
-        ahead.tokens = (uintptr_t)tokens_of_group(job, 0, part);
-        ahead.tokens += (uintptr_t)(r / TILE_PANEL * ahead.token_lines * steps * pairs_of_groups(job->batch) * 64);
-    }
-    return ahead;
 }
 
 /* ---- products ---- */
@@ -99,25 +57,48 @@ static struct terms list_terms(const struct many_pairs *job)
     return terms;
 }
 
-/* Adds to four tiles of sums, of a panel and 32 tokens, or to the first two, of 16 tokens. */
-static ALWAYS_INLINE void add_tiles(const uint16_t *weight, const uint16_t *tokens, int64_t steps, float *sums, int first,
-                                    const struct terms *terms, struct ahead *ahead, const int64_t count, const int both)
+/* Fetches lines of sums, to be read and written, and returns what follows them. */
+static ALWAYS_INLINE const float *fetch_sums(const float *next, const int lines)
 {
-    enum { APART = 64 }; /* bytes from row to row */
-    if (first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, APART);
-        _tile_loadd(1, sums + TILE_SUMS, APART);
-        _tile_loadd(2, sums + 2 * TILE_SUMS, APART);
-        _tile_loadd(3, sums + 3 * TILE_SUMS, APART);
+    for (int line = 0; line < lines; line++)
+        __builtin_prefetch(next + line * SIDE, 1, 3);
+    return next + lines * SIDE;
+}
+
+/* Adds the products of tiles to four tiles of sums in registers. Each operand is loaded as soon as the register that it takes is
+ * free, while others are multiplied; the sums of the next tokens are fetched. */
+static ALWAYS_INLINE void add_steps(const uint16_t *weight, const uint16_t *tokens, int64_t steps, const float *next)
+{
+    _tile_loadd(4, weight, APART);
+    _tile_loadd(5, weight + TILE, APART);
+    _tile_stream_loadd(6, tokens, APART);
+    _tile_stream_loadd(7, tokens + TILE, APART);
+    for (int64_t step = 1; step < steps; step++) {
+        weight += 2 * TILE;
+        tokens += 2 * TILE;
+        next = fetch_sums(next, 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_stream_loadd(6, tokens, APART);
+        _tile_dpbf16ps(3, 5, 7);
+        _tile_loadd(5, weight + TILE, APART);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_stream_loadd(7, tokens + TILE, APART);
+        _tile_loadd(4, weight, APART);
     }
-    for (int64_t step = 0; step < steps; step++, weight += terms->weight_step, tokens += terms->token_step) {
-        fetch_lines(ahead);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+/* The same for several parts, or, if not `both`, for the first two tiles, of 16 tokens. */
+static ALWAYS_INLINE void add_terms(const uint16_t *weight, const uint16_t *tokens, int64_t steps, const struct terms *terms,
+                                    const int64_t count, const float *next, const int both)
+{
+    for (int64_t step = 0; step < steps; step++, weight += terms->weight_step, tokens += terms->token_step)
         for (int64_t i = 0; i < count; i++) {
+            next = fetch_sums(next, 6);
             const uint16_t *rows = weight + terms->weight[i], *channels = tokens + terms->tokens[i];
             if (!i || terms->weight[i] != terms->weight[i - 1]) {
                 _tile_loadd(4, rows, APART);
@@ -135,7 +116,27 @@ static ALWAYS_INLINE void add_tiles(const uint16_t *weight, const uint16_t *toke
                 _tile_dpbf16ps(3, 5, 7);
             }
         }
+}
+
+/* Adds to four tiles of sums, of a panel and 32 tokens, or to the first two, of 16 tokens. */
+static ALWAYS_INLINE void add_tiles(const uint16_t *weight, const uint16_t *tokens, int64_t steps, float *sums, int first,
+                                    const struct terms *terms, const int both)
+{
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, APART);
+        _tile_loadd(1, sums + TILE_SUMS, APART);
+        _tile_loadd(2, sums + 2 * TILE_SUMS, APART);
+        _tile_loadd(3, sums + 3 * TILE_SUMS, APART);
     }
+    if (terms->count == 1 && both)
+        add_steps(weight, tokens, steps, sums + PANEL_SUMS);
+    else
+        add_terms(weight, tokens, steps, terms, terms->count, sums + PANEL_SUMS, both);
     _tile_stored(0, sums, APART);
     _tile_stored(1, sums + TILE_SUMS, APART);
     if (both) {
@@ -189,27 +190,33 @@ static ALWAYS_INLINE void write_group(const struct many_pairs *job, int64_t row,
     }
 }
 
-/* The products of all tokens with `count` blocks from number `n` on of a panel of `rows` rows, added to its sums. After the last
- * blocks each four tiles of sums are written to the output, while matrix units work on the next. */
-static ALWAYS_INLINE void multiply_panel(const struct many_pairs *job, int64_t row, int64_t rows, int64_t n, int64_t count,
-                                         const uint16_t *tiles, float *sums, const struct terms *terms,
-                                         struct ahead *ahead)
+/* Adds the products of all tokens with `count` blocks from number `n` on of a panel to its sums. If there is a `next`, some rows of
+ * as many blocks are fetched from there for each 32 tokens. */
+static ALWAYS_INLINE void multiply_panel(const struct many_pairs *job, int64_t n, int64_t count, const uint16_t *tiles, float *sums,
+                                         const struct terms *terms, uintptr_t next)
+{
+    const int64_t pairs = pairs_of_groups(job->batch), some = next ? (TILE_PANEL + pairs - 1) / pairs : 0;
+    const int64_t size = block_bytes(job->weights), apart = job->weights->count * size;
+    for (int64_t token = 0; token < job->batch; token += TILE_TOKENS, sums += PANEL_SUMS) {
+        for (int64_t r = 0; r < some; r++, next += (uintptr_t)apart)
+            for (int64_t byte = 0; byte < count * size; byte += 64)
+                __builtin_prefetch((const char *)(next + (uintptr_t)byte), 0, 2);
+        const uint16_t *tokens = tokens_of_group(job, token / SIDE, n);
+        add_tiles(tiles, tokens, 2 * count, sums, n == 0, terms, token + SIDE < job->batch);
+    }
+}
+
+/* Writes the sums of `rows` rows from `row` on: those of a token one after the other, which takes half of the time of panels. */
+static ALWAYS_INLINE void write_panels(const struct many_pairs *job, int64_t row, int64_t rows, const float *sums)
 {
     const struct weights *weights = job->weights;
-    const int last = n + count == weights->count;
-    float bias[TILE_PANEL] = {0};
-    for (int i = 0; weights->bias && i < rows; i++)
-        bias[i] = read_number(weights->bias, row + i, weights->bias_number);
-    for (int64_t token = 0; token < job->batch; token += TILE_TOKENS, sums += PANEL_SUMS) {
-        const uint16_t *tokens = tokens_of_group(job, token / SIDE, n);
-        const int both = token + SIDE < job->batch;
-        if (terms->count == 1 && both)
-            add_tiles(tiles, tokens, 2 * count, sums, n == 0, terms, ahead, 1, 1);
-        else
-            add_tiles(tiles, tokens, 2 * count, sums, n == 0, terms, ahead, terms->count, both);
-        for (int half = 0; last && half <= both; half++)
-            write_group(job, row, rows, token + half * SIDE, sums + half * 2 * TILE_SUMS, bias);
-    }
+    const int64_t apart = pairs_of_groups(job->batch) * PANEL_SUMS;
+    float bias[TILE_PANELS * TILE_PANEL] = {0};
+    for (int64_t r = 0; weights->bias && r < rows; r++)
+        bias[r] = read_number(weights->bias, row + r, weights->bias_number);
+    for (int64_t token = 0; token < job->batch; token += SIDE, sums += 2 * TILE_SUMS)
+        for (int64_t r = 0; r < rows; r += TILE_PANEL)
+            write_group(job, row + r, smaller(TILE_PANEL, rows - r), token, sums + r / TILE_PANEL * apart, bias + r);
 }
 
 /* The products of all tokens with the panels of `rows` rows from `row` on. There is room for the sums of whole panels. */
@@ -217,17 +224,20 @@ static ALWAYS_INLINE void multiply_panels(const struct many_pairs *job, int64_t 
                                           const int32_t number, const int32_t kind)
 {
     const struct weights *weights = job->weights;
-    const int64_t apart = pairs_of_groups(job->batch) * PANEL_SUMS;
-    const int64_t most = blocks_at_a_time(job);
+    const int64_t all = weights->count, apart = pairs_of_groups(job->batch) * PANEL_SUMS;
+    const int soon = job->batch <= TILE_TOKENS; /* multiplying takes less time than unpacking */
     const struct terms terms = list_terms(job);
-    uint16_t tiles[TILE_PANEL * (AMX_CHANNELS)] __attribute__((aligned(64)));
-    for (int64_t n = 0; n < weights->count; n += most)
+    uint16_t tiles[TILE_PANEL * TILE_BLOCKS * BLOCK] __attribute__((aligned(64)));
+    for (int64_t n = 0; n < all; n += job->blocks)
         for (int64_t r = 0; r < rows; r += TILE_PANEL) {
-            const int64_t count = smaller(most, weights->count - n), some = smaller(TILE_PANEL, rows - r);
-            struct ahead ahead = look_ahead(job, row, rows, r, n);
-            unpack_panel(weights, row + r, n, count, tiles, number, kind);
-            multiply_panel(job, row + r, some, n, count, tiles, sums + r / TILE_PANEL * apart, &terms, &ahead);
+            const int64_t count = smaller(job->blocks, all - n), next_row = row + r + TILE_PANEL;
+            const int64_t next_part = n + count < all ? row * all + n + count : (row + rows) * all;
+            const int64_t place = (next_row < row + rows ? next_row * all + n : next_part) * block_bytes(weights);
+            const uintptr_t next = (uintptr_t)weights->blocks + (uintptr_t)place; /* after the weight it does no harm */
+            unpack_panel(weights, row + r, n, count, tiles, soon ? next : 0, number, kind);
+            multiply_panel(job, n, count, tiles, sums + r / TILE_PANEL * apart, &terms, soon ? 0 : next);
         }
+    write_panels(job, row, rows, sums);
 }
 
 /* The products of all tokens with some of `chunks` equal shares of the panels, `chunk` rows at a time. */

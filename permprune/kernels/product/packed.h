@@ -103,6 +103,7 @@ enum { PAIR_CHUNK = 1024 }; /* the most rows of the weight whose sums are kept: 
 
 /* Of many_tiles.h: */
 enum { TILE_PANEL = 32, TILE_TOKENS = 32 }; /* rows of the weight and tokens whose sums are in registers */
+enum { TILE_BLOCKS = 9, TILE_PANELS = 16 };  /* the most blocks of a row, and panels, that are multiplied at a time */
 
 /* A product of many rows of activations in bf16, in fp32 that is rounded to bf16, or, of many_tiles.h, in parts of bf16. */
 struct many_pairs {
@@ -114,6 +115,7 @@ struct many_pairs {
     int32_t *nonfinite;          /* becomes 1 if some of the activations are not finite */
     int64_t batch, tiles;
     int64_t chunk, chunks; /* rows of the weight that are multiplied at a time */
+    int64_t blocks;        /* of many_tiles.h: those of a row that are multiplied at a time */
     float *sums;           /* of many_tiles.h: (chunks, chunk, tokens in pairs of groups) */
 };
 

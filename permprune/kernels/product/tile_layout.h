@@ -5,7 +5,6 @@
  * other. */
 
 enum { SIDE = 16, STEP = 32, TILE = SIDE * STEP }; /* rows and channels of a tile, and its numbers */
-enum { AMX_CHANNELS = 512, AMX_BLOCKS = AMX_CHANNELS / BLOCK }; /* the most of a panel */
 
 /* Splits 32 numbers into `parts` vectors of bf16, `apart` from each other: the nearest bf16, that of what is left, and so on. */
 static ALWAYS_INLINE void split(__m512 low, __m512 high, const int parts, __m512i *to, int64_t apart)
@@ -22,20 +21,13 @@ static ALWAYS_INLINE void split(__m512 low, __m512 high, const int parts, __m512
     }
 }
 
-/* The blocks that are multiplied at a time, of which the level 1 cache holds the parts of a panel and of 32 tokens. */
-static ALWAYS_INLINE int64_t blocks_at_a_time(const struct many_pairs *job)
-{
-    const int64_t blocks = AMX_BLOCKS / (parts_of(job->weights->number) * token_parts(job->weights, job->number));
-    return blocks < 1 ? 1 : blocks;
-}
-
 /* ---- activations ---- */
 
 /* The first tile of a group of 16 tokens from block `n` on. Blocks that are multiplied at a time follow each other; in each, the
  * tiles of two groups take turns, as they are read, for each part of the numbers. */
 static ALWAYS_INLINE uint16_t *tokens_of_group(const struct many_pairs *job, int64_t group, int64_t n)
 {
-    const int64_t most = blocks_at_a_time(job), start = n / most * most, count = smaller(most, job->weights->count - start);
+    const int64_t most = job->blocks, start = n / most * most, count = smaller(most, job->weights->count - start);
     const int64_t steps = 2 * (start * pairs_of_groups(job->batch) + group / 2 * count + (n - start));
     return job->channels + (2 * steps * token_parts(job->weights, job->number) + group % 2) * TILE;
 }
@@ -129,13 +121,19 @@ static void lay_out_tokens(const void *argument, int64_t first, int64_t last)
 
 /* ---- weights ---- */
 
-/* The masks of the channels that eight codes of POSITIONS keep. */
-static ALWAYS_INLINE __m512i masks_of(__m512i codes)
+/* 32 channels in groups of four, each of which keeps two of `pairs`: at the places in the lowest 32 bits of a code of POSITIONS. */
+static ALWAYS_INLINE __m512i spread_pairs(const void *pairs, uint64_t code)
 {
-    const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8));
-    const __m512i low = _mm512_set1_epi8(15), first = _mm512_and_si512(codes, low);
-    const __m512i second = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low);
-    return _mm512_or_si512(_mm512_shuffle_epi8(table, first), _mm512_slli_epi16(_mm512_shuffle_epi8(table, second), 4));
+/* Which bytes of a pair are those of a group's channels; the highest bit says none. */
+#define BYTES(first, second) (int64_t)(0x8080808080808080 ^ 0x8180ull << 16 * (first) ^ 0x8382ull << 16 * (second))
+    const __m512i low = _mm512_setr_epi64(-1, BYTES(0, 1), BYTES(0, 2), BYTES(0, 3), BYTES(0, 1), -1, BYTES(1, 2), BYTES(1, 3));
+    const __m512i high = _mm512_setr_epi64(BYTES(0, 2), BYTES(1, 2), -1, BYTES(2, 3), BYTES(0, 3), BYTES(1, 3), BYTES(2, 3), -1);
+#undef BYTES
+    const __m512i odd = _mm512_set4_epi64(0x0808080808080808, 0, 0x0808080808080808, 0); /* the second pair of 128 bits */
+    const __m512i shifts = _mm512_setr_epi64(0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i codes = _mm512_srlv_epi64(_mm512_set1_epi64((int64_t)code), shifts);
+    const __m512i bytes = _mm512_or_si512(_mm512_permutex2var_epi64(low, codes, high), odd);
+    return _mm512_shuffle_epi8(_mm512_cvtepu32_epi64(_mm256_loadu_si256(pairs)), bytes);
 }
 
 /* The channels of a block as bf16, for its kept integers in the order of the channels. */
@@ -152,12 +150,10 @@ static ALWAYS_INLINE void expand_steps(const char *block, uint64_t bits, __m512i
     out[1] = (__m512i)_mm512_cvtne2ps_pbh(part[3], part[2]);
 }
 
-/* The 64 channels of a block of fp32 or fp16 in parts of bf16, those of each 32 channels. */
-static ALWAYS_INLINE void expand_parts(const char *block, uint64_t bits, const char *end, const int32_t number, __m512i *out)
+/* The 64 channels of a block of fp32 or fp16 in parts of bf16, for its values. */
+static ALWAYS_INLINE void expand_parts(const char *values, uint64_t bits, const int32_t number, __m512i *out)
 {
     const int bytes = number == F32 ? 4 : 2;
-    char room[4 * BLOCK];
-    const char *values = readable(block + CODE, end, room, (size_t)(bytes * BLOCK));
     __m512 part[4];
     UNROLLED for (int i = 0; i < 4; i++, bits >>= SIDE) {
         const __mmask16 some = (__mmask16)bits;
@@ -165,59 +161,63 @@ static ALWAYS_INLINE void expand_parts(const char *block, uint64_t bits, const c
                                 : _mm512_cvtph_ps(_mm256_maskz_expandloadu_epi16(some, values));
         values += bytes * __builtin_popcount(some);
     }
-    split(part[0], part[1], parts_of(number), out, 2);
-    split(part[2], part[3], parts_of(number), out + 1, 2);
+    split(part[0], part[1], parts_of(number), out, 1);
+    split(part[2], part[3], parts_of(number), out + parts_of(number), 1);
 }
 
-/* The 64 channels of a block in parts of bf16, those of each 32, with zeros where `bits` has none. Nothing from `end` on is read. */
-static ALWAYS_INLINE void unpack_block(const char *block, uint64_t bits, const char *end, const int32_t number,
-                                       const int32_t kind, __m512i *out)
+/* The 64 channels of a block in parts of bf16, all of the first 32 before those of the others, with zeros for what is pruned.
+ * Nothing after the weight is read. */
+static ALWAYS_INLINE void unpack_block(const struct weights *weights, const char *block, const int32_t number, const int32_t kind,
+                                       __m512i *out)
 {
-    const __mmask32 low = (__mmask32)bits, high = (__mmask32)(bits >> 32);
-    const char *values = block + (number == BF16 ? CODE : number == I8 ? HEADER_I8 : HEADER_I4);
-    char room[2 * BLOCK];
+    const uint64_t code = read_code(block);
+    if (kind == POSITIONS && number == BF16) {
+        out[0] = spread_pairs(block + CODE, code);
+        out[1] = spread_pairs(block + CODE + BLOCK / 2, code >> 32);
+        return;
+    }
+    if (kind == POSITIONS && number == I4) {
+        const __m512i kept = read_steps_i4(block);
+        out[0] = spread_pairs(&kept, code);
+        out[1] = spread_pairs((const __m256i *)&kept + 1, code >> 32);
+        return;
+    }
+    static const size_t most[STORED] = {[F32] = 4 * BLOCK, [BF16] = 2 * BLOCK, [F16] = 2 * BLOCK, [I8] = BLOCK, [I4] = BLOCK / 2};
+    const uint64_t bits = kept_channels(code, kind);
+    const char *const end = weights->blocks + weights->rows * weights->count * block_bytes(weights);
+    char room[4 * BLOCK];
+    const char *values = readable(block + header_bytes(weights), end, room, most[number]);
     if (number == F32 || number == F16) {
-        expand_parts(block, bits, end, number, out);
-    } else if (kind == POSITIONS && number != I8) { /* 16 of each half */
-        const __m512i kept = number == I4 ? read_steps_i4(block) : _mm512_loadu_si512(values);
-        out[0] = _mm512_maskz_expand_epi16(low, kept);
-        out[1] = _mm512_maskz_expand_epi16(high, _mm512_shuffle_i64x2(kept, kept, 0xee));
+        expand_parts(values, bits, number, out);
     } else if (number == BF16) {
-        const uint16_t *kept = readable(values, end, room, 2 * BLOCK);
-        out[0] = _mm512_maskz_expand_epi16(low, _mm512_loadu_si512(kept));
-        out[1] = _mm512_maskz_expand_epi16(high, _mm512_loadu_si512(kept + __builtin_popcount(low)));
+        out[0] = _mm512_maskz_expand_epi16((__mmask32)bits, _mm512_loadu_si512(values));
+        values += 2 * __builtin_popcount((uint32_t)bits);
+        out[1] = _mm512_maskz_expand_epi16((__mmask32)(bits >> 32), _mm512_loadu_si512(values));
     } else if (number == I8) {
-        expand_steps(block, bits, _mm512_loadu_si512(readable(values, end, room, BLOCK)), I8, out);
+        expand_steps(block, bits, _mm512_loadu_si512(values), I8, out);
     } else {
-        values = readable(values, end, room, BLOCK / 2);
         const __m512i first = _mm512_castsi256_si512(load_nibbles(values));
         expand_steps(block, bits, _mm512_inserti64x4(first, load_nibbles(values + BLOCK / 4), 1), I4, out);
     }
 }
 
 /* Unpacks `count` blocks from number `n` on of a panel to tiles: of each step and part, one of its first and one of its last 16
- * rows. */
+ * rows. If there is a `next`, as much is fetched from there. */
 static ALWAYS_INLINE void unpack_panel(const struct weights *weights, int64_t row, int64_t n, int64_t count, uint16_t *tiles,
-                                       const int32_t number, const int32_t kind)
+                                       uintptr_t next, const int32_t number, const int32_t kind)
 {
     const int64_t size = block_bytes(weights), apart = weights->count * size, rows = smaller(TILE_PANEL, weights->rows - row);
     const int parts = parts_of(number);
-    const char *const end = weights->blocks + weights->rows * apart, *const panel = weights->blocks + row * apart + n * size;
-    uint64_t masks[TILE_PANEL][AMX_BLOCKS] __attribute__((aligned(64))) = {{0}};
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < count; i++)
-            masks[r][i] = read_code(panel + r * apart + i * size);
-    for (int64_t r = 0; r < rows && kind == POSITIONS; r++)
-        _mm512_store_si512(masks[r], masks_of(_mm512_load_si512(masks[r])));
-    for (int64_t i = 0; i < count; i++, tiles += 4 * parts * TILE)
+    const char *const panel = weights->blocks + row * apart + n * size;
+    for (int64_t i = 0; i < count; i++)
         for (int64_t r = 0; r < TILE_PANEL; r++) {
-            __m512i out[2 * PARTS];
+            uint16_t *to = tiles + i * 4 * parts * TILE + r * STEP;
+            __m512i out[2 * PARTS] = {0};
+            for (int64_t byte = 0; next && byte < size; byte += 64)
+                __builtin_prefetch((const char *)(next + (uintptr_t)(r * apart + i * size + byte)), 0, 3);
             if (r < rows)
-                unpack_block(panel + r * apart + i * size, masks[r][i], end, number, kind, out);
-            UNROLLED for (int part = 0; part < parts; part++) {
-                _mm512_store_si512(tiles + r * STEP + 2 * part * TILE, r < rows ? out[2 * part] : _mm512_setzero_si512());
-                _mm512_store_si512(tiles + r * STEP + 2 * (parts + part) * TILE,
-                                   r < rows ? out[2 * part + 1] : _mm512_setzero_si512());
-            }
+                unpack_block(weights, panel + r * apart + i * size, number, kind, out);
+            UNROLLED for (int part = 0; part < 2 * parts; part++)
+                _mm512_store_si512(to + 2 * part * TILE, out[part]);
         }
 }
