@@ -240,6 +240,18 @@ def is_few(weights: Weights, x: Tensor) -> bool:
     return x.shape[0] < (MASKS_FROM if longer else LARGEST_BATCH + 1)
 
 
+def most_plain(dtype: torch.dtype) -> int:
+    """Return the rows of activations up to which a dense weight of the type is multiplied faster here than by PyTorch.
+
+    PyTorch's products use matrix units in bf16, and multiply fp16 where the processor does.
+    """
+    if dtype == torch.bfloat16 and library.best().tiles:
+        return TILES_FROM - 1
+    if dtype == torch.float16 and processor_has("avx512_fp16"):
+        return PAIRS_FROM
+    return LARGEST_BATCH
+
+
 def workspace(size: int, of: str = "lines") -> Tensor:
     """Return `size` bytes of memory that this thread's next call with the same `of` gets again, aligned to 64 bytes.
 

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
-from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH
+from permprune.kernels.product.layout import BLOCK, FLOATS
 
 
 @torch.library.custom_op("permprune::plain_linear", mutates_args=())
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x W^T + bias, (..., rows), for x (..., width), and weight (rows, width) and bias (rows,) of its type.
 
-    Up to `LARGEST_BATCH` rows of activations are multiplied by native kernels, if there are any for the type and width.
+    Up to `native.most_plain` rows of activations are multiplied by native kernels, if there are any for the type and
+    width.
     Raises `PermpruneError` if shapes or types do not match.
     """
     _require_fit(x, weight, bias)
@@ -66,7 +67,9 @@ def use_pytorch(model: nn.Module) -> None:
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     plain = weight.dtype in FLOATS and weight.shape[1] % BLOCK == 0 and weight.is_contiguous()
-    if not (plain and 0 < len(rows) <= LARGEST_BATCH and weight.device.type == "cpu" and library.available()):
+    if not (plain and len(rows) and weight.device.type == "cpu" and library.available()):
+        return F.linear(x, weight, bias)
+    if len(rows) > native.most_plain(weight.dtype):
         return F.linear(x, weight, bias)
     y = native.multiply(native.describe_plain(weight), rows.contiguous())
     if bias is not None:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from permprune.errors import PermpruneError
+from permprune.kernels.product import native
 from permprune.kernels.product.layout import LARGEST_BATCH
 from permprune.kernels.product.plain import PlainLinear, plain_linear, use_kernels, use_pytorch
 
@@ -21,6 +22,20 @@ def test_products_are_those_of_pytorch(dtype: torch.dtype, shape: tuple[int, ...
         found = layer(x)
     assert type(layer) is PlainLinear and found.shape == expected.shape and found.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-2 if dtype != torch.float32 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_more_rows_than_kernels_are_fast_for_go_to_pytorch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, most = nn.Linear(128, 37).to(dtype), native.most_plain(dtype)
+    few, many = torch.randn(most, 128).to(dtype), torch.randn(most + 1, 128).to(dtype)
+    expected = layer(many)
+    use_kernels(layer)
+    products = []
+    monkeypatch.setattr(native, "multiply", lambda weights, x: products.append(len(x)) or x.new_zeros(len(x), 37))
+    with torch.inference_mode():
+        assert torch.equal(layer(many), expected)
+        layer(few)
+    assert products == [most]
 
 
 def test_widths_that_the_kernels_lack_and_gradients_go_to_pytorch() -> None:
