@@ -58,14 +58,15 @@ def load_examples(
         if not takes_pairs(model):
             raise PermpruneError(f"{source} holds images, and {type(model).__name__} takes none: give text alone")
         return _known(model, load_pairs(str(source), model, processor, selection))
-    length = clipped_length(model, length)
     if kind == "text" and has_answers(source, part):
-        return _known(model, load_answers(str(source), model, processor, selection, length))
+        return _known(model, load_answers(str(source), model, processor, selection, clipped_length(model, length)))
     if kind == "text":
         documents = load_documents(source, part)
+        length = clipped_length(model, length)
         windows = tokenize(documents, tokenizer_of(processor), length, count, seed, apart=apart)
         return _known(model, Examples.of(windows))
     if kind == "embeddings":
+        length = clipped_length(model, length)
         return _known(model, Examples(load_sentences(source, model, processor, selection, length)))
     if source is None:
         use = "calibrate" if part == "calibration" else "evaluate"
@@ -74,7 +75,8 @@ def load_examples(
         return Examples(load_images(source, model, processor, selection))
     if kind == "speech":
         return Examples(load_speech(source, model, processor, selection))
-    return _known(model, Examples(load_labelled_text(source, model, processor, selection, length)))
+    texts = load_labelled_text(source, model, processor, selection, clipped_length(model, length))
+    return _known(model, Examples(texts))
 
 
 def _known(model: PreTrainedModel, texts: Examples) -> Examples:
