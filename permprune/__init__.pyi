@@ -30,6 +30,7 @@ from .jobs.evaluate import evaluate as evaluate
 from .jobs.finetune import FineTuned as FineTuned, FineTuning as FineTuning, finetune as finetune
 from .jobs.inspect import InspectedSpace as InspectedSpace, inspect as inspect
 from .jobs.kv import calibrate_kv as calibrate_kv, evaluate_kv as evaluate_kv
+from .jobs.kv_search import KVSearch as KVSearch
 from .jobs.packing import Packed as Packed, pack_folder as pack_folder, unpack_folder as unpack_folder
 from .jobs.prune import prune_to_folder as prune_to_folder
 from .jobs.sweep import sweep as sweep

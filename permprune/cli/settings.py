@@ -21,7 +21,7 @@ from permprune.options import parse_bytes
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 
-NAMED = dict.fromkeys(("Permuter", "Saliency", "Update", "ModelSource", "Pattern"), str)
+NAMED = dict.fromkeys(("Permuter", "ScorePermuter", "Saliency", "Update", "ModelSource", "Pattern"), str)
 """Types of objects of which the command line takes the name; they are not imported for that."""
 
 RENAMED = {
@@ -30,6 +30,7 @@ RENAMED = {
     ("TaskList", "names"): "tasks",
     ("TaskList", "data"): "task_data",
     ("TaskList", "files"): "task_file",
+    ("KVSearch", "budget"): "bytes",
 }
 """Options that have another name than the field."""
 
@@ -88,12 +89,12 @@ def parse_loss(text: str) -> float:
 
 PARSERS: dict[str, Callable[[str], Any]] = {
     "memory": parse_bytes,
-    "tasks": parts,
+    "names": parts,
     "candidates": parts,
     "bytes": parse_size,
     "max_loss": parse_loss,
 }
-"""Functions that read the text of an option."""
+"""Functions that read the text of an option, by the name of its field."""
 
 
 def option(settings: type, name: str, *flags: str, **more: Any) -> Any:
@@ -112,7 +113,7 @@ def options_of(settings: type, without: Collection[str] = ()) -> dict[str, inspe
     for name, field in _options(settings).items():
         if name not in without:
             default = field.default if isinstance(field.default, bool | int | float | str) else None
-            kind = _option_type(name, hints[field.name])
+            kind = _option_type(field.name, hints[field.name])
             flags = [f"--{name.replace('_', '-')}"] if default is False else []  # without one for the opposite
             offered = option(settings, field.name, *flags)
             if get_origin(kind) is list:
@@ -143,7 +144,7 @@ def settings_from(settings: type[T], values: Mapping[str, Any]) -> T:
     for name, field in _options(settings).items():
         if (value := values.get(name)) not in (None, []):
             plain = tuple(value) if isinstance(value, list) else value
-            given[field.name] = PARSERS[name](value) if name in PARSERS else plain
+            given[field.name] = PARSERS[field.name](value) if field.name in PARSERS else plain
     return settings(**given)
 
 
@@ -154,7 +155,7 @@ def _options(settings: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def _option_type(name: str, hint: Any) -> Any:
-    """The type of an option: text where it is parsed here, a list for a field that takes several texts."""
+    """The type of the option of a field: text where it is parsed here, a list for a field that takes several texts."""
     kinds = get_args(hint) or (hint,)
     if name in PARSERS:
         return str

@@ -38,12 +38,10 @@ def locate(source: str | Path, what: str) -> Path | None:
 
     `what` names the expected content in error messages. Raises `PermpruneError` for a path that does not exist.
     """
-    path = Path(source)
+    path, (name, _, _) = Path(source), parse_name(str(source), "evaluation")
     if path.exists():
         return path
-    if Path(parse_name(str(source), "evaluation")[0]).is_dir():
-        return None
-    if isinstance(source, Path) or looks_like_path(source):
+    if not Path(name).is_dir() and (isinstance(source, Path) or looks_like_path(name)):
         raise PermpruneError(f"no {what} at {path}: give an existing file or folder, or the name of a hub data set")
     return None
 

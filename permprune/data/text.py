@@ -7,16 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from permprune.data.sources import (
-    LABEL_COLUMNS,
-    TABLES,
-    dataset,
-    looks_like_path,
-    parse_name,
-    read_lines,
-    read_table,
-    read_text,
-)
+from permprune.data.sources import LABEL_COLUMNS, TABLES, dataset, locate, read_lines, read_table, read_text
 from permprune.errors import PermpruneError
 from permprune.system.imports import on_first_use
 from permprune.system.progress import log
@@ -59,17 +50,11 @@ def load_documents(source: str | Path | None, part: Part) -> list[str]:
     document and are joined by blank lines (as WikiText in GPTQ, SparseGPT and Wanda). Raises `PermpruneError` if the
     text cannot be read or is empty.
     """
-    path = text_file(part) if source is None else Path(source)
-    name, _, _ = parse_name(str(source), part)
-    if path.is_file():
-        documents = _read_file(path)
-    elif Path(name).is_dir() or not (isinstance(source, Path) or looks_like_path(name)):
-        documents = _read_dataset(str(source), part)
-    else:
-        raise PermpruneError(f"no text file {path}: give an existing file, or the name of a hub data set")
-    documents = [document for document in documents if document.strip()]
+    path = text_file(part) if source is None else locate(source, "text file")
+    read = _read_file(path) if path and path.is_file() else _read_dataset(str(source), part)
+    documents = [document for document in read if document.strip()]
     if not documents:
-        raise PermpruneError(f"{path} holds no text")
+        raise PermpruneError(f"{source or path} holds no text")
     return documents
 
 

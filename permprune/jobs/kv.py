@@ -9,18 +9,17 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
-from permprune.config import PruneConfig
 from permprune.data.load import load_examples
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
+from permprune.jobs.kv_search import KVSearch
 from permprune.kv.cache import PrunedCache, attention_layers
 from permprune.kv.calibration import SIDES, ObservedLayer, fit_channels, observe_states
 from permprune.kv.config import AUTO, KVConfig, bits_of, default_pattern, pattern_of
@@ -31,7 +30,6 @@ from permprune.kv.tiers import BitErrors, choose_means, measure_bits, outputs_of
 from permprune.models.forward import short_inputs
 from permprune.models.modality import EVALUATION_BATCH, clipped_length
 from permprune.models.processors import Processor
-from permprune.options import Count, Positive, Seed, require
 from permprune.pattern import MIXED, Pattern
 from permprune.permuters.base import ScorePermuter
 from permprune.permuters.registry import score_permuter
@@ -49,114 +47,119 @@ def calibrate_kv(
     out: str | Path,
     config: KVConfig | None = None,
     *,
-    permute: str | ScorePermuter = "ria",
-    calibration: str | None = None,
-    samples: int = 16,
-    length: int = PruneConfig.length,
-    seed: int = PruneConfig.seed,
-    fold: str | Path | None = None,
+    search: KVSearch | None = None,
     evaluation: Evaluation | None = None,
     processor: Processor | None = None,
-    budget: float | None = None,
-    max_loss: float | None = None,
+    fold: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> KVRecord:
     """Find the channels of a pruned key/value cache, measure its perplexity, and write both to the folder `out`.
 
-    `model` is a name, a folder, or a model in memory with its `processor`. One forward pass over `samples` windows of
-    `length` tokens of the `calibration` text shows queries, keys and values. `permute` orders the channels of each
-    head so that the N:M groups keep the most of the squared keys, weighted by the mean squared queries, and of the
+    `model` is a name, a folder, or a model in memory with its `processor`. One forward pass over the text of `search`
+    shows queries, keys and values. By default each head gets bits of its own, in keys and in values
+    (`permprune.kv.tiers`); the patterns of `config` are then left "auto". Any other settings of the kept channels
+    choose patterns, whose groups keep the most of the squared keys, weighted by the mean squared queries, and of the
     squared values. The values of a model that permprune pruned stay in its order, whose groups `prune` has chosen.
 
     With `fold`, the order of the values is folded into the model's weights, so that a cache need not reorder them: the
     model with these weights, for which the cache then is, is written to that folder. A model in memory is changed in
     place. Its outputs stay the same.
 
-    By default each head gets bits of its own, in keys and in values (`permprune.kv.tiers`): with `budget`, the bytes of
-    a packed token relative to 16-bit states (`BitErrors.usual` if left out), or with `max_loss`, the fewest bytes with
-    which the perplexity of windows of the calibration text grows by no more than this share. These are as many as
-    `evaluation` has, and not observed. The patterns of `config` are then left "auto". Any other settings of the kept
-    channels choose patterns.
-
     The perplexity is that of text as `evaluation` says. Returns the record. Raises `PermpruneError`, for example if a
     pattern does not divide the channels of a head.
     """
-    config, evaluation, out = config or KVConfig(), evaluation or Evaluation(), Path(out)
-    for name, number, hint in (("samples", samples, Count), ("length", length, Count), ("seed", seed, Seed)):
-        require(name, number, hint)
-    method = score_permuter(permute)
-    config = _with_budget(config, budget, max_loss)
-    _require_effect(config, {"permute": method.name != "ria", "fold": fold is not None})
+    config, search, evaluation = config or KVConfig(), search or KVSearch(), evaluation or Evaluation()
+    out, fold = Path(out), None if fold is None else Path(fold)
+    config = _with_budget(config, search)
+    _require_effect(config, {"permute": score_permuter(search.permute).name != "ria", "fold": fold is not None})
     _require_folders(out, fold)
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)
-    pruned = origin_of(opened.model).record is not None
-    if pruned and fold is not None:
+    if fold is not None and origin_of(opened.model).record is not None:
         raise PermpruneError(f"the values of {opened.name} have the order that prune gave them: leave out --fold")
     attention_layers(opened.model)
-    length = clipped_length(opened.model, length)
-    source: dict[str, str | int | None] = {"data": calibration, "samples": samples, "length": length, "seed": seed}
-    examples, unseen = _windows(opened, source, 0 if max_loss is None else evaluation.windows)
+    search = dataclasses.replace(search, length=clipped_length(opened.model, search.length))
+    examples, unseen = _windows(opened, search, 0 if search.max_loss is None else evaluation.windows)
     stage(CALIBRATE)
     started = time.monotonic()
-    observed = observe_states(opened.model, examples, skipped=config.sinks, batch=EVALUATION_BATCH)
-    kept, chosen = dict[str, Kept](), None
-    if config.keys == config.values == MIXED:
-        measured = measure_bits(observed)
-        if max_loss is not None:
-            budget, chosen = _least_bytes(measured, CacheMeter(opened.model, config, unseen, calibration), max_loss)
-        budget = measured.usual if budget is None else budget
-        channels = measured.channels(budget)
-    else:
-        config = _with_patterns(config, observed)
-        channels, kept = find_channels(observed, config, method, seed, order_values=not pruned)
+    channels, record = _search(opened, config, search, examples=examples, unseen=unseen)
     if fold is not None:
         if all(values.is_natural for _, values in channels.values()):
-            raise PermpruneError(f"values of the pattern {config.values} need no order: leave out --fold")
+            raise PermpruneError(f"values of the pattern {record.config.values} need no order: leave out --fold")
         channels = fold_values(opened.model, channels, short_inputs(opened.model, examples))
+        record = dataclasses.replace(record, model=str(fold))
     seconds = time.monotonic() - started
     stage(MEASURE)
     windows = evaluation.examples(opened.model, opened.processor)
-    record = KVRecord(
-        format=1,
-        permprune=importlib.metadata.version("permprune"),
-        model=opened.name if fold is None else str(fold),
-        shape=shape_of(opened.model),
-        config=config,
-        permute=method.name if kept else "",
-        calibration=source,
-        kept=kept,
-        seconds=seconds,
-        measured=CacheMeter(opened.model, config, windows, evaluation.source).compare(channels),
-        weights=weights_of(opened.model),
-        budget=budget,
-        chosen=chosen,
-    )
+    measured = CacheMeter(opened.model, record.config, windows, evaluation.source).compare(channels)
+    record = dataclasses.replace(record, seconds=seconds, measured=measured, weights=weights_of(opened.model))
     stage(WRITE)
     if fold is not None:
-        with atomic_folder(Path(fold)) as folder:
+        with atomic_folder(fold) as folder:
             write_model(opened.model, opened.processor, folder)
     with atomic_folder(out) as folder:
         write_cache(folder, channels, record)
     return record
 
 
-def _require_folders(out: Path, fold: str | Path | None) -> None:
+def _search(
+    opened: OpenModel, config: KVConfig, search: KVSearch, *, examples: Examples, unseen: Examples
+) -> tuple[LayerChannels, KVRecord]:
+    """Return the channels of a cache, and its record without what is measured.
+
+    The states of the model on the `examples` are observed, and a limit of the loss holds on the `unseen` ones.
+    """
+    observed = observe_states(opened.model, examples, skipped=config.sinks, batch=EVALUATION_BATCH)
+    method, budget, kept, chosen = score_permuter(search.permute), search.budget, dict[str, Kept](), None
+    if config.keys == config.values == MIXED:
+        errors = measure_bits(observed)
+        if search.max_loss is not None:
+            meter = CacheMeter(opened.model, config, unseen, search.calibration)
+            budget, chosen = _least_bytes(errors, meter, search.max_loss)
+        budget = errors.usual if budget is None else budget
+        channels = errors.channels(budget)
+    else:
+        config = _with_patterns(config, observed)
+        natural_values = origin_of(opened.model).record is not None
+        channels, kept = find_channels(observed, config, method, search.seed, order_values=not natural_values)
+    record = KVRecord(
+        format=1,
+        permprune=importlib.metadata.version("permprune"),
+        model=opened.name,
+        shape=shape_of(opened.model),
+        config=config,
+        permute=method.name if kept else "",
+        calibration={
+            "data": search.calibration,
+            "samples": search.samples,
+            "length": search.length,
+            "seed": search.seed,
+        },
+        kept=kept,
+        seconds=0.0,
+        budget=budget,
+        chosen=chosen,
+    )
+    return channels, record
+
+
+def _require_folders(out: Path, fold: Path | None) -> None:
     """Raise `PermpruneError` if the cache and the folded model cannot be written to these folders."""
-    if fold is not None and Path(fold).resolve() == out.resolve():
+    if fold is not None and fold.resolve() == out.resolve():
         raise PermpruneError(f"the cache and the folded model are both to be {out}: give --fold another folder")
-    for folder in (out, *([] if fold is None else [Path(fold)])):
-        require_absent(folder)
-        require_writable(folder)
+    for folder in (out, fold):
+        if folder is not None:
+            require_absent(folder)
+            require_writable(folder)
 
 
-def _windows(opened: OpenModel, source: Mapping[str, Any], apart: int) -> tuple[Examples, Examples]:
+def _windows(opened: OpenModel, search: KVSearch, apart: int) -> tuple[Examples, Examples]:
     """Return windows of the calibration text: those to observe, and up to `apart` of other documents.
 
     Raises `PermpruneError` if the text has a single window and two are needed.
     """
     examples = load_examples(
-        source["data"], opened.model, opened.processor,
-        part="calibration", count=source["samples"] + apart, length=source["length"], seed=source["seed"], apart=apart,
+        search.calibration, opened.model, opened.processor,
+        part="calibration", count=search.samples + apart, length=search.length, seed=search.seed, apart=apart,
     )  # fmt: skip
     held_out = min(apart, len(examples) // 2)
     if apart and not held_out:
@@ -164,19 +167,15 @@ def _windows(opened: OpenModel, source: Mapping[str, Any], apart: int) -> tuple[
     return examples[held_out:], examples[:held_out]
 
 
-def _with_budget(config: KVConfig, budget: float | None, max_loss: float | None) -> KVConfig:
-    """Return the settings for a budget, or for none: mixed patterns, unless the settings choose patterns.
+def _with_budget(config: KVConfig, search: KVSearch) -> KVConfig:
+    """Return the settings for a search: mixed patterns, unless the settings choose patterns.
 
-    Raises `PermpruneError` if they do not go with a budget.
+    Raises `PermpruneError` if they do and the search has a limit.
     """
     plain = config.dtype == KVConfig.dtype and config.recovery == KVConfig.recovery
     mixes = plain and {config.keys, config.values} <= {AUTO, MIXED}
-    given = {name: number for name, number in (("bytes", budget), ("max-loss", max_loss)) if number is not None}
-    if len(given) > 1:
-        raise PermpruneError("--bytes and --max-loss are two ways to choose the bits of each head: leave out one")
-    for name, number in given.items():
-        require(name, number, Positive)
-    if not mixes and (given or MIXED in (config.keys, config.values)):
+    limited = search.budget is not None or search.max_loss is not None
+    if not mixes and (limited or MIXED in (config.keys, config.values)):
         raise PermpruneError(
             "each head has bits of its own: leave out --pattern, --keys, --values, --dtype and --recovery"
         )

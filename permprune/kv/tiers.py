@@ -17,7 +17,6 @@ from permprune.kv.calibration import SIDES, AttentionProbe, ObservedLayer
 from permprune.kv.moving import Moving, still_mean
 from permprune.kv.packing import Channels, StatesLayout, decode, encode
 from permprune.matching.knapsack import cheapest
-from permprune.options import Positive, require
 from permprune.system.progress import track
 
 MEASURED = 4
@@ -59,7 +58,6 @@ class BitErrors:
         `budget` is the number of bytes of a packed token relative to that of 16-bit states. Raises `PermpruneError` if
         it is too small or larger than can be used.
         """
-        require("bytes", budget, Positive)
         least, most = self.range
         if not least <= budget <= most:
             raise PermpruneError(

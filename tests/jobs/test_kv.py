@@ -19,6 +19,7 @@ from permprune.checkpoints.origin import Origin, set_origin
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.jobs.kv import calibrate_kv, evaluate_kv, find_channels
+from permprune.jobs.kv_search import KVSearch
 from permprune.kv.cache import PrunedCache
 from permprune.kv.calibration import ObservedLayer, observe_states
 from permprune.kv.config import KVConfig
@@ -125,9 +126,9 @@ def test_a_limit_of_the_loss_is_for_text_that_was_held_out(
     monkeypatch.setattr("permprune.jobs.kv.CacheMeter", chosen_on)
     options: dict[str, Any] = {
         "config": KVConfig(window=4), "evaluation": Evaluation(str(other), 2, 32), "processor": tiny_tokenizer,
-        "length": 32, "max_loss": 0.002,
+        "search": KVSearch(max_loss=0.002, calibration=str(tiny_text), samples=3, length=32),
     }  # fmt: skip
-    record = calibrate_kv(tiny_llama, tmp_path / "kv", calibration=str(tiny_text), samples=3, **options)
+    record = calibrate_kv(tiny_llama, tmp_path / "kv", **options)
     assert record.chosen is not None and record.measured is not None and record.budget is not None
     assert (record.chosen.data, record.measured.data) == (str(tiny_text), str(other))
     assert record.chosen.error and record.chosen.lost + record.chosen.error <= 0.002 and record.chosen.count == 2 * 31
@@ -137,7 +138,7 @@ def test_a_limit_of_the_loss_is_for_text_that_was_held_out(
     assert not (observed[:, None] == held_out).all(-1).any()
     tiny_text.write_text(" ".join(words[:20]))
     with pytest.raises(PermpruneError, match="give more"):
-        calibrate_kv(tiny_llama, tmp_path / "short", calibration=str(tiny_text), **options)
+        calibrate_kv(tiny_llama, tmp_path / "short", **options)
     assert not (tmp_path / "short").exists()
 
 
@@ -168,10 +169,8 @@ def test_the_evaluation_prunes_the_prompt(
     for keys, values in (("dense", "dense"), ("1:4", "1:4")):
         out = tmp_path / keys
         config = KVConfig(keys, values, dtype="auto", window=0, sinks=0, recovery="zeros")
-        record = calibrate_kv(
-            tiny_llama, out, config, calibration=str(tiny_text), samples=2, length=32, evaluation=evaluation,
-            processor=tiny_tokenizer,
-        )  # fmt: skip
+        search = KVSearch(calibration=str(tiny_text), samples=2, length=32)
+        record = calibrate_kv(tiny_llama, out, config, search=search, evaluation=evaluation, processor=tiny_tokenizer)
         found[keys] = evaluate_kv(tiny_llama, out, evaluation, tiny_tokenizer)
         assert record.measured is not None and found[keys].result.value == record.measured.pruned
     assert found["dense"].result.value == pytest.approx(record.measured.dense, rel=1e-5)

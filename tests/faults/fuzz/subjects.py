@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -44,7 +43,7 @@ def make_subjects(folder: Path) -> tuple[dict[str, Path], Tensor]:
         permprune.finetune(str(pruned), subjects[f"trained-{mode}"], options)
         for dtype in ("bf16", "int8", "int4"):
             permprune.pack_folder(pruned, subjects[f"{dtype}-{mode}"], dtype=dtype)
-    cache: dict[str, Any] = {"calibration": one, "samples": 4, "length": 16, "evaluation": evaluation}
-    permprune.calibrate_kv(checkpoint, subjects["cache"], KVConfig(window=0, sinks=2), **cache)
+    config, search = KVConfig(window=0, sinks=2), permprune.KVSearch(calibration=one, samples=4, length=16)
+    permprune.calibrate_kv(checkpoint, subjects["cache"], config, search=search, evaluation=evaluation)
     model, processor, _ = permprune.read_model(checkpoint)
     return subjects, evaluation.examples(model, processor)["input_ids"]
