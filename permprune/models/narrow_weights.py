@@ -170,7 +170,7 @@ def _holdable(model: nn.Module, layers: Iterable[Layer]) -> list[_Holdable]:
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     holdable = [
-        _Holdable(layer.stored, [(layer.owner, name.rpartition(".")[2])], name)
+        _Holdable(layer.stored, [(layer.owner, layer.attribute)], name)
         for name, layer in {layer.parameter: layer for layer in layers}.items()
         if owners[id(layer.stored)] == 1 and not any(part in wide for part in name.split("."))
     ]

@@ -76,7 +76,7 @@ class RunningLayers(ABC):
         for layer in self.layers.values():
             layers.setdefault(layer.parameter, []).append(layer)
         reference = weakref.ref(self)  # the model must not keep layers alive that are not used any more
-        for parameter, parts in layers.items():
+        for parts in layers.values():
 
             def shown(stored: nn.Parameter, parts: list[Layer] = parts) -> Tensor | None:
                 running = reference()
@@ -86,8 +86,7 @@ class RunningLayers(ABC):
                 product = running._product(parts[0]) if alone else None
                 return running._stored(parts, stored) if product is None else product
 
-            attribute = parameter.rpartition(".")[2]
-            self._handles += replaced_while_running(parts[0].owner, attribute, shown)
+            self._handles += replaced_while_running(parts[0].owner, parts[0].attribute, shown)
 
     @torch.no_grad()
     def _stored(self, layers: list[Layer], stored: nn.Parameter) -> Tensor:
