@@ -100,6 +100,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts packed layers into a model before its weights are loaded, and checks them afterwards."""
 
     requires_calibration = True
+    is_trainable = True  # by adapters: packed weights are frozen
+    is_compileable = True
     quantization_config: PackedConfig
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -150,14 +152,6 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         self.postprocess_model(model)  # checks the layers and prepares the model to run
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:  # by adapters: packed weights are frozen
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
