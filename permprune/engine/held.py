@@ -124,7 +124,7 @@ def measure(
     batch, recompute = config.batch * BATCH_MULTIPLIER[kind_of(model)], config.recompute
     with frozen(model), torch.no_grad(), autocast(compute_device(model), dtype):
         task = choose_task(model, plan.measured, batch)
-    held = held or NarrowWeights(model, layers, origin_of(model).dtype)
+    held = held or NarrowWeights.of(model, layers, origin_of(model).dtype)
     statistics = calibrate(
         model,
         layers,

@@ -122,7 +122,7 @@ def gradients(model: nn.Module, found: Statistics, dtype: torch.dtype, recompute
         dtype=dtype,
         batch=2,
         recompute=recompute,
-        held=NarrowWeights(model, layers, dtype),
+        held=NarrowWeights.of(model, layers, dtype),
     )
     every = Objective(1.0, 1.0, 1.0, 1.0)
     try:
