@@ -91,11 +91,6 @@ class Layer:
         """The number of rows of the whole layer."""
         return getattr(self.owner, ROWS, (slice(None), self.shape[0]))[1]  # type: ignore[no-any-return]
 
-    @property
-    def channel_dim(self) -> int:
-        """The dimension of the parameter that holds the input channels: -1, or -2 if transposed."""
-        return -2 if self.transposed else -1
-
     def part_of(self, stored: Tensor) -> Tensor:
         """The layer's part of a tensor of the parameter's shape, as (rows, channels); it shares memory with it."""
         matrix = stored if self.expert is None else stored[self.expert]
