@@ -40,7 +40,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def requiring_gradients(parameters: Iterable[nn.Parameter], required: bool = True) -> Iterator[None]:
+def requiring_gradients(parameters: Iterable[nn.Parameter], *, required: bool = True) -> Iterator[None]:
     """A context in which these parameters require gradients, or do not; restored afterwards."""
     changed = [parameter for parameter in parameters if parameter.requires_grad is not required]
     try:
@@ -55,7 +55,7 @@ def requiring_gradients(parameters: Iterable[nn.Parameter], required: bool = Tru
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """A context in which no parameter requires gradients and the model is in evaluation mode; restored afterwards."""
-    with requiring_gradients(model.parameters(), False), evaluating(model):
+    with requiring_gradients(model.parameters(), required=False), evaluating(model):
         yield
 
 
