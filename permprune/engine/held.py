@@ -83,8 +83,7 @@ def prepare(
     config's calibration data, as in `prune`. If they lack text for a decoder, the decoder reads the text that the dense
     model generates. `partial` is a folder in which the searches save their state. `planned` is called with the plan
     before the calibration. `held` are weights of the model that are held in bf16 already, and `fisher` is as in
-    `calibrate`. Raises `PermpruneError` for a
-    config, data or a model that cannot be used.
+    `calibrate`. Raises `PermpruneError` for a config, data or a model that cannot be used.
     """
     if config.shard:
         raise PermpruneError(

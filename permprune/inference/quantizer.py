@@ -56,12 +56,11 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The configuration of a packed checkpoint.
 
     `layers` maps the names of packed modules to N:M patterns, and `dtype` is the type of their stored values. `ordered`
-    lists the layers with a channel order.
-    `reordered` maps the names of modules whose output is reordered, for all modules that read it, to its width. `head`
-    names the embedding and the head that are int8, as "embedding" and "linear"; a "tied" head is the embedding's table.
-    `tables` lists the layers that keep all weights, in int8.
-    `weights` is the name of the file of weights, or of its index; None for that of Transformers.
-    Raises `PermpruneError` for a configuration that no version so far has written.
+    lists the layers with a channel order. `reordered` maps the names of modules whose output is reordered, for all
+    modules that read it, to its width. `head` names the embedding and the head that are int8, as "embedding" and
+    "linear"; a "tied" head is the embedding's table. `tables` lists the layers that keep all weights, in int8.
+    `weights` is the name of the file of weights, or of its index; None for that of Transformers. Raises
+    `PermpruneError` for a configuration that no version so far has written.
     """
 
     def __init__(
