@@ -141,9 +141,7 @@ def measure(
     )
     network = PrunedNetwork(
         model,
-        layers,
-        plan.problems,
-        sites,
+        plan.outline,
         statistics=statistics,
         saliency=plan.metric,
         patterns=dict.fromkeys(sites, plan.pattern),

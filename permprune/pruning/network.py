@@ -23,7 +23,7 @@ from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
 from permprune.pruning.gradients import Gradients, GradientSums, differentiable, received
 from permprune.pruning.masked import MaskedLayers
-from permprune.pruning.problem import Orders, Outline, Part, Problem
+from permprune.pruning.problem import Orders, Outline, Part
 from permprune.saliency.metrics import Saliency
 from permprune.system import distributed, sharding
 from permprune.system.device import compute_device
@@ -47,9 +47,7 @@ class PrunedNetwork(MaskedLayers):
     def __init__(
         self,
         model: nn.Module,
-        layers: list[Layer],
-        problems: list[Problem],
-        sites: dict[str, str],
+        outline: Outline,
         *,
         statistics: Statistics,
         saliency: Saliency,
@@ -61,16 +59,7 @@ class PrunedNetwork(MaskedLayers):
         held: NarrowWeights,
         shelf: Shelf | None = None,
     ) -> None:
-        super().__init__(
-            layers,
-            problems,
-            sites,
-            statistics=statistics,
-            saliency=saliency,
-            patterns=patterns,
-            held=held,
-            shelf=shelf,
-        )
+        super().__init__(outline, statistics=statistics, saliency=saliency, patterns=patterns, held=held, shelf=shelf)
         self.model, self.task, self.dtype, self.batch, self.recompute = model, task, dtype, batch, recompute
         self.saliency = saliency
 
@@ -82,9 +71,7 @@ class PrunedNetwork(MaskedLayers):
         self.detach()
         return PrunedNetwork(
             self.model,
-            [*outline.layers],
-            [*outline.problems],
-            dict(outline.sites),
+            outline,
             statistics=self.statistics,
             saliency=self.saliency,
             patterns=patterns,
