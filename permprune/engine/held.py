@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Unpack, cast
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -229,9 +229,8 @@ class Held:
     updating: float = 0.0
 
     def __init__(self, prepared: Prepared, processor: Processor | None, *, spare: bool = False) -> None:
-        self.plan: Prepared = prepared
-        self.network = prepared.network
-        self.all_layers, self.chosen_for = prepared, cast(float | None, None)
+        self.plan, self.network, self.all_layers = prepared, prepared.network, prepared
+        self.chosen_for: float | None = None
         self.model, self.processor, self.stored = prepared.model, processor, origin_of(prepared.model).dtype
         self.seconds, self.spare = prepared.seconds, spare
         if self.plan.config.pattern == MIXED and self.plan.config.max_loss is None:
@@ -242,10 +241,8 @@ class Held:
         started = time.monotonic()
         self.network.detach()
         self.all_layers.network.attach()
-        plan, self.network, self.mix = choose_patterns(
-            self.all_layers, self.all_layers.network, self.model, measured=lambda: self.sensitivity, keep=keep
-        )
-        self.plan, self.chosen_for = replace(plan, network=self.network), keep
+        self.plan, self.mix = choose_patterns(self.all_layers, measured=lambda: self.sensitivity, keep=keep)
+        self.network, self.chosen_for = self.plan.network, keep
         if keep is None:
             self.all_layers = self.plan  # the network of all layers is not needed again
             vars(self).pop("sensitivity", None)
@@ -254,7 +251,7 @@ class Held:
     @cached_property
     def sensitivity(self) -> Sensitivity:
         """What the patterns of a mix cost each layer, measured once for all budgets that are tried."""
-        return sensitivity(self.all_layers, self.all_layers.network)
+        return sensitivity(self.all_layers)
 
     @classmethod
     def of(cls, opened: OpenModel, config: PruneConfig, *, spare: bool = False, **settings: Any) -> Held:
