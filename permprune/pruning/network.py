@@ -91,7 +91,7 @@ class PrunedNetwork(MaskedLayers):
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the layers, by name."""
-        return {layer.parameter: layer.stored for layer in self.layers.values()}
+        return {name: layers[0].stored for name, layers in self.by_parameter.items()}
 
     def autocast(self) -> AbstractContextManager[None]:
         """A context in which activations have the network's dtype."""
@@ -179,7 +179,7 @@ class PrunedNetwork(MaskedLayers):
         sums, count = {problem.name: 0.0 for problem in self.problems}, 0.0
 
         def add(parameter: str, gradient: Tensor) -> None:
-            for layer in self._layers_of(parameter):
+            for layer in self.by_parameter[parameter]:
                 for name, part in parts.get(layer.name, []):
                     sums[name] += self.part_slope(part, before[name], after[name], layer.part_of(gradient))
 
@@ -214,7 +214,7 @@ class PrunedNetwork(MaskedLayers):
         count, losses = distributed.total(len(shares))[0], list[float]()
 
         def hand(parameter: str, gradient: Tensor) -> None:
-            for layer in self._layers_of(parameter):
+            for layer in self.by_parameter[parameter]:
                 take(layer.name, layer.part_of(gradient))
 
         def complete(parameter: str, gradient: Tensor) -> None:
@@ -236,13 +236,9 @@ class PrunedNetwork(MaskedLayers):
     def _kept_of(self, parameter: str) -> Tensor:
         """Which elements of a parameter the masks of its layers keep, bool."""
         mask = torch.zeros_like(self.parameters[parameter], dtype=torch.bool)
-        for layer in self._layers_of(parameter):
+        for layer in self.by_parameter[parameter]:
             layer.part_of(mask).copy_(self.masks[layer.name])
         return mask
-
-    def _layers_of(self, parameter: str) -> list[Layer]:
-        """The layers whose weights are parts of a parameter."""
-        return [layer for layer in self.layers.values() if layer.parameter == parameter]
 
     def _differentiable(self) -> AbstractContextManager[None]:
         return differentiable(self.model, self.parameters, self.recompute)
