@@ -151,7 +151,7 @@ class SymmetricShelf(MutableMapping[str, Symmetric]):
 
 
 class Symmetrics(Computed):
-    """Symmetric matrices by name, which are made dense each time they are read."""
+    """Symmetric matrices by name, which are made dense each time they are read from `stored`."""
 
     def __init__(self, stored: MutableMapping[str, Symmetric]) -> None:
         super().__init__(stored, lambda name: stored[name].dense())
@@ -161,14 +161,6 @@ class Symmetrics(Computed):
     def nbytes(self) -> int:
         """The bytes that are stored."""
         return sum(matrix.nbytes for matrix in self.stored.values())
-
-    def block(self, name: str, channels: Int[Tensor, " n"]) -> Float[Tensor, "n n"]:
-        """Return the rows and columns of some channels of a matrix (`Symmetric.block`)."""
-        return self.stored[name].block(channels)
-
-    def main_diagonal(self, name: str) -> Float[Tensor, " size"]:
-        """Return the diagonal of a matrix."""
-        return self.stored[name].main_diagonal()
 
 
 def stored_elements(size: int) -> int:
