@@ -147,7 +147,7 @@ class PrunedNetwork(MaskedLayers):
             earlier[name] *= cast(Gradients, mean).count
         sums = GradientSums(self.parameters, self.dtype, earlier, seed=int(examples.digest[:8], 16))
         total, count = 0.0, 0.0
-        with self._differentiable(), received(self.parameters, sums.add):
+        with differentiable(self.model, self.parameters, self.recompute), received(self.parameters, sums.add):
             for shown, dense in self._batches(examples, loss, self.batch):
                 padding = padding_of(self.model, shown)
                 with output_fisher(layers, fisher, one_label_per_example=alike, padding=padding):
@@ -183,7 +183,7 @@ class PrunedNetwork(MaskedLayers):
                 for name, part in parts.get(layer.name, []):
                     sums[name] += self.part_slope(part, before[name], after[name], layer.part_of(gradient))
 
-        with self._differentiable(), received(self.parameters, add):
+        with differentiable(self.model, self.parameters, self.recompute), received(self.parameters, add):
             for shown, dense in self._batches(examples, loss, self.batch):
                 count += self._backward(shown, loss, dense)[1]
         *totals, count = distributed.total(*sharding.total(*sums.values()), count)
@@ -239,9 +239,6 @@ class PrunedNetwork(MaskedLayers):
         for layer in self.by_parameter[parameter]:
             layer.part_of(mask).copy_(self.masks[layer.name])
         return mask
-
-    def _differentiable(self) -> AbstractContextManager[None]:
-        return differentiable(self.model, self.parameters, self.recompute)
 
     def _backward(
         self, shown: Examples, loss: Loss, teacher_outputs: TeacherOutputs | None, count: float | None = None
