@@ -90,8 +90,8 @@ def calibrate(
     parts = distributed.share(list(enumerate(batches(examples, batch))))
     reading = _Pass(model, task, parts, dtype, half, seed, shelf)
     one = _most_labelled(examples).to(compute_device(model))
-    with hooked(layers, after=lambda *_: None):  # refuses a layer that returns more than a tensor
-        one_label_per_example = reading.terms(one) == 1
+    with torch.no_grad(), frozen(model), hooked(layers, after=lambda *_: None):  # which refuses more than a tensor
+        one_label_per_example = reading.outputs(one).terms == 1
     differentiated = layers if fisher else []
     sums = {layer.name: layer.stored.new_zeros(layer.shape[0], dtype=torch.float64) for layer in differentiated}
     with frozen(model):
@@ -153,12 +153,6 @@ class _Pass:
     seed: int
     shelf: Shelf
 
-    @torch.no_grad()
-    def terms(self, examples: Examples) -> int:
-        """Return the number of terms of the loss on some examples."""
-        with frozen(self.model):
-            return self._outputs(examples).terms
-
     def continues(self, examples: Examples) -> bool:
         """Whether the model can be calibrated block by block: passes go on from one block to the next."""
         with autocast(compute_device(self.model), self.dtype, blocks=False):
@@ -170,7 +164,7 @@ class _Pass:
         inputs = InputMoments(readers, half=self.half, whole=whole, shelf=self.shelf)
         for _, examples in self._batches():
             with inputs.observe(padding_of(self.model, examples)):
-                self._outputs(examples)
+                self.outputs(examples)
         return inputs.result()
 
     @torch.no_grad()
@@ -188,7 +182,7 @@ class _Pass:
             for (_, part), known in zip(self.parts, outputs, strict=True):
                 examples = part.to(compute_device(self.model))
                 with inputs.observe(padding_of(self.model, examples)), resumed(reached, known):
-                    self._outputs(examples)
+                    self.outputs(examples)
             moments.update(inputs.result().stored)
         return Symmetrics(moments)
 
@@ -203,7 +197,7 @@ class _Pass:
                 inputs.observe(padding),
                 output_fisher(layers, fisher, one_label_per_example=one_label_per_example, padding=padding),
             ):
-                outputs = self._outputs(examples)
+                outputs = self.outputs(examples)
                 with autocast(examples.device, self.dtype, blocks=False):
                     loss = outputs.fisher_loss(torch.Generator().manual_seed((self.seed * 2**20 + number) % 2**63))
                 if not torch.isfinite(loss):
@@ -219,8 +213,8 @@ class _Pass:
         for number, examples in track(self.parts, "calibrating"):
             yield number, examples.to(device)
 
-    def _outputs(self, examples: Examples) -> Outputs:
-        # not in blocks, where the squared gradients of keys are less exact
+    def outputs(self, examples: Examples) -> Outputs:
+        """Run the model on some examples, not in blocks, where the squared gradients of keys are less exact."""
         with autocast(examples.device, self.dtype, blocks=False):
             return self.task(self.model, examples)
 

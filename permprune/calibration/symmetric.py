@@ -60,14 +60,11 @@ class Symmetric:
     def dense(self) -> Float[Tensor, "size size"]:
         """Return the whole matrix as a new tensor, fp32 (size, size); if processes divide it, on all at once."""
         matrix = self.strips[0].new_empty(self.size, self.size, dtype=torch.float32)
+        root = None if self.diagonal is None else self.diagonal.sqrt()
         for i, (span, strip) in enumerate(zip(_spans(self.size), self.strips, strict=True)):
-            is_held = len(strip) > 0
-            whole = strip if is_held else strip.new_empty(span.stop - span.start, self.size - span.start)
-            matrix[span, span.start :] = sharding.broadcast(whole, _owner(i))
-            if self.diagonal is not None:
-                root = self.diagonal.sqrt()
-                matrix[span, span.start :] *= root[span, None]
-                matrix[span, span.start :] *= root[span.start :]
+            whole = strip if len(strip) else strip.new_empty(span.stop - span.start, self.size - span.start)
+            rows = sharding.broadcast(whole, _owner(i)).float()
+            matrix[span, span.start :] = rows if root is None else rows * root[span, None] * root[span.start :]
             matrix[span.stop :, span] = matrix[span, span.stop :].T
         if self.diagonal is not None:
             matrix.diagonal().copy_(self.diagonal)
@@ -92,10 +89,8 @@ class Symmetric:
         for number, (strip, last) in enumerate(zip(self.strips, ends, strict=True)):
             within = channels - number * STRIP
             if len(strip):
-                matrix[first:last, first:] = strip[within[first:last]][:, within[first:]]
-                if root is not None:
-                    matrix[first:last, first:] *= root[first:last, None]
-                    matrix[first:last, first:] *= root[first:]
+                rows = strip[within[first:last]][:, within[first:]].float()
+                matrix[first:last, first:] = rows if root is None else rows * root[first:last, None] * root[first:]
                 matrix[last:, first:last] = matrix[first:last, last:].T
             first = last
         sharding.add_(matrix)
@@ -156,7 +151,7 @@ class SymmetricShelf(MutableMapping[str, Symmetric]):
 
 
 class Symmetrics(Computed):
-    """Symmetric matrices by name, which are made dense each time they are read."""
+    """Symmetric matrices by name, which are made dense each time they are read from `stored`."""
 
     def __init__(self, stored: MutableMapping[str, Symmetric]) -> None:
         super().__init__(stored, lambda name: stored[name].dense())
@@ -166,14 +161,6 @@ class Symmetrics(Computed):
     def nbytes(self) -> int:
         """The bytes that are stored."""
         return sum(matrix.nbytes for matrix in self.stored.values())
-
-    def block(self, name: str, channels: Int[Tensor, " n"]) -> Float[Tensor, "n n"]:
-        """Return the rows and columns of some channels of a matrix (`Symmetric.block`)."""
-        return self.stored[name].block(channels)
-
-    def main_diagonal(self, name: str) -> Float[Tensor, " size"]:
-        """Return the diagonal of a matrix."""
-        return self.stored[name].main_diagonal()
 
 
 def stored_elements(size: int) -> int:

@@ -139,7 +139,8 @@ def linear_layers(model: nn.Module) -> dict[str, Layer]:
     """All linear layers of a model by name, whether pruned, packed or dense."""
     linears = {}
     for name, module in model.named_modules():
-        packed = isinstance(module, PackedLinear)
-        layers = [Layer(name, module, module.transposed)] if packed else linears_of(name, module)
+        layers = linears_of(name, module)
+        if isinstance(module, PackedLinear):
+            layers = [Layer(name, owner=module, module=module, transposed=module.transposed)]
         linears.update({layer.name: layer for layer in layers})
     return linears

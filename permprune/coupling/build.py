@@ -109,8 +109,9 @@ def _space(walk: Walk, atom: Axis, places: Places, blocks: Sequence[Axis], reade
 def _members(
     walk: Walk, key: Key, spots: Sequence[Occurrence], blocks: Sequence[Axis], readers: Mapping[Key, str]
 ) -> list[Member]:
-    """The members for one dimension of a parameter: a single one that holds all copies, or one per copy if they overlap
-    or involve different dimensions.
+    """The members for one dimension of a parameter: one that holds all copies.
+
+    There is one for each copy if they overlap, or involve different dimensions.
     """
     parameter, _ = key
     role: Role = "reads" if key in readers else "writes" if key in walk.writes else "scales"

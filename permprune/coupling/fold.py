@@ -59,8 +59,7 @@ def fold_parameter(name: str, parameter: Tensor, tables: Mapping[str, Tensor], c
 
 
 def check_table(space: ChannelSpace, table: Tensor) -> Tensor:
-    """The table as int64 (blocks, size) on the CPU. Raises `PermpruneError` when it cannot permute the
-    space."""
+    """The table as int64 (blocks, size) on the CPU. Raises `PermpruneError` if it cannot permute the space."""
     if space.freedom == "frozen":
         raise PermpruneError(f"space {space.name} is frozen and cannot be permuted: {space.reason}")
     if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Unpack, cast
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -83,8 +83,7 @@ def prepare(
     config's calibration data, as in `prune`. If they lack text for a decoder, the decoder reads the text that the dense
     model generates. `partial` is a folder in which the searches save their state. `planned` is called with the plan
     before the calibration. `held` are weights of the model that are held in bf16 already, and `fisher` is as in
-    `calibrate`. Raises `PermpruneError` for a
-    config, data or a model that cannot be used.
+    `calibrate`. Raises `PermpruneError` for a config, data or a model that cannot be used.
     """
     if config.shard:
         raise PermpruneError(
@@ -124,7 +123,7 @@ def measure(
     batch, recompute = config.batch * BATCH_MULTIPLIER[kind_of(model)], config.recompute
     with frozen(model), torch.no_grad(), autocast(compute_device(model), dtype):
         task = choose_task(model, plan.measured, batch)
-    held = held or NarrowWeights(model, layers, origin_of(model).dtype)
+    held = held or NarrowWeights.of(model, layers, origin_of(model).dtype)
     statistics = calibrate(
         model,
         layers,
@@ -142,9 +141,7 @@ def measure(
     )
     network = PrunedNetwork(
         model,
-        layers,
-        plan.problems,
-        sites,
+        plan.outline,
         statistics=statistics,
         saliency=plan.metric,
         patterns=dict.fromkeys(sites, plan.pattern),
@@ -232,9 +229,8 @@ class Held:
     updating: float = 0.0
 
     def __init__(self, prepared: Prepared, processor: Processor | None, *, spare: bool = False) -> None:
-        self.plan: Prepared = prepared
-        self.network = prepared.network
-        self.all_layers, self.chosen_for = prepared, cast(float | None, None)
+        self.plan, self.network, self.all_layers = prepared, prepared.network, prepared
+        self.chosen_for: float | None = None
         self.model, self.processor, self.stored = prepared.model, processor, origin_of(prepared.model).dtype
         self.seconds, self.spare = prepared.seconds, spare
         if self.plan.config.pattern == MIXED and self.plan.config.max_loss is None:
@@ -245,10 +241,8 @@ class Held:
         started = time.monotonic()
         self.network.detach()
         self.all_layers.network.attach()
-        plan, self.network, self.mix = choose_patterns(
-            self.all_layers, self.all_layers.network, self.model, measured=lambda: self.sensitivity, keep=keep
-        )
-        self.plan, self.chosen_for = replace(plan, network=self.network), keep
+        self.plan, self.mix = choose_patterns(self.all_layers, measured=lambda: self.sensitivity, keep=keep)
+        self.network, self.chosen_for = self.plan.network, keep
         if keep is None:
             self.all_layers = self.plan  # the network of all layers is not needed again
             vars(self).pop("sensitivity", None)
@@ -257,7 +251,7 @@ class Held:
     @cached_property
     def sensitivity(self) -> Sensitivity:
         """What the patterns of a mix cost each layer, measured once for all budgets that are tried."""
-        return sensitivity(self.all_layers, self.all_layers.network)
+        return sensitivity(self.all_layers)
 
     @classmethod
     def of(cls, opened: OpenModel, config: PruneConfig, *, spare: bool = False, **settings: Any) -> Held:

@@ -225,7 +225,7 @@ def compose_tables(first: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> d
 @torch.no_grad()
 def reorder_columns(stored: Tensor, layer: Layer, order: Tensor) -> Tensor:
     """Return a layer's parameter with its columns in a new order: of all experts, as one gather serves them all."""
-    return stored.index_select(layer.channel_dim, order.to(stored.device))
+    return stored.index_select(-2 if layer.transposed else -1, order.to(stored.device))
 
 
 def sample(network: MaskedLayers, measures: Sequence[PrunedLayer]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import defaultdict
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,7 +30,7 @@ from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.costs import state_bytes
 from permprune.forecasts.offloading import FILES
 from permprune.models.forward import short_inputs
-from permprune.models.layers import Layer, require_finite, values_of
+from permprune.models.layers import require_finite, values_of
 from permprune.models.narrow_weights import NarrowWeights
 from permprune.models.row_shards import load_rows
 from permprune.permuters.base import Solution
@@ -86,13 +85,10 @@ class Sharded(Held):
         super().__init__(measure(plan, model, started, held, shelf=self.shelf, fisher=fisher), processor)
         self.stored, self.scratch, self.memory = stored, work.scratch / "written", -(-size // self.files())
         lengths = {name: len(parameter) for name, parameter in self.whole.named_parameters()}
-        layers = defaultdict[str, list[Layer]](list)
-        for layer in self.network.layers.values():
-            layers[layer.parameter].append(layer)  # several, of experts
 
         def rows_to_write(name: str) -> tuple[Tensor, int]:
             rows = values_of(model.get_parameter(name)).to(stored, copy=True)
-            for layer in layers.get(name, ()):
+            for layer in self.network.by_parameter.get(name, ()):
                 layer.part_of(rows).copy_(self.network.shown[layer.name])
             return rows, lengths[name]
 

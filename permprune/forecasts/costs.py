@@ -80,9 +80,9 @@ def state_bytes(method: Permuter, outline: Outline) -> int:
 
 
 @singledispatch
-def proposals(method: TrustRegion, run: Workload) -> tuple[int, Work | None]:
-    """Return the bytes of the models of the largest problems, and the work of `propose`; by default it is not known."""
-    return model_bytes(run, run.outline.dtype), None
+def proposals(method: TrustRegion, run: Workload) -> tuple[tuple[Memory, ...], Work | None]:
+    """Return the memory of the models of the largest problems, and the work of `propose`; by default not known."""
+    return quadratic_models(run, run.outline.dtype), None
 
 
 @stages_of.register(NoUpdate)
@@ -132,7 +132,7 @@ def _reconstruction(method: Reconstruction, run: Workload) -> list[Stage]:
 
     weights = run.outline.largest_weights(run.threads)
     scores = 4 * weights + 12 * min(weights, run.threads * BLOCK)  # with the noise of a block
-    models = model_parts(run, torch.float32, model_bytes(run, torch.float32))
+    models = quadratic_models(run, torch.float32)
     losses = run.loss_work((1 + method.shares * (method.candidates - 1)) * run.held_out)
     return [
         Stage(Phase.SCORES, (Memory("largest problem's scores", scores),), method=method.name),
@@ -175,9 +175,8 @@ def _rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
     if rounds:
         summed = run.summed(Part.GRADIENTS, examples, rounds)
         yield Stage(Phase.GRADIENTS, (*backward, summed), run.gradient_work(examples) * rounds, method.name)
-        size, work = proposals(method, run)
-        models = (*model_parts(run, run.outline.dtype, size), _gradients(run))
-        yield Stage(Phase.PROPOSALS, models, work and work * rounds, method.name)
+        models, work = proposals(method, run)
+        yield Stage(Phase.PROPOSALS, (*models, _gradients(run)), work and work * rounds, method.name)
     losses = TRIED * rounds + START + method.compensate + bool(method.block_steps) + method.trains_at_end
     accepting = (*_pass(method, run), *_held_to_accept(method, run))
     yield Stage(Phase.ACCEPT, accepting, run.loss_work(run.held_out) * losses, method.name)
@@ -245,19 +244,19 @@ def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
 
 
 @proposals.register(Newton)
-def _newton(method: Newton, run: Workload) -> tuple[int, Work]:
+def _newton(method: Newton, run: Workload) -> tuple[tuple[Memory, ...], Work]:
     work = run.each_problem(lambda channels, rows, m: swap_work(channels, rows, m, quadratic.PART) * method.swaps)
     coupled = run.correlated(lambda channels, rows: COUPLED * channels * rows) * method.swaps
-    return model_bytes(run, run.outline.dtype, quadratic.PART), work + coupled
+    return quadratic_models(run, run.outline.dtype, quadratic.PART), work + coupled
 
 
 @proposals.register(Learned)
-def _learned(method: Learned, run: Workload) -> tuple[int, Work]:
+def _learned(method: Learned, run: Workload) -> tuple[tuple[Memory, ...], Work]:
     def work(channels: int, rows: int, m: int) -> Work:
         part = method.part_size(channels, run.outline.pattern)
         return swap_work(channels, rows, m) * (method.steps * part / channels)
 
-    return model_bytes(run, run.outline.dtype), run.each_problem(work)
+    return quadratic_models(run, run.outline.dtype), run.each_problem(work)
 
 
 @stages_of.register(Learned)
@@ -287,8 +286,8 @@ def _pass(method: Iterative[Any], run: Workload, examples: int = 0) -> tuple[Mem
     return (*teacher_outputs(method, run, examples), *passing)
 
 
-def model_bytes(run: Workload, slopes: torch.dtype, part: int | None = None) -> int:
-    """Return the bytes that the quadratic models of the largest problems hold, one on each thread.
+def quadratic_models(run: Workload, slopes: torch.dtype, part: int | None = None) -> tuple[Memory, ...]:
+    """Return the memory of the quadratic models of the largest problems, one on each thread.
 
     These are the slopes, of type `slopes`, and of a block of rows the weights and scores (of a small problem, those of
     all rows), the pruned parts before and after a step, their difference, and two matrices that are computed from it;
@@ -305,13 +304,8 @@ def model_bytes(run: Workload, slopes: torch.dtype, part: int | None = None) -> 
         return 20 * block + 8 * (weights if weights <= BLOCK else block) + 6 * width * min(width, part or width)
 
     rest = sorted(map(beside_slopes, outline.problems))[-run.threads :]
-    return slopes.itemsize * outline.largest_weights(run.threads) + sum(rest)
-
-
-def model_parts(run: Workload, slopes: torch.dtype, model: int) -> tuple[Memory, ...]:
-    """The parts of the models of the largest problems, of so many bytes, whose slopes have type `slopes`."""
-    rest = slopes.itemsize * run.outline.largest_weights(run.threads)
-    return Memory(Part.SLOPES, rest), Memory(Part.MODEL, model - rest)
+    size = slopes.itemsize * outline.largest_weights(run.threads)
+    return Memory(Part.SLOPES, size), Memory(Part.MODEL, sum(rest))
 
 
 def pairs_bytes(channels: int, m: int) -> int:

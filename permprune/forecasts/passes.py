@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +42,8 @@ def example_pass(
     The model may be on the meta device. `size` is as in `Subject`, and blocks in `lists` are not run.
     """
     shapes = _shapes(model, 1, min(config.length, TYPICAL.get(kind_of(model), config.length)), size)
-    return _run(model, {name: (shown or {}).get(name, shape) for name, shape in shapes.items()}, lists=lists)
+    loss = _loss(model, {name: (shown or {}).get(name, shape) for name, shape in shapes.items()})
+    return count_activations(model, loss, gradients="none", dtype=torch.float32, lists=lists)
 
 
 def batch_pass(
@@ -61,9 +61,10 @@ def batch_pass(
 
     The weights of the model's ends have type `ends`, by default that of the layers.
     """
-    return _run(
+    shapes = _shapes(model, (batch or config.batch) * BATCH_MULTIPLIER[kind_of(model)], config.length, size)
+    return count_activations(
         model,
-        _shapes(model, (batch or config.batch) * BATCH_MULTIPLIER[kind_of(model)], config.length, size),
+        _loss(model, shapes),
         gradients=gradients,
         dtype=dtype,
         recompute=config.recompute and gradients != "none",
@@ -87,18 +88,8 @@ def _shapes(model: PreTrainedModel, count: int, length: int, size: tuple[int, in
     return shapes | {name: (count, length) for name in ("input_ids", "decoder_input_ids") if name in shapes}
 
 
-def _run(
-    model: PreTrainedModel,
-    shapes: Shapes,
-    *,
-    gradients: Gradients = "none",
-    dtype: torch.dtype = torch.float32,
-    **settings: Any,
-) -> Activations:
-    """Count what a pass over a batch makes and computes.
-
-    It ends with the loss of text, or else the sum of the outputs, which keeps as much memory as a loss.
-    """
+def _loss(model: PreTrainedModel, shapes: Shapes) -> Callable[[nn.Module], Tensor]:
+    """A pass over a batch to the loss of text, or else to the sum of the outputs, which keeps as much memory."""
     is_text = is_causal_lm(model) and shapes.keys() == {"input_ids"}
 
     def loss(model: nn.Module) -> Tensor:
@@ -111,4 +102,4 @@ def _run(
         outputs = main_outputs(model(**forward_arguments(model, batch)))
         return torch.stack([output.float().sum() for output in outputs if isinstance(output, Tensor)]).sum()
 
-    return count_activations(model, loss, gradients=gradients, dtype=dtype, **settings)
+    return loss

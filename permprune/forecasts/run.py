@@ -199,10 +199,29 @@ class _HeldRun:
         return [Stage(Phase.TRANSCRIBE, (self.weights,), work)]
 
     def calibrating(self) -> Stage:
-        """The passes of the calibration, the last of them backward if the Fisher information is asked for."""
+        """Passes forward, several if not all sums fit in the memory limit, and backward for the Fisher information."""
+        run, outline, examples = self.run, self.run.outline, self.run.measured
         limit = None if self.offloads else self.config.memory
-        stage = _calibration(self.run, fisher=self.fisher, memory=limit, positions=self.example.positions)
-        return stage.beside([self.weights, *self.counted("inputs" if self.fisher else "none").parts])
+        each = sums_by_pass(outline.widths, limit and limit * outline.shards)
+        size = max(accumulator_bytes(widths.values()) for widths in each) // outline.shards
+        sums = [Memory(Part.MOMENT_SUMS, size, travels=size * (2.0 * -(-examples // run.batch) + 1))]
+        if by_block := run.rests != "device":  # all examples run through one block before the next
+            sums = [
+                Memory(Part.BLOCK_SUMS, 4 * outline.block_sums),
+                Memory(Part.BLOCK_OUTPUTS, run.block_outputs(examples)),
+            ]
+        stored = _moments_bytes(outline)
+        moments = Memory(Part.SECOND_MOMENTS, stored if by_block or len(each) > 1 else 0, travels=float(stored))
+        wide = self.fisher and run.dtype == torch.float32 != outline.dtype and not run.recompute
+        converted = Memory("weights in fp32", 4 * outline.weights if wide else 0)  # until the backward pass
+        work = run.pass_work(examples, run.batch, len(each))
+        work += Work(products_fp32=2 * self.example.positions * examples * outline.moments())
+        if self.fisher:
+            work += run.forward * examples + run.pass_work(examples, run.batch, run.recompute + by_block)
+            work += run.position_work(examples)
+            sums.append(Memory(Part.FISHER, 8 * sum(outline.rows.values())))
+        passing = self.counted("inputs" if self.fisher else "none").parts
+        return Stage(Phase.CALIBRATE, (self.weights, *passing, *sums, moments, converted), work)
 
     def searching(self) -> Iterator[Stage]:
         """Yield the choice of patterns, the search and the update."""
@@ -319,32 +338,6 @@ def _assumed(model: PreTrainedModel, config: PruneConfig, run: Workload, process
         yield "values of int4 are solved on the host, which takes longer than the device would"
     if processes > 1:
         yield f"the {processes} processes do equal parts of the work, and send what they exchange in no time"
-
-
-def _calibration(run: Workload, *, fisher: bool, memory: int | None, positions: int) -> Stage:
-    """The passes forward, several if not all sums fit in the memory limit, and backward for the Fisher information.
-
-    Each example has so many positions. The activations are not counted.
-    """
-    outline, examples = run.outline, run.measured
-    each = sums_by_pass(outline.widths, None if memory is None else memory * outline.shards)
-    size, stored = max(accumulator_bytes(widths.values()) for widths in each) // outline.shards, _moments_bytes(outline)
-    sums = [Memory(Part.MOMENT_SUMS, size, travels=size * (2.0 * -(-examples // run.batch) + 1))]
-    if by_block := run.rests != "device":  # all examples run through one block before the next
-        sums = [
-            Memory(Part.BLOCK_SUMS, 4 * outline.block_sums),
-            Memory(Part.BLOCK_OUTPUTS, run.block_outputs(examples)),
-        ]
-    moments = Memory(Part.SECOND_MOMENTS, stored if by_block or len(each) > 1 else 0, travels=float(stored))
-    wide = fisher and run.dtype == torch.float32 != outline.dtype and not run.recompute
-    converted = Memory("weights in fp32", 4 * outline.weights if wide else 0)  # until the backward pass
-    work = run.pass_work(examples, run.batch, len(each))
-    work += Work(products_fp32=2 * positions * examples * outline.moments())
-    if fisher:
-        work += run.forward * examples + run.pass_work(examples, run.batch, run.recompute + by_block)
-        work += run.position_work(examples)
-        sums.append(Memory(Part.FISHER, 8 * sum(outline.rows.values())))
-    return Stage(Phase.CALIBRATE, (*sums, moments, converted), work)
 
 
 def _moments_bytes(outline: Outline) -> int:

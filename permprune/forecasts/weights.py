@@ -83,8 +83,7 @@ def _block_weights(run: Workload) -> list[int]:
 
 def _block_by_block(run: Workload, examples: int, update: Callable[[int, int, int], Work]) -> Work:
     """Blocks run twice, before and after the update of their layers, which needs second moments."""
-    positions = examples * run.forward.products / (2 * run.outline.weights)
-    moments = Work(products_fp32=2 * positions * run.outline.moments())
+    moments = Work(products_fp32=2 * run.positions * examples * run.outline.moments())
     return run.pass_work(examples, examples, 2) + moments + run.each_problem(update)
 
 

@@ -118,7 +118,7 @@ def _packable(
         layer, pattern = linears[name], None if text == DENSE else Pattern.parse(text)
         if pattern is None and dtype.is_floating_point:
             continue
-        if not (_can_be_table(layer) if pattern is None else _has_packed_form(layer)):
+        if not (_can_be_table(layer) if pattern is None else has_packed_form(layer)):
             left.append(name)
             continue
         try:
@@ -140,12 +140,13 @@ def _packable(
     return layers, tables, left
 
 
-def _has_packed_form(layer: Layer) -> bool:
+def has_packed_form(layer: Layer) -> bool:
+    """Whether a layer can become a `PackedLinear`, with a pattern and values that this has."""
     return layer.expert is None and PackedLinear.replaces(layer.owner)
 
 
 def _can_be_table(layer: Layer) -> bool:
-    return layer.weight.shape[1] % BLOCK == 0 and _has_packed_form(layer)
+    return layer.weight.shape[1] % BLOCK == 0 and has_packed_form(layer)
 
 
 def packed_bytes(model: nn.Module, patterns: Mapping[str, Pattern | str], gathers: Iterable[Gather] = ()) -> int | None:
@@ -156,7 +157,7 @@ def packed_bytes(model: nn.Module, patterns: Mapping[str, Pattern | str], gather
     """
     linears = linear_layers(model)
     layers = [(linears[name], Pattern.parse(text)) for name, text in patterns.items()]
-    packable = [pattern for layer, pattern in layers if _has_packed_form(layer)]
+    packable = [pattern for layer, pattern in layers if has_packed_form(layer)]
     if not packable or any(pattern.m > LARGEST_GROUP for pattern in packable):
         return None
     of_layers = sum(layer_bytes(model, layer, pattern) for layer, pattern in layers)
@@ -169,7 +170,7 @@ def layer_bytes(model: nn.Module, layer: Layer, pattern: Pattern | None, *, dtyp
     Layers that have no packed form are dense with any pattern.
     """
     stored, (rows, width) = packed_type(dtype), layer.weight.shape
-    if pattern is not None and _has_packed_form(layer):
+    if pattern is not None and has_packed_form(layer):
         return rows * Layout(pattern, stored, width).row_bytes
     if pattern is None and not stored.is_floating_point and _can_be_table(layer):
         return _table_bytes(rows * width)

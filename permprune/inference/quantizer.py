@@ -56,12 +56,11 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The configuration of a packed checkpoint.
 
     `layers` maps the names of packed modules to N:M patterns, and `dtype` is the type of their stored values. `ordered`
-    lists the layers with a channel order.
-    `reordered` maps the names of modules whose output is reordered, for all modules that read it, to its width. `head`
-    names the embedding and the head that are int8, as "embedding" and "linear"; a "tied" head is the embedding's table.
-    `tables` lists the layers that keep all weights, in int8.
-    `weights` is the name of the file of weights, or of its index; None for that of Transformers.
-    Raises `PermpruneError` for a configuration that no version so far has written.
+    lists the layers with a channel order. `reordered` maps the names of modules whose output is reordered, for all
+    modules that read it, to its width. `head` names the embedding and the head that are int8, as "embedding" and
+    "linear"; a "tied" head is the embedding's table. `tables` lists the layers that keep all weights, in int8.
+    `weights` is the name of the file of weights, or of its index; None for that of Transformers. Raises
+    `PermpruneError` for a configuration that no version so far has written.
     """
 
     def __init__(
@@ -100,6 +99,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts packed layers into a model before its weights are loaded, and checks them afterwards."""
 
     requires_calibration = True
+    is_trainable = True  # by adapters: packed weights are frozen
+    is_compileable = True
     quantization_config: PackedConfig
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -150,14 +151,6 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         self.postprocess_model(model)  # checks the layers and prepares the model to run
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:  # by adapters: packed weights are frozen
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

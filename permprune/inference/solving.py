@@ -8,9 +8,10 @@ arXiv 1308.3432).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -31,7 +32,7 @@ from permprune.kernels.product.layout import BLOCK, has_positions
 from permprune.losses.objective import relative_distance
 from permprune.models.autocast import fast
 from permprune.models.experts import Routed
-from permprune.models.forward import frozen, inference, padding_of, run_model
+from permprune.models.forward import frozen, inference, padding_of, requiring_gradients, run_model
 from permprune.models.hooks import attached, block_by_block, hooked, replaced_while_running
 from permprune.models.layers import Layer
 from permprune.pattern import Pattern
@@ -261,10 +262,6 @@ class BlockTraining:
 @contextmanager
 def running_with(weights: Mapping[Layer, Callable[[nn.Parameter], Tensor]]) -> Iterator[None]:
     """A context in which layers run with other weights, the gradients of which become those of their parameters."""
-    with ExitStack() as stack:
-        for layer, weight in weights.items():
-            stack.enter_context(attached(replaced_while_running(layer.owner, "weight", weight)))
-            parameter = layer.stored
-            stack.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(True)
+    replaced = (replaced_while_running(layer.owner, layer.attribute, weight) for layer, weight in weights.items())
+    with attached(itertools.chain(*replaced)), requiring_gradients(layer.stored for layer in weights):
         yield

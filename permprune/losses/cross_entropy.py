@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from permprune.examples import Examples
 from permprune.models.forward import run_model
+from permprune.models.hooks import computing
 
 AT_ONCE = 2**20
 """Number of logits that are held in fp32 at a time."""
@@ -250,8 +251,5 @@ def _skipped(head: nn.Linear) -> Iterator[list[tuple[Projected, Tensor, int]]]:
         calls.append((Projected(hidden.to(dtype), weight, bias), returned, returned._version))
         return returned
 
-    head.forward = forward  # type: ignore[assignment,method-assign]
-    try:
+    with computing({head: forward}):
         yield calls
-    finally:
-        del head.forward

@@ -13,10 +13,9 @@ from permprune.errors import PermpruneError
 def assign(cost: Float[Tensor, "*problems n n"]) -> Int[Tensor, "*problems n"]:
     """Return the permutation with the smallest total cost, exactly (Crouse 2016, shortest augmenting paths).
 
-    `cost` is (..., n, n); each leading index is an independent problem. Returns int64 (..., n) on the device of
-    `cost`: p[i] is the column matched with row i, so that p minimises sum_i cost[i, p[i]]; `p.argsort(-1)` is
-    its inverse, the row at each column. Raises `PermpruneError` if the matrices are not square or a cost is not
-    finite.
+    `cost` is (..., n, n); each leading index is an independent problem. Returns int64 (..., n) on the device of `cost`:
+    p[i] is the column matched with row i, so that p minimises sum_i cost[i, p[i]]; `p.argsort(-1)` is its inverse, the
+    row at each column. Raises `PermpruneError` if the matrices are not square or a cost is not finite.
     """
     require_costs(cost)
     problems = cost.detach().flatten(0, -3) if cost.dim() > 2 else cost.detach()[None]

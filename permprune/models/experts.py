@@ -57,12 +57,6 @@ class ExpertMatrix(nn.Module):
         super().__init__()
         self.experts, self.attribute, self.index = experts, attribute, index
 
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The 3-D parameter that holds the matrix."""
-        parameter: nn.Parameter = getattr(self.experts.module, self.attribute)
-        return parameter
-
     def forward(self, x: Tensor, routed: Routed, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the outputs (rows, outputs); `weight` is the matrix and `bias` its bias."""
         y = x @ weight if self.experts.module.is_transposed else F.linear(x, weight)

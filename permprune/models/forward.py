@@ -40,16 +40,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def requiring_gradients(parameters: Iterable[nn.Parameter], *, required: bool = True) -> Iterator[None]:
+    """A context in which these parameters require gradients, or do not; restored afterwards."""
+    changed = [parameter for parameter in parameters if parameter.requires_grad is not required]
+    try:
+        for parameter in changed:
+            parameter.requires_grad_(required)
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(not required)
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """A context in which no parameter requires gradients and the model is in evaluation mode; restored afterwards."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+    with requiring_gradients(model.parameters(), required=False), evaluating(model):
+        yield
 
 
 @contextmanager

@@ -56,8 +56,8 @@ def hooked(
             hooks.append(layer.module.register_forward_pre_hook(partial(_before, layer, before)))
         if after is not None:
             hooks.append(layer.module.register_forward_hook(partial(_after, layer, after)))
-    matrices = [layer.module for layer in layers if isinstance(layer.module, ExpertMatrix)]
-    with attached(hooks), run_in_turn([matrix.experts for matrix in matrices], whole):
+    experts = [layer.module.experts for layer in layers if isinstance(layer.module, ExpertMatrix)]
+    with attached(hooks), run_in_turn(experts, whole):
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from fnmatch import fnmatch
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from permprune.errors import PermpruneError
-from permprune.models.experts import WRITES, ExpertMatrix, Experts, is_experts
+from permprune.models.experts import WRITES, Experts, is_experts
 from permprune.options import Share
 from permprune.pattern import Pattern
 from permprune.system.progress import log
@@ -34,48 +34,39 @@ VALUES = "_permprune_values"
 class Layer:
     """A linear layer y = x W^T: a module, or a matrix of an expert.
 
-    `name` is the name of its module; for a matrix of an expert it is that of the experts, the expert's number and the
-    parameter. `module` is called with the layer's inputs: a module of the model, or an `ExpertMatrix`. `transposed` is
-    True if the weight is stored as (inputs, outputs), as by `Conv1D`.
+    `owner` is the module of the model that holds the parameter with the weight, as its `attribute`, and `owner_name`
+    its name. `module` is called with the layer's inputs: the owner or, for expert number `expert`, an `ExpertMatrix`;
+    all experts share a parameter. `transposed` is True if the weight is stored as (inputs, outputs), as by `Conv1D`.
     """
 
-    name: str
+    owner_name: str
+    _: KW_ONLY
+    owner: nn.Module
     module: nn.Module
-    transposed: bool = False
+    transposed: bool
+    attribute: str = "weight"
+    expert: int | None = None
 
     @property
-    def expert(self) -> int | None:
-        """The number of the expert; None if the layer is a module."""
-        return self.module.index if isinstance(self.module, ExpertMatrix) else None
+    def name(self) -> str:
+        """The name of the module; for a matrix of an expert with the expert's number and the parameter."""
+        return self.owner_name if self.expert is None else f"{self.owner_name}.{self.expert}.{self.attribute}"
 
     @property
-    def owner(self) -> nn.Module:
-        """The module of the model that holds the parameter."""
-        return self.module.experts.module if isinstance(self.module, ExpertMatrix) else self.module
+    def parameter(self) -> str:
+        """The name of the parameter in `named_parameters()`."""
+        return f"{self.owner_name}.{self.attribute}"
 
     @property
     def reads_input(self) -> bool:
         """Whether the layer reads the input of `owner`, and not what another layer of the same experts computes."""
-        return not isinstance(self.module, ExpertMatrix) or self.module.attribute != WRITES
-
-    @property
-    def owner_name(self) -> str:
-        """The name of the module that holds the parameter."""
-        if not isinstance(self.module, ExpertMatrix):
-            return self.name
-        return self.name.removesuffix(f".{self.module.index}.{self.module.attribute}")
-
-    @property
-    def parameter(self) -> str:
-        """The name in `named_parameters()` of the parameter that holds the weight; experts share one."""
-        attribute = self.module.attribute if isinstance(self.module, ExpertMatrix) else "weight"
-        return f"{self.owner_name}.{attribute}"
+        return self.attribute != WRITES
 
     @property
     def stored(self) -> nn.Parameter:
         """The parameter that holds the weight."""
-        parameter = self.module.parameter if isinstance(self.module, ExpertMatrix) else self.module.weight
-        return parameter  # type: ignore[return-value]
+        parameter: nn.Parameter = getattr(self.owner, self.attribute)
+        return parameter
 
     @property
     def weight(self) -> Tensor:
@@ -99,11 +90,6 @@ class Layer:
     def row_count(self) -> int:
         """The number of rows of the whole layer."""
         return getattr(self.owner, ROWS, (slice(None), self.shape[0]))[1]  # type: ignore[no-any-return]
-
-    @property
-    def channel_dim(self) -> int:
-        """The dimension of the parameter that holds the input channels: -1, or -2 if transposed."""
-        return -2 if self.transposed else -1
 
     def part_of(self, stored: Tensor) -> Tensor:
         """The layer's part of a tensor of the parameter's shape, as (rows, channels); it shares memory with it."""
@@ -182,11 +168,15 @@ def ends_of(model: nn.Module) -> list[nn.Module]:
 def linears_of(name: str, module: nn.Module) -> list[Layer]:
     """The linear layers that a module of this name holds itself: one, those of experts, or none."""
     if isinstance(module, (nn.Linear, Conv1D)):
-        return [Layer(name, module, isinstance(module, Conv1D))]
+        return [Layer(name, owner=module, module=module, transposed=isinstance(module, Conv1D))]
     if not is_experts(module):
         return []
-    matrices = [matrix for expert in Experts(module).matrices for matrix in expert]
-    return [Layer(f"{name}.{one.index}.{one.attribute}", one, module.is_transposed) for one in matrices]  # type: ignore[arg-type]
+    transposed: Any = module.is_transposed
+    return [
+        Layer(name, owner=module, module=one, transposed=transposed, attribute=one.attribute, expert=one.index)
+        for expert in Experts(module).matrices
+        for one in expert
+    ]
 
 
 @dataclass(frozen=True)

@@ -64,18 +64,30 @@ def holdable_ends(model: nn.Module) -> list[nn.Parameter]:
 class NarrowWeights:
     """Holds weights in bf16 in a model that computes as in fp32.
 
-    Of a model that was stored in bf16 (`stored`) and converted to fp32, each parameter of `layers` is held all of whose
-    values bf16 represents, so that none changes. Modules run with the weights in fp32, or inside autocast to bf16 with
-    those that are held: it would round them to the same values. Gradients of the parameters have their type, bf16. The
-    embedding table and the output layer are held likewise, tied or not; embeddings come out in fp32.
+    Modules run with the weights in fp32, or inside autocast to bf16 with those that are held: it would round them to
+    the same values. Gradients of the parameters have their type, bf16. The embedding table and the output layer are
+    held likewise, tied or not; embeddings come out in fp32. `before` are the types of what was or will be converted.
 
     `types` are the types of the layers' parameters that are held, by name, as a model in fp32 has them.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[Layer], stored: torch.dtype) -> None:
+    def __init__(self, held: list[_Holdable], before: list[tuple[Tensor, torch.dtype]]) -> None:
+        self._held, self._before = held, before
+        self.types = dict.fromkeys((one.name for one in held if one.name is not None), torch.float32)
+        self._handles: list[RemovableHandle] = []
+        self._release = weakref.finalize(self, _release, before, self._handles)
+        self._release.atexit = False
+        self._attach()
+
+    @classmethod
+    def of(cls, model: nn.Module, layers: Iterable[Layer], stored: torch.dtype) -> NarrowWeights:
+        """Hold parameters of a model in fp32 that was read in the type `stored`, if that is bf16.
+
+        These are those of the layers and of the model's ends all of whose values bf16 represents, so that none changes.
+        """
         holdable = _holdable(model, layers) if is_narrow(stored) else []
         held = [one for one in holdable if narrowed(one.parameter)]
-        self._hold(held, [(one.parameter, torch.float32) for one in held if not rests(one.parameter)])
+        return cls(held, [(one.parameter, torch.float32) for one in held if not rests(one.parameter)])
 
     @classmethod
     def as_read(cls, model: nn.Module) -> NarrowWeights:
@@ -83,24 +95,14 @@ class NarrowWeights:
 
         Those of linear layers in its blocks and of its ends that are in bf16 are held; all else becomes fp32.
         """
-        self = cls.__new__(cls)
         held = [one for one in _holdable(model, block_linears(model)) if one.parameter.dtype == torch.bfloat16]
         kept = {id(one.parameter) for one in held}
         others = [*model.parameters(), *model.buffers()]
         wide = [one for one in others if one.is_floating_point() and one.dtype != torch.float32 and id(one) not in kept]
-        self._hold(held, [(one, one.dtype) for one in wide])
+        narrow = cls(held, [(one, one.dtype) for one in wide])
         for tensor in wide:
             tensor.data = tensor.data.float()
-        return self
-
-    def _hold(self, held: list[_Holdable], before: list[tuple[Tensor, torch.dtype]]) -> None:
-        """Let modules run with weights that are held; `before` are the types of what was or will be converted."""
-        self._held, self._before = held, before
-        self.types = dict.fromkeys((one.name for one in held if one.name is not None), torch.float32)
-        self._handles: list[RemovableHandle] = []
-        self._release = weakref.finalize(self, _release, before, self._handles)
-        self._release.atexit = False
-        self._attach()
+        return narrow
 
     def _attach(self) -> None:
         for one in self._held:
@@ -170,7 +172,7 @@ def _holdable(model: nn.Module, layers: Iterable[Layer]) -> list[_Holdable]:
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     holdable = [
-        _Holdable(layer.stored, [(layer.owner, name.rpartition(".")[2])], name)
+        _Holdable(layer.stored, [(layer.owner, layer.attribute)], name)
         for name, layer in {layer.parameter: layer for layer in layers}.items()
         if owners[id(layer.stored)] == 1 and not any(part in wide for part in name.split("."))
     ]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,7 +15,6 @@ from permprune.permuters.iterate import Landscape
 from permprune.permuters.refinement import compensate, refine_masks
 from permprune.permuters.trust_region_state import TrustRegionState, Visit
 from permprune.permuters.tuning import Schedule, counted, first_ended, keep_if_better, timed, train_weights
-from permprune.system import distributed
 from permprune.system.progress import log, stage
 from permprune.system.search_state import Resumable
 
@@ -39,16 +36,17 @@ def after_rounds(
         limit, examples = method.time_limit(landscape.run), 2 * method.examples
         state = refine_masks(landscape, state, rounds=method.refine, examples=examples, limit=limit, saved=saved)
     if method.compensate and (left := _time_left(landscape, state, "compensation")) > 0:
+        stage(method.stage("compensation"))
         saved = Resumable(checkpoint, f"{method.name}.compensation", [len(state.curve), method.refine])
-        change = partial(compensate, landscape, examples=4 * method.examples, limit=left, saved=saved)
-        state = _timed(method.stage("compensation"), state, change)
+        state = state.timed(partial(compensate, landscape, examples=4 * method.examples, limit=left, saved=saved))
     if method.block_steps and (left := _time_left(landscape, state, "blocks")) > 0:
+        stage(method.stage("blocks"))
         saved = Resumable(checkpoint, f"{method.name}.blocks", _stages_before(method, state))
-        blocks = partial(train_blocks, landscape, steps=method.block_steps, limit=left, saved=saved)
-        state = _timed(method.stage("blocks"), state, blocks)
+        state = state.timed(partial(train_blocks, landscape, steps=method.block_steps, limit=left, saved=saved))
     bits = landscape.network.bits if method.refine or method.compensate else {}
     if method.trains_at_end and (left := _time_left(landscape, state, "training")) > 0:
-        state = _timed(method.stage("training"), state, partial(_train_at_end, method, landscape, left))
+        stage(method.stage("training"))
+        state = state.timed(partial(_train_at_end, method, landscape, left))
     return state, bits
 
 
@@ -64,15 +62,6 @@ def _time_left(landscape: Landscape, state: TrustRegionState, what: str) -> floa
     if left <= 0:
         log.warning("%s: no time is left of --minutes %g", what, minutes)
     return left
-
-
-def _timed(
-    name: str, state: TrustRegionState, change: Callable[[TrustRegionState], TrustRegionState]
-) -> TrustRegionState:
-    """Make a stage whose seconds count."""
-    stage(name)
-    began, points = time.monotonic(), len(state.curve)
-    return change(state).after(distributed.mean(time.monotonic() - began), points)
 
 
 def _train_at_end(method: TrustRegion, landscape: Landscape, left: float, state: TrustRegionState) -> TrustRegionState:

@@ -313,9 +313,7 @@ class LocalPermuter(Permuter):
 class ScorePermuter(LocalPermuter):
     """A permuter that needs only scores: it orders the channels of a key/value cache as well as those of weights."""
 
-    @property
-    def uses_fisher(self) -> bool:
-        return False
+    uses_fisher = False
 
     @abstractmethod
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
@@ -327,10 +325,7 @@ class Identity(ScorePermuter):
     """Keep the natural order."""
 
     name: ClassVar[str] = "none"
-
-    @property
-    def divides_rows(self) -> bool:
-        return True
+    divides_rows = True
 
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         return problem.identity()
@@ -341,10 +336,7 @@ class Random(ScorePermuter):
     """Take a uniformly random order."""
 
     name: ClassVar[str] = "random"
-
-    @property
-    def divides_rows(self) -> bool:
-        return True
+    divides_rows = True
 
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         return torch.randperm(problem.size, generator=generator)

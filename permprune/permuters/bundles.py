@@ -83,7 +83,7 @@ def read_bundles(
     small = problem.size * network.rows_of(problem) <= BLOCK
 
     def bundle(parts: list[Part]) -> Bundle:
-        moments, site, columns = network.statistics.moments, parts[0].site, parts[0].columns
+        stored, site, columns = network.statistics.moments.stored, parts[0].site, parts[0].columns
         correlated = covariance is not None and all(part.layer in covariance for part in parts)
         rows = [
             _rows(
@@ -96,8 +96,8 @@ def read_bundles(
             )
             for part in parts
         ]
-        diagonal = moments.main_diagonal(site)[columns]
-        return Bundle(lambda channels: moments.block(site, columns[channels]), diagonal, rows)
+        diagonal = stored[site].main_diagonal()[columns]
+        return Bundle(lambda channels: stored[site].block(columns[channels]), diagonal, rows)
 
     return [bundle(parts) for parts in parts_by_input.values()]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from permprune.losses.objective import Loss, LossFunction, Objective, TeacherOutputs, as_loss
@@ -102,11 +102,13 @@ class SearchState:
         point = CurvePoint(self.number, loss, kept, self.seconds, stage)
         return replace(self, curve=(*self.curve, point), **changes)
 
-    def after(self, seconds: float, points: int) -> Self:
-        """Return this state with so many seconds more, at which the curve's points after the first `points` end."""
-        total = self.seconds + seconds
-        recorded = (replace(point, seconds=total) for point in self.curve[points:])
-        return replace(self, seconds=total, curve=(*self.curve[:points], *recorded))
+    def timed(self, change: Callable[[Self], Self]) -> Self:
+        """Return the state that `change` makes of this one, with the seconds that it takes, at which new points end."""
+        began = time.monotonic()
+        state = change(self)
+        seconds = state.seconds + distributed.mean(time.monotonic() - began)
+        recorded = (replace(point, seconds=seconds) for point in state.curve[len(self.curve) :])
+        return replace(state, seconds=seconds, curve=(*self.curve, *recorded))
 
 
 S = TypeVar("S", bound=SearchState)
@@ -183,9 +185,7 @@ class Iterative(Permuter, Generic[S]):
         stage(self.stage(f"{self.unit}s"))
         with bar(self.name, self.total, state.number) as advance:
             while not stopped and not self.done(landscape, state):
-                began, points = time.monotonic(), len(state.curve)
-                state = self.step(landscape, state)
-                state = state.after(distributed.mean(time.monotonic() - began), points)
+                state = state.timed(partial(self.step, landscape))
                 checkpoint.save_object(self.name, state)
                 if state.midway:
                     continue

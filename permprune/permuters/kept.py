@@ -108,10 +108,7 @@ class RIAPermuter(ScorePermuter):
     """Keep the most score, with equally weighted rows (Zhang et al. 2024, "Plug-and-Play", section 3.2)."""
 
     name: ClassVar[str] = "ria"
-
-    @property
-    def divides_rows(self) -> bool:
-        return True
+    divides_rows = True
 
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         return ria_order(scores_by_layer(network, problem), network.pattern_of(problem))

@@ -44,13 +44,10 @@ class Reconstruction(LocalPermuter):
     """
 
     name: ClassVar[str] = "reconstruction"
+    divides_rows = True
     swaps: Natural = 6
     candidates: Count = 3
     shares: Count = 8
-
-    @property
-    def divides_rows(self) -> bool:
-        return True
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         def solve(number: int, problem: Problem) -> Tensor:

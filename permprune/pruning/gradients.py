@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.kernels.adam.rounding import add_rounded_
 from permprune.models.activation_checkpointing import recomputed
-from permprune.models.forward import frozen
+from permprune.models.forward import frozen, requiring_gradients
+from permprune.models.hooks import attached
 from permprune.system import distributed
 from permprune.system.shelf import Shelf
 
@@ -55,14 +56,8 @@ def differentiable(model: nn.Module, parameters: Parameters, recompute: bool) ->
 
     `recompute` turns on activation checkpointing.
     """
-    with frozen(model), recomputed(model, recompute):
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for parameter in parameters.values():
-                parameter.requires_grad_(False)
+    with frozen(model), recomputed(model, recompute), requiring_gradients(parameters.values()):
+        yield
 
 
 @contextmanager
@@ -76,9 +71,8 @@ def received(parameters: Parameters, receive: Callable[[str, Tensor], None]) -> 
         gradient, parameter.grad = cast(Tensor, parameter.grad), None
         receive(name, gradient)
 
-    with ExitStack() as hooks:
-        for name, parameter in parameters.items():
-            hooks.callback(parameter.register_post_accumulate_grad_hook(partial(hand, name)).remove)
+    hooks = (one.register_post_accumulate_grad_hook(partial(hand, name)) for name, one in parameters.items())
+    with attached(hooks):
         yield
 
 

@@ -16,7 +16,7 @@ from permprune.kernels.search.masks import apply_mask, kept_sum, pack_mask, unpa
 from permprune.models.layers import Layer
 from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
-from permprune.pruning.problem import Orders, Part, Problem
+from permprune.pruning.problem import Orders, Outline, Part, Problem
 from permprune.pruning.running import RunningLayers
 from permprune.saliency.metrics import Saliency, Scale
 from permprune.system import distributed, sharding
@@ -50,15 +50,14 @@ class MaskedLayers(RunningLayers):
 
     Weights in `trained` and `updated` rest on shelves at the place of `shelf`, by default on the device.
 
-    `sites` maps each layer to the name of the tensor that it reads. `held` are the weights that are held in bf16; the
-    network releases them when the dense weights are restored. Raises `PermpruneError` if a layer cannot be scored.
+    The `outline` has the layers, the names of the tensors that they read, and the problems. `held` are the weights that
+    are held in bf16; the network releases them when the dense weights are restored. Raises `PermpruneError` if a layer
+    cannot be scored.
     """
 
     def __init__(
         self,
-        layers: list[Layer],
-        problems: list[Problem],
-        sites: dict[str, str],
+        outline: Outline,
         *,
         statistics: Statistics,
         saliency: Saliency,
@@ -66,15 +65,16 @@ class MaskedLayers(RunningLayers):
         held: NarrowWeights,
         shelf: Shelf | None = None,
     ) -> None:
-        super().__init__(layers, held)
-        self.problems, self.sites, self.statistics, self.patterns = problems, sites, statistics, dict(patterns)
+        super().__init__(outline.layers, held)
+        self.problems, self.sites = outline.problems, outline.sites
+        self.statistics, self.patterns = statistics, dict(patterns)
         self.shelf = Shelf() if shelf is None else shelf
         self.orders = self.identity()
         self._stored_columns: dict[str, Tensor] | None = None
         self.trained = self.shelf.another()
         self._show_masked()
         self._energies: dict[str, float] = {}
-        self.scales = {name: self._scale(name, saliency) for name in sites}
+        self.scales = {name: self._scale(name, saliency) for name in self.sites}
         self._bits = {name: pack_mask(patterns[name].mask(score)) for name, score in self.scores.items()}
         self._refined: set[str] = set()
         self.attach()

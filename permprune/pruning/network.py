@@ -23,7 +23,7 @@ from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
 from permprune.pruning.gradients import Gradients, GradientSums, differentiable, received
 from permprune.pruning.masked import MaskedLayers
-from permprune.pruning.problem import Orders, Outline, Part, Problem
+from permprune.pruning.problem import Orders, Outline, Part
 from permprune.saliency.metrics import Saliency
 from permprune.system import distributed, sharding
 from permprune.system.device import compute_device
@@ -47,9 +47,7 @@ class PrunedNetwork(MaskedLayers):
     def __init__(
         self,
         model: nn.Module,
-        layers: list[Layer],
-        problems: list[Problem],
-        sites: dict[str, str],
+        outline: Outline,
         *,
         statistics: Statistics,
         saliency: Saliency,
@@ -61,16 +59,7 @@ class PrunedNetwork(MaskedLayers):
         held: NarrowWeights,
         shelf: Shelf | None = None,
     ) -> None:
-        super().__init__(
-            layers,
-            problems,
-            sites,
-            statistics=statistics,
-            saliency=saliency,
-            patterns=patterns,
-            held=held,
-            shelf=shelf,
-        )
+        super().__init__(outline, statistics=statistics, saliency=saliency, patterns=patterns, held=held, shelf=shelf)
         self.model, self.task, self.dtype, self.batch, self.recompute = model, task, dtype, batch, recompute
         self.saliency = saliency
 
@@ -82,9 +71,7 @@ class PrunedNetwork(MaskedLayers):
         self.detach()
         return PrunedNetwork(
             self.model,
-            [*outline.layers],
-            [*outline.problems],
-            dict(outline.sites),
+            outline,
             statistics=self.statistics,
             saliency=self.saliency,
             patterns=patterns,
@@ -104,7 +91,7 @@ class PrunedNetwork(MaskedLayers):
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the layers, by name."""
-        return {layer.parameter: layer.stored for layer in self.layers.values()}
+        return {name: layers[0].stored for name, layers in self.by_parameter.items()}
 
     def autocast(self) -> AbstractContextManager[None]:
         """A context in which activations have the network's dtype."""
@@ -160,7 +147,7 @@ class PrunedNetwork(MaskedLayers):
             earlier[name] *= cast(Gradients, mean).count
         sums = GradientSums(self.parameters, self.dtype, earlier, seed=int(examples.digest[:8], 16))
         total, count = 0.0, 0.0
-        with self._differentiable(), received(self.parameters, sums.add):
+        with differentiable(self.model, self.parameters, self.recompute), received(self.parameters, sums.add):
             for shown, dense in self._batches(examples, loss, self.batch):
                 padding = padding_of(self.model, shown)
                 with output_fisher(layers, fisher, one_label_per_example=alike, padding=padding):
@@ -192,11 +179,11 @@ class PrunedNetwork(MaskedLayers):
         sums, count = {problem.name: 0.0 for problem in self.problems}, 0.0
 
         def add(parameter: str, gradient: Tensor) -> None:
-            for layer in self._layers_of(parameter):
+            for layer in self.by_parameter[parameter]:
                 for name, part in parts.get(layer.name, []):
                     sums[name] += self.part_slope(part, before[name], after[name], layer.part_of(gradient))
 
-        with self._differentiable(), received(self.parameters, add):
+        with differentiable(self.model, self.parameters, self.recompute), received(self.parameters, add):
             for shown, dense in self._batches(examples, loss, self.batch):
                 count += self._backward(shown, loss, dense)[1]
         *totals, count = distributed.total(*sharding.total(*sums.values()), count)
@@ -227,7 +214,7 @@ class PrunedNetwork(MaskedLayers):
         count, losses = distributed.total(len(shares))[0], list[float]()
 
         def hand(parameter: str, gradient: Tensor) -> None:
-            for layer in self._layers_of(parameter):
+            for layer in self.by_parameter[parameter]:
                 take(layer.name, layer.part_of(gradient))
 
         def complete(parameter: str, gradient: Tensor) -> None:
@@ -249,16 +236,9 @@ class PrunedNetwork(MaskedLayers):
     def _kept_of(self, parameter: str) -> Tensor:
         """Which elements of a parameter the masks of its layers keep, bool."""
         mask = torch.zeros_like(self.parameters[parameter], dtype=torch.bool)
-        for layer in self._layers_of(parameter):
+        for layer in self.by_parameter[parameter]:
             layer.part_of(mask).copy_(self.masks[layer.name])
         return mask
-
-    def _layers_of(self, parameter: str) -> list[Layer]:
-        """The layers whose weights are parts of a parameter."""
-        return [layer for layer in self.layers.values() if layer.parameter == parameter]
-
-    def _differentiable(self) -> AbstractContextManager[None]:
-        return differentiable(self.model, self.parameters, self.recompute)
 
     def _backward(
         self, shown: Examples, loss: Loss, teacher_outputs: TeacherOutputs | None, count: float | None = None

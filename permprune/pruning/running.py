@@ -22,10 +22,14 @@ class RunningLayers(ABC):
     """Layers, by name, that run with the weights of `_shown` while they are attached.
 
     Such a weight is in memory only while its module runs. `held` are the weights of the model that are held in bf16.
+    `by_parameter` are the layers whose weights are parts of each parameter: several, of experts.
     """
 
     def __init__(self, layers: Iterable[Layer], held: NarrowWeights) -> None:
         self.layers, self.held = {layer.name: layer for layer in layers}, held
+        self.by_parameter: dict[str, list[Layer]] = {}
+        for layer in self.layers.values():
+            self.by_parameter.setdefault(layer.parameter, []).append(layer)
         self._handles: list[RemovableHandle] = []
         self._packed: PackedWeights | None = None
 
@@ -72,11 +76,8 @@ class RunningLayers(ABC):
 
     def attach(self) -> None:
         """Let the modules of the layers run with the weights that are shown."""
-        layers: dict[str, list[Layer]] = {}
-        for layer in self.layers.values():
-            layers.setdefault(layer.parameter, []).append(layer)
         reference = weakref.ref(self)  # the model must not keep layers alive that are not used any more
-        for parameter, parts in layers.items():
+        for parts in self.by_parameter.values():
 
             def shown(stored: nn.Parameter, parts: list[Layer] = parts) -> Tensor | None:
                 running = reference()
@@ -86,8 +87,7 @@ class RunningLayers(ABC):
                 product = running._product(parts[0]) if alone else None
                 return running._stored(parts, stored) if product is None else product
 
-            attribute = parameter.rpartition(".")[2]
-            self._handles += replaced_while_running(parts[0].owner, attribute, shown)
+            self._handles += replaced_while_running(parts[0].owner, parts[0].attribute, shown)
 
     @torch.no_grad()
     def _stored(self, layers: list[Layer], stored: nn.Parameter) -> Tensor:

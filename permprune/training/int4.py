@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from permprune.examples import Examples
+from permprune.inference.pack import has_packed_form
 from permprune.inference.solved import Solved
 from permprune.inference.solving import running_with, solve_each
 from permprune.kernels.product.int4 import stored_values
 from permprune.kernels.product.layout import LARGEST_GROUP
-from permprune.kernels.product.module import PackedLinear
 from permprune.models.layers import Layer
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
 from permprune.pattern import Pattern
@@ -31,11 +31,7 @@ SOLVED = 24
 
 def packable(layers: Iterable[Layer], patterns: Mapping[str, Pattern]) -> dict[str, Layer]:
     """Return those of the layers, by name, that packing replaces."""
-    return {
-        layer.name: layer
-        for layer in layers
-        if layer.expert is None and PackedLinear.replaces(layer.owner) and patterns[layer.name].m <= LARGEST_GROUP
-    }
+    return {layer.name: layer for layer in layers if has_packed_form(layer) and patterns[layer.name].m <= LARGEST_GROUP}
 
 
 @contextmanager

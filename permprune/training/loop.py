@@ -18,7 +18,7 @@ from permprune.examples import Examples, batches, by_length
 from permprune.losses.objective import Loss
 from permprune.losses.targets import Task
 from permprune.models.autocast import autocast
-from permprune.models.forward import frozen
+from permprune.models.forward import frozen, requiring_gradients
 from permprune.options import Count, NonNegative, Positive, Seed, Share, require_fields
 from permprune.system.device import fast_dtype, random_states, set_random_states
 from permprune.system.progress import bar, log
@@ -173,15 +173,12 @@ class Trainer:
 
         Random states, and the mode of each module, are restored afterwards.
         """
-        with frozen(self.model):
+        with frozen(self.model), requiring_gradients(self.weights.values()), torch.random.fork_rng():
             self.model.train(self.teacher is None)
-            for weight in self.weights.values():
-                weight.requires_grad_(True)
             try:
-                with torch.random.fork_rng():
-                    yield
+                yield
             finally:
-                self.model.requires_grad_(False).eval()
+                self.model.eval()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         flat = [weight for weight in self.weights.values() if weight.dim() < 2]

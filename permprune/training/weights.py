@@ -84,7 +84,7 @@ def adapted(model: nn.Module, layers: Iterable[Layer], rank: int, seed: int) -> 
     dropped. Experts that share a parameter have an adapter each.
     """
     generator = torch.Generator().manual_seed(seed)
-    places = {layer.parameter: (layer.owner, layer.parameter.rpartition(".")[2]) for layer in layers}
+    places = {layer.parameter: (layer.owner, layer.attribute) for layer in layers}
     narrow, merged = list[nn.Parameter](), False
     for module, attribute in places.values():
         weight = getattr(module, attribute)

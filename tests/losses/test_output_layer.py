@@ -153,7 +153,7 @@ def test_positions_without_a_label_are_left_out() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_held_in_16_bits_are_used_in_the_type_of_activations(dtype: torch.dtype) -> None:
     model = build(PLAIN["tied"]).bfloat16().float()
-    held = NarrowWeights(model, [], torch.bfloat16)
+    held = NarrowWeights.of(model, [], torch.bfloat16)
     assert model.lm_head.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         given, logits = next_token(model, examples()).given, plain_logits(model)

@@ -17,6 +17,7 @@ from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
 from permprune.pruning.gradients import Gradients
 from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.problem import Outline
 from permprune.saliency.metrics import Wanda
 
 from ..fixtures import make_tiny_llama
@@ -109,20 +110,18 @@ def statistics(
 
 
 def gradients(model: nn.Module, found: Statistics, dtype: torch.dtype, recompute: bool) -> Gradients:
-    layers, sites, task = parts(model, found.one_label_per_example)
+    (layers, sites, task), pattern = parts(model, found.one_label_per_example), Pattern(2, 4)
     network = PrunedNetwork(
         model,
-        layers,
-        [],
-        sites,
+        Outline(pattern, layers, sites, []),
         statistics=found,
         saliency=Wanda(),
-        patterns=dict.fromkeys(sites, Pattern(2, 4)),
+        patterns=dict.fromkeys(sites, pattern),
         task=task,
         dtype=dtype,
         batch=2,
         recompute=recompute,
-        held=NarrowWeights(model, layers, dtype),
+        held=NarrowWeights.of(model, layers, dtype),
     )
     every = Objective(1.0, 1.0, 1.0, 1.0)
     try:

@@ -67,7 +67,7 @@ def test_each_matrix_is_a_layer(family: str) -> None:
         assert layer.owner is found[owner] and layer.stored is parameters[layer.parameter]
         matrix = layer.stored[int(number)]
         assert torch.equal(layer.weight, matrix.T if family == "gpt-oss" else matrix)
-        assert layer.weight.shape[1] == layer.stored.shape[layer.channel_dim]
+        assert layer.transposed == (family == "gpt-oss")
         layer.weight[0, 0] = 7.0
         assert (matrix == 7.0).sum() == 1  # it shares memory
     kept = prunable_layers(model, Pattern(2, 4), ["*.experts.1.*"])

@@ -55,7 +55,7 @@ def test_embeddings_and_head_compute_as_in_fp32() -> None:
         if not tied:
             for one in (model, expected):
                 one.lm_head.weight = torch.nn.Parameter(one.lm_head.weight.detach().flip(0))
-        held = NarrowWeights(model, [], torch.bfloat16)
+        held = NarrowWeights.of(model, [], torch.bfloat16)
         assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
         for dtype in (torch.float32, torch.bfloat16):
             assert torch.equal(logits(model, dtype), logits(expected, dtype))
@@ -71,7 +71,7 @@ def held_bytes(model: LlamaForCausalLM) -> int:
 
 def test_the_model_computes_as_in_fp32() -> None:
     model, expected = as_read(), as_read()
-    held = NarrowWeights(model, prunable_layers(model, Pattern(2, 4)), torch.bfloat16)
+    held = NarrowWeights.of(model, prunable_layers(model, Pattern(2, 4)), torch.bfloat16)
     assert 2 * held_bytes(model) == held_bytes(expected)
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(logits(model, dtype), logits(expected, dtype))
@@ -82,7 +82,7 @@ def test_the_model_computes_as_in_fp32() -> None:
 
 def test_fp32_is_back_when_the_holder_is_gone() -> None:
     model, expected = as_read(), as_read()
-    held = NarrowWeights(model, prunable_layers(model, Pattern(2, 4)), torch.bfloat16)
+    held = NarrowWeights.of(model, prunable_layers(model, Pattern(2, 4)), torch.bfloat16)
     del held
     assert all(map(torch.equal, model.parameters(), expected.parameters()))
 
@@ -93,7 +93,7 @@ def test_an_interrupted_pass_leaves_no_other_weight() -> None:
 
     model, expected = as_read(), as_read()
     layers = prunable_layers(model, Pattern(2, 4))
-    held = NarrowWeights(model, layers, torch.bfloat16)
+    held = NarrowWeights.of(model, layers, torch.bfloat16)
     with pytest.raises(KeyboardInterrupt), attached([layers[2].module.register_forward_pre_hook(interrupt)]):
         logits(model, torch.float32)
     held.release()
@@ -106,16 +106,16 @@ def test_no_value_changes() -> None:
     model = as_read()
     layers = prunable_layers(model, Pattern(2, 4))
     layers[0].weight[0, 0] = 1 / 3
-    held = NarrowWeights(model, layers, torch.bfloat16)
+    held = NarrowWeights.of(model, layers, torch.bfloat16)
     assert layers[0].weight.dtype == torch.float32 and held.types.keys() == {layer.parameter for layer in layers[1:]}
-    assert not NarrowWeights(as_read(), prunable_layers(as_read(), Pattern(2, 4)), torch.float32).types
+    assert not NarrowWeights.of(as_read(), prunable_layers(as_read(), Pattern(2, 4)), torch.float32).types
 
 
 def test_parameters_of_two_modules_stay_in_fp32() -> None:
     model = as_read()
     first, second = (block.mlp for block in model.model.layers)
     second.up_proj.weight = first.up_proj.weight
-    held = NarrowWeights(model, prunable_layers(model, Pattern(2, 4)), torch.bfloat16)
+    held = NarrowWeights.of(model, prunable_layers(model, Pattern(2, 4)), torch.bfloat16)
     assert held.types and not any("up_proj" in name and "0" in name for name in held.types)
     logits(model, torch.float32)
 

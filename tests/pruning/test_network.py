@@ -93,9 +93,7 @@ def test_a_layer_that_cannot_be_scored_is_named(prepared: Prepared) -> None:
     wrong, first = Statistics(moments, {}, 1), prepared.layers[0].name
     with pytest.raises(PermpruneError, match=f"{first}: .* no Cholesky factor"):
         MaskedLayers(
-            prepared.layers,
-            [],
-            network.sites,
+            dataclasses.replace(prepared.outline, problems=[]),
             statistics=wrong,
             saliency=OBS(),
             patterns=network.patterns,
