@@ -231,16 +231,28 @@ static int64_t bytes_of_sums(const struct weights *weights, int32_t number, int6
     return rows_of_tiles(weights, number, tokens) * pairs_of_groups(tokens) * TILE_TOKENS * (int64_t)sizeof(float);
 }
 
-/* Returns whether all activations are finite, as far as numbers are split. */
-static int multiply_many_tiles(const struct many *job, const struct kernels *kernels, int32_t threads)
+/* The bytes of the memory of both. */
+static int64_t bytes_of_tiles(const struct weights *weights, int32_t number, int64_t tokens, int32_t threads)
+{
+    const int64_t most = tokens_of_tiles(weights, number, tokens);
+    return bytes_of_tokens(weights, number, most) + threads * bytes_of_sums(weights, number, most);
+}
+
+/* Whether threads share the tokens rather than the weight. It is unpacked by each of them then, but tokens are read where they were
+ * laid out, in the cache of the same core. */
+static int shares_tokens(const struct weights *weights, int64_t batch, int32_t threads)
+{
+    return threads > 1 && batch >= threads * (FEW_TOKENS + 1) && weights->rows <= 4 * batch;
+}
+
+/* The products of `tokens` tokens from `first` on, in `memory`, with equal shares of the weight by `threads`. */
+static void multiply_tokens(const struct many *job, const struct kernels *kernels, int64_t first, int64_t tokens, int32_t threads,
+                            char *memory, int32_t *nonfinite)
 {
     const struct weights *weights = job->product.weights;
     const int32_t number = job->product.output_number;
-    const int64_t batch = job->product.staged->batch, most = tokens_of_tiles(weights, number, batch);
-    int32_t nonfinite = 0;
-    const int64_t bytes = number == F32 ? 4 : 2;
-    char *memory = job->product.staged->values;
-    for (int64_t first = 0; first < batch; first += most) {
+    const int64_t most = tokens_of_tiles(weights, number, tokens), bytes = number == F32 ? 4 : 2;
+    for (int64_t last = first + tokens; first < last; first += most) {
         struct many_pairs part = {
             .weights = weights,
             .activations = (const char *)job->activations + first * weights->width * bytes,
@@ -248,14 +260,52 @@ static int multiply_many_tiles(const struct many *job, const struct kernels *ker
             .sums = (float *)(memory + bytes_of_tokens(weights, number, most)),
             .output = (char *)job->product.output + first * weights->rows * bytes,
             .number = number,
-            .nonfinite = &nonfinite,
-            .batch = smaller(most, batch - first),
+            .nonfinite = nonfinite,
+            .batch = smaller(most, last - first),
             .chunk = rows_of_tiles(weights, number, most),
             .chunks = threads,
             .blocks = blocks_of_tiles(weights, number, most),
         };
         run_in_pieces(&part, kernels->lay_out_tiles, (part.batch + 15) / 16, 1, threads);
         run_in_pieces(&part, kernels->many_tiles, threads, 1, threads);
+    }
+}
+
+/* Equal shares of the tokens: whole pairs of groups, but the last. */
+struct shares {
+    const struct many *job;
+    const struct kernels *kernels;
+    int64_t tokens, bytes; /* of a share, and of its memory */
+    int32_t *nonfinite;
+};
+
+static void multiply_shares(const void *argument, int64_t first, int64_t last)
+{
+    const struct shares *shares = argument;
+    const int64_t batch = shares->job->product.staged->batch;
+    for (int64_t share = first, token = share * shares->tokens; share < last && token < batch; share++, token += shares->tokens)
+        multiply_tokens(shares->job, shares->kernels, token, smaller(shares->tokens, batch - token), 1,
+                        (char *)shares->job->product.staged->values + share * shares->bytes, shares->nonfinite);
+}
+
+/* The tokens of each share. */
+static int64_t tokens_of_share(const struct weights *weights, int64_t batch, int32_t threads)
+{
+    return shares_tokens(weights, batch, threads) ? pairs_of_groups((batch + threads - 1) / threads) * TILE_TOKENS : batch;
+}
+
+/* Returns whether all activations are finite, as far as numbers are split. */
+static int multiply_many_tiles(const struct many *job, const struct kernels *kernels, int32_t threads)
+{
+    const struct weights *weights = job->product.weights;
+    const int64_t batch = job->product.staged->batch, tokens = tokens_of_share(weights, batch, threads);
+    int32_t nonfinite = 0;
+    if (tokens == batch) {
+        multiply_tokens(job, kernels, 0, batch, threads, job->product.staged->values, &nonfinite);
+    } else {
+        const int64_t bytes = bytes_of_tiles(weights, job->product.output_number, tokens, 1);
+        const struct shares shares = {job, kernels, tokens, bytes, &nonfinite};
+        run_in_pieces(&shares, multiply_shares, threads, 1, threads);
     }
     return !nonfinite;
 }
@@ -311,9 +361,10 @@ static int64_t floats_of_lines(const struct weights *weights, int64_t batch, con
 
 static int64_t bytes_of_products(const struct weights *weights, int32_t number, int64_t batch, int32_t index, int32_t threads)
 {
-    const int64_t most = tokens_of_tiles(weights, number, batch);
+    const int64_t tokens = tokens_of_share(weights, batch, threads);
     if (are_tiles(weights, number, index))
-        return bytes_of_tokens(weights, number, most) + threads * bytes_of_sums(weights, number, most);
+        return tokens == batch ? bytes_of_tiles(weights, number, batch, threads)
+                               : threads * bytes_of_tiles(weights, number, tokens, 1);
     return floats_of_lines(weights, batch, find_kernels(index)) * (int64_t)sizeof(float);
 }
 
