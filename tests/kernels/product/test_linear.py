@@ -142,23 +142,23 @@ def test_bf16_in_another_order_and_padded_in_parts(kernels: str, rows: int, batc
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("batch", [1, 3, 14, 16, 65, 200, 800])
+@pytest.mark.parametrize(("batch", "threads"), [*((batch, 1) for batch in (1, 3, 14, 16, 65, 200, 800)), (800, 3)])
 def test_no_more_than_the_least_memory_that_is_accepted_is_written(
-    kernels: str, batch: int, dtype: torch.dtype
+    kernels: str, batch: int, threads: int, dtype: torch.dtype
 ) -> None:
     weight, x = packed(40, 132, dtype=dtype), torch.randn(batch, 132).to(dtype)
     weights, output, memory = describe(weight), torch.empty(batch, 40), native.aligned(1 << 21).fill_(7)
     functions, index = library.require(kernels)
     given = ctypes.byref(weights), x.data_ptr(), native.NUMBERS[x.dtype], batch, output.data_ptr(), memory.data_ptr()
     sizes = range(0, len(memory), 4 * weights.count * BLOCK)
-    least = next(size for size in sizes if functions.permprune_multiply_many(*given, size, index, 1) == 0)
+    least = next(size for size in sizes if functions.permprune_multiply_many(*given, size, index, threads) == 0)
     assert 0 < least < len(memory) and bool((memory[least:] == 7).all())
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 3, 13, 200])
+@pytest.mark.parametrize("batch", [1, 3, 13, 200, 800])
 def test_the_same_bits_on_any_number_of_threads(
     kernels: str, dtype: torch.dtype, activations: torch.dtype, batch: int
 ) -> None:
