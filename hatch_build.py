@@ -35,6 +35,7 @@ WITHOUT_AVX512 = """
 #include "library.h"
 #include "x86.h"
 static int never(void) { return 0; }
+const struct kernels amx_kernels = {.name = "amx", .runs_here = never};
 const struct kernels avx512_kernels = {.name = "avx512", .runs_here = never};
 EXPORT int32_t permprune_left_out(void) { return has_avx512(); }
 """

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--kernels", choices=library.names(), default=library.names()[0])
+    parser.add_argument("--kernels", choices=library.names(), default=library.best().name)
     parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
     options = parser.parse_args()
     print(f"{options.kernels}, {options.pattern}, {options.outputs} x {options.inputs}, ms\n")
@@ -129,7 +129,7 @@ def _native(numbers: Tensor, kernels: str, layout: Layout | None = None, scale: 
     described = native.describe(layout, numbers) if layout else native.describe_plain(numbers, scale)
 
     def product(x: Tensor, _owner: object = (numbers, scale)) -> Tensor:
-        if layout and kernels == library.names()[0]:
+        if layout and kernels == library.best().name:
             return multiply_native(described, x, layout.dtype, None, None)
         return native.multiply(described, x, kernels, many=len(x) > LARGEST_BATCH)
 

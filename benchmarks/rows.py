@@ -28,7 +28,7 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {library.names()[0]}"
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {library.best().name}"
 
 
 def add(path: Path | None, cell: Row, measured: Row) -> None:
@@ -65,7 +65,7 @@ def main() -> None:
 
 def add_types(bench: Row, model: str, path: Path) -> None:
     """Add the speeds of the dense model in fp32 and bf16 beside those of the fastest packed model of the type."""
-    kernels, shared = library.names()[0], {"table": "types", "model": model, "threads": bench["threads"]}
+    kernels, shared = library.best().name, {"table": "types", "model": model, "threads": bench["threads"]}
     for dtype in ("fp32", "bf16"):
         dense = next(row for row in bench["rows"] if row["dense"] and row["name"].endswith(f"({dtype})"))
         packed = [row for row in bench["rows"] if not row["dense"] and runs_in(row, dtype)]

@@ -4,7 +4,7 @@
 
 static const struct kernels *const all_kernels[] = {
 #if defined(__x86_64__)
-    &avx512_kernels, &avx2_kernels,
+    &amx_kernels, &avx512_kernels, &avx2_kernels,
 #elif defined(__aarch64__)
     &neon_kernels,
 #endif
@@ -34,19 +34,10 @@ int runs_pairs(int32_t index)
     return all_kernels[index]->pairs && cached(&results[index], all_kernels[index]->pairs_run_here);
 }
 
-int runs_tiles(int32_t index)
-{
-    static _Atomic signed char results[KERNELS];
-    return all_kernels[index]->many_tiles && cached(&results[index], all_kernels[index]->tiles_run_here);
-}
-
 const struct kernels *find_kernels(int32_t index) { return runs(index) ? all_kernels[index] : NULL; }
 
 /* Whether kernels number `index` multiply pairs of bf16 numbers: then dense products of bf16 have twice the speed. */
 EXPORT int32_t permprune_runs_pairs(int32_t index) { return runs(index) && runs_pairs(index); }
-
-/* Whether kernels number `index` multiply many rows of activations in bf16 with matrix units. */
-EXPORT int32_t permprune_runs_tiles(int32_t index) { return runs(index) && runs_tiles(index); }
 
 /* The name of kernels number `index`, the best first; "" if they do not run here, NULL after the last. */
 EXPORT const char *permprune_kernels(int32_t index)

@@ -19,7 +19,7 @@ typedef void kernel(const void *job, int64_t first, int64_t last);
  * Products are by the type of the weight: `products`; `dense`, the same for PLAIN weights; and `unpack`, which writes the
  * weight with its zeros, (rows, width). `pairs` multiplies bf16 by bf16 if there is such an instruction, else it is NULL.
  * `spread` and `many` multiply many rows of activations, and `many_pairs` those of bf16 by 2:4 weights of bf16 or integers where
- * `pairs` run; `many_tiles` those of bf16 where there are matrix units. `stage_i8` rounds a row of activations for int8 weights
+ * `pairs` run; `many_tiles` those of bf16 on matrix units, else it is NULL. `stage_i8` rounds a row of activations for int8 weights
  * (product/family_i8.h). */
 struct kernels {
     const char *name;
@@ -31,7 +31,6 @@ struct kernels {
     int (*pairs_run_here)(void);
     kernel *pairs, *dense_pairs;
     kernel *turn_pairs, *many_pairs; /* of tiles of tokens; of (tiles, chunks of rows): see product/many_pairs.h */
-    int (*tiles_run_here)(void);
     kernel *lay_out_tiles, *many_tiles; /* of groups of tokens; of shares of the rows: see product/many_tiles.h */
     kernel *mask, *keep, *apply, *step;         /* of rows */
     kernel *square;                             /* of blocks of channels */
@@ -52,16 +51,13 @@ struct kernels {
     .mask = mask_rows, .keep = keep_rows, .apply = apply_rows, .step = step_rows, .square = square_blocks,             \
     .prune = prune_groups, .place = place_channels, .attend = attend, .combine = combine, .unpack_states = unpack_states
 
-extern const struct kernels avx512_kernels, avx2_kernels, neon_kernels, portable_kernels;
+extern const struct kernels amx_kernels, avx512_kernels, avx2_kernels, neon_kernels, portable_kernels;
 
 /* Kernels number `index`, the best first; NULL if they do not run here, or do not exist. */
 const struct kernels *find_kernels(int32_t index);
 
 /* Whether products of pairs of bf16 numbers run here. */
 int runs_pairs(int32_t index);
-
-/* Whether matrix units multiply here. */
-int runs_tiles(int32_t index);
 
 /* Runs `function` on `count` items, in pieces of whole units, such as the rows of a tile: the result does not depend on
  * the threads. */

@@ -145,11 +145,10 @@ def chosen(kernels: str | None = None) -> tuple[ctypes.CDLL, int] | None:
 
 
 class Traits(NamedTuple):
-    """Of some kernels, their name, and whether they multiply pairs of bf16 numbers, and tiles of them (AMX)."""
+    """Of some kernels, their name, and whether they multiply pairs of bf16 numbers."""
 
     name: str
     pairs: bool
-    tiles: bool
 
 
 def best() -> Traits:
@@ -160,8 +159,7 @@ def best() -> Traits:
 @cache
 def _traits(index: int) -> Traits:
     library, _ = require()
-    runs = (bool(function(index)) for function in (library.permprune_runs_pairs, library.permprune_runs_tiles))
-    return Traits(dict(_running(library))[index], *runs)
+    return Traits(dict(_running(library))[index], bool(library.permprune_runs_pairs(index)))
 
 
 @cache
@@ -212,7 +210,6 @@ def _declare(library: ctypes.CDLL) -> None:
         "kernels": (text, [number]),
         "structure": (text, [number]),
         "runs_pairs": (number, [number]),
-        "runs_tiles": (number, [number]),
         "sources": (text, []),
         "use_threads_of": (None, [pointer]),
         "multiply": (number, [pointer, pointer, number, size, pointer, number, number]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cache
 
@@ -15,6 +16,10 @@ NAMED = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, "int4": INT4,
 }  # fmt: skip
 """Types of numbers, by the names that options give them."""
+
+
+_OLDER_THAN_AMX = {"SSE41", "AVX", *("AVX2" + more for more in ("", "_VNNI", "_VNNI_2"))}
+_OLDER_THAN_AMX |= {"AVX512_CORE" + more for more in ("", "_VNNI", "_BF16", "_FP16")}
 
 
 def dtype_named(name: str) -> torch.dtype | None:
@@ -32,9 +37,13 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 @cache
 def processor_has(feature: str) -> bool:
-    """Return whether torch's products on the CPU have instructions of this name; older releases of torch do not say."""
+    """Return whether torch's products on the CPU have instructions of this name; older releases of torch do not say.
+
+    Matrix units (AMX) are left alone where the environment variable ONEDNN_MAX_CPU_ISA names older instructions.
+    """
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get(feature))
+    older = feature.startswith("amx") and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _OLDER_THAN_AMX
+    return bool(capabilities.get(feature)) and not older
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -181,7 +181,7 @@ static int are_pairs(const struct weights *weights, int32_t number, int32_t inde
 static int are_tiles(const struct weights *weights, int32_t number, int32_t index)
 {
     const int integers = are_integers(weights), held = number == BF16 || (weights->number == I4 && number == F32);
-    return (!integers || held) && weights->kind != PLAIN && weights->count > 0 && runs_tiles(index);
+    return (!integers || held) && weights->kind != PLAIN && weights->count > 0 && find_kernels(index)->many_tiles;
 }
 
 /* The numbers in bf16 of a token. */

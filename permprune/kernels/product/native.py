@@ -31,7 +31,7 @@ MASKS_FROM, MASKS_TO = 32, 96
 """Rows of activations in bf16 from which kernels for few rows are slower, beside products of pairs, for weights with
 masks, and up to which leaving out is faster than these, if integers have to be unpacked for them."""
 
-MANY = {"avx2": (16, 32), "avx512": (LARGEST_BATCH + 1, LARGEST_BATCH + 1)}
+MANY = {"avx2": (16, 32)} | dict.fromkeys(("avx512", "amx"), (LARGEST_BATCH + 1, LARGEST_BATCH + 1))
 """Rows of activations from which the kernel for many rows is faster than the others (docs/results/speed.md), with
 weights in floating point and with integers, by the name of the kernels; portable ones are slower than dense products,
 and those of ARM were not measured."""
@@ -231,7 +231,7 @@ def multiplies_tiles(weights: Weights, x: Tensor) -> bool:
     """
     beside_integers = torch.float32 if weights.number == NUMBERS[INT4] else torch.bfloat16
     fits = weights.number < NUMBERS[torch.int8] or x.dtype == beside_integers or multiplies_bf16(weights, x)
-    return library.best().tiles and weights.kind != _PLAIN and fits
+    return library.best().name == "amx" and weights.kind != _PLAIN and fits
 
 
 def is_few(weights: Weights, x: Tensor) -> bool:
@@ -245,7 +245,7 @@ def most_plain(dtype: torch.dtype) -> int:
 
     PyTorch's products use matrix units in bf16, and multiply fp16 where the processor does.
     """
-    if dtype == torch.bfloat16 and library.best().tiles:
+    if dtype == torch.bfloat16 and library.best().name == "amx":
         return TILES_FROM - 1
     if dtype == torch.float16 and processor_has("avx512_fp16"):
         return PAIRS_FROM

@@ -65,9 +65,9 @@ def exact(
 def rounds_to_bf16(weight: PackedWeight, x: Tensor, kernels: str) -> bool:
     """Whether the kernel for many rows multiplies pairs or tiles of bf16 here, though activations are fp32."""
     functions, index = library.require(kernels)
-    layout, tiles = weight.layout, functions.permprune_runs_tiles(index)
+    layout = weight.layout
     pairs = functions.permprune_runs_pairs(index) and layout.positions and not layout.dtype.is_floating_point
-    return bool(x.dtype == torch.float32 and (pairs or (tiles and layout.dtype == INT4)))
+    return bool(x.dtype == torch.float32 and (pairs or (kernels == "amx" and layout.dtype == INT4)))
 
 
 def assert_near(found: Tensor, expected: Tensor, magnitude: float = 0.0) -> None:
@@ -257,7 +257,8 @@ def assert_as_dense(found: Tensor, x: Tensor, dense: Tensor) -> None:
 @pytest.mark.parametrize("has_instructions", [False, True])
 def test_fp16_is_dense_where_it_has_instructions(has_instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = library.best()
-    monkeypatch.setattr(library, "best", lambda: library.Traits(kernels.name, pairs=kernels.pairs, tiles=False))
+    name = "avx512" if kernels.name == "amx" else kernels.name
+    monkeypatch.setattr(library, "best", lambda: library.Traits(name, pairs=kernels.pairs))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": has_instructions}, raising=False)
     processor_has.cache_clear()
     weights, x = describe(packed(8, 64, dtype=torch.float16)), torch.ones(LARGEST_BATCH + 1, 64)
@@ -273,7 +274,7 @@ def test_bf16_is_dense_where_no_kernel_uses_the_instructions_for_it(
     pairs: bool, matrix_units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": matrix_units}, raising=False)
-    monkeypatch.setattr(library, "best", lambda: library.Traits("avx512", pairs=pairs, tiles=False))
+    monkeypatch.setattr(library, "best", lambda: library.Traits("avx512", pairs=pairs))
     processor_has.cache_clear()
     x = torch.ones(native.MASKS_TO, 64).bfloat16()
 
@@ -294,7 +295,7 @@ def test_bf16_is_dense_where_no_kernel_uses_the_instructions_for_it(
 
 
 def test_matrix_units_multiply_all_that_bf16_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "best", lambda: library.Traits("avx512", pairs=True, tiles=True))
+    monkeypatch.setattr(library, "best", lambda: library.Traits("amx", pairs=True))
     for pattern in PATTERNS:
         width = 8 * Pattern.parse(pattern).m
         bf16, fp32 = torch.ones(native.TILES_FROM, width).bfloat16(), torch.ones(native.PAIRS_FROM + 1, width)
