@@ -35,7 +35,8 @@ def bench(
     steps: Annotated[Count, typer.Option(help="tokens to generate in each measurement")] = 16,
     turns: Annotated[Count, typer.Option(help="times to repeat each measurement; the shortest time counts")] = 3,
     threads: Annotated[
-        Count | None, typer.Option(help="CPU threads of each model", show_default="as many as PyTorch uses")
+        Count | None,
+        typer.Option(help="CPU threads of each model", show_default="as many as PyTorch uses", metavar="<int>"),
     ] = None,
     kv: Annotated[
         Path | None, typer.Option(help="folder that permprune kv wrote: measures models with that pruned cache too")
