@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import permprune.plan
 from permprune.coupling.space import Coupling
 from permprune.forecasts.forecast import Forecast
-from permprune.forecasts.machine import Machine
+from permprune.forecasts.machine import Machine, this_machine
 from permprune.kernels.search.placement import add_placement_cost
 
 from .held_bytes import Held
@@ -123,6 +123,7 @@ def trace_on_cpu(patch: pytest.MonkeyPatch) -> None:
 
 def read_there(patch: pytest.MonkeyPatch) -> None:
     """Let models be read onto the simulated device."""
+    this_machine()  # which imports `best_device` when it is first called: the one that it keeps is not the patched one
     for module in ("system.device", "checkpoints.io", "checkpoints.offload"):
         patch.setattr(f"permprune.{module}.best_device", lambda: SIMULATED)
 
