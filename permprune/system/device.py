@@ -17,9 +17,11 @@ NAMED = {
 }  # fmt: skip
 """Types of numbers, by the names that options give them."""
 
-
-_OLDER_THAN_AMX = {"SSE41", "AVX", *("AVX2" + more for more in ("", "_VNNI", "_VNNI_2"))}
-_OLDER_THAN_AMX |= {"AVX512_CORE" + more for more in ("", "_VNNI", "_BF16", "_FP16")}
+OLDER_THAN_AMX = {
+    "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2",
+    "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16",
+}  # fmt: skip
+"""Values of the environment variable ONEDNN_MAX_CPU_ISA that keep torch's products from matrix units."""
 
 
 def dtype_named(name: str) -> torch.dtype | None:
@@ -39,10 +41,10 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 def processor_has(feature: str) -> bool:
     """Return whether torch's products on the CPU have instructions of this name; older releases of torch do not say.
 
-    Matrix units (AMX) are left alone where the environment variable ONEDNN_MAX_CPU_ISA names older instructions.
+    Matrix units (AMX) are not among them where ONEDNN_MAX_CPU_ISA is one of `OLDER_THAN_AMX`.
     """
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    older = feature.startswith("amx") and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _OLDER_THAN_AMX
+    older = feature.startswith("amx") and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in OLDER_THAN_AMX
     return bool(capabilities.get(feature)) and not older
 
 

@@ -132,6 +132,7 @@ static ALWAYS_INLINE void add_tokens(const struct weights *weights, uint64_t cod
     UNROLLED for (int v = 0; v < vectors; v++)
         sum[v] = first ? ZERO() : LOAD(sums + v * LANES);
     if (weights->kind == POSITIONS) {
+        /* Unrolled, the places of a group's lines and values are constants, which saves up to a tenth of the time. */
         UNROLLED for (int group = 0; group < BLOCK / 4; group++, code >>= 4, lines += 4 * width, values += 2) {
             const float *one = lines + (code & 3) * width, *two = lines + (code >> 2 & 3) * width;
             const VECTOR w = SPREAD(values), u = SPREAD(values + 1);
