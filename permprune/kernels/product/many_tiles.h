@@ -11,7 +11,7 @@
  * follow are not: hardware does it, and instructions for it keep waiting what tiles need.
  *
  * Channels after the width are zeros in both operands. Activations that are not finite are multiplied by the zeros, too, which
- * gives what the dense product gives; where numbers are split, entry.c corrects their rows. */
+ * gives what the dense product gives; where numbers are split, many.c corrects their rows. */
 
 enum { TILE_SUMS = SIDE * SIDE, PANEL_SUMS = 4 * TILE_SUMS };
 enum { APART = 64 }; /* bytes from row to row of a tile */

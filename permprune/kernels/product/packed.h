@@ -85,6 +85,12 @@ struct product {
     int32_t output_number;
 };
 
+/* Returns the `status` of what is said of a product: sizes, types, pointers and the order of channels. */
+int32_t check_product(const struct weights *weights, const void *activations, int32_t number, int64_t batch, const void *output);
+
+/* Replaces the products of the rows of activations that are not finite. `line` has room for a row. */
+void correct_nonfinite(const struct product *job, const void *activations, int32_t number, float *line);
+
 /* Of many.h: */
 enum { CHUNK = 64 }; /* rows of the weight */
 enum { TILES = 4 };  /* tiles of tokens */
