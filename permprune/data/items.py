@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -221,7 +222,7 @@ class Labels:
         """Convert a label, the name or number of a class, to the class number; for a model with one output, to a score.
 
         Names are compared without regard to case. `place` names the example in error messages. Raises `PermpruneError`
-        if the label is missing or unknown to the model.
+        if the label is missing or unknown to the model, or a score is not finite.
         """
         text = "" if label is None else str(label).strip()
         if not text or (text == "-1" and len(self.names) > 1):
@@ -252,8 +253,8 @@ class Labels:
 
     def _number(self, text: str) -> float | None:
         number = as_number(text)
-        if number is None or len(self.names) == 1:
-            return number
+        if len(self.names) == 1:
+            return number if number is not None and math.isfinite(number) else None
         return int(number) if number in self.names else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -185,7 +186,7 @@ def load_sentences(
     documents of the default text. Of a table for the evaluation with two columns of texts and a score in each row,
     examples 2 i and 2 i + 1 are a pair, and both have its score as label, fp32; else all texts are examples of their
     own, and there are no labels. If the parts share a source, no text is in both halves. Raises `PermpruneError` if the
-    source cannot be read, or a score is not a number.
+    source cannot be read, or a score is not a finite number.
     """
     path, scores = Path(source or ""), list[Any]()
     if source is None or (path.is_file() and path.suffix.lower() not in TABLES):
@@ -214,6 +215,6 @@ def load_sentences(
 
 def _score(label: object, place: str) -> float:
     score = as_number(str(label))
-    if score is None:
+    if score is None or not math.isfinite(score):
         raise PermpruneError(f"{place} has {label!r:.40} as its score: give numbers, or texts without labels")
     return score

@@ -33,6 +33,7 @@ from permprune.losses.objective import relative_distance
 from permprune.models.autocast import fast
 from permprune.models.experts import Routed
 from permprune.models.forward import frozen, inference, padding_of, requiring_gradients, run_model
+from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 from permprune.models.hooks import attached, block_by_block, hooked, replaced_while_running
 from permprune.models.layers import Layer
 from permprune.pattern import Pattern
@@ -90,8 +91,11 @@ def solve_each(
     Blocks of the model are solved one after the other, each for what it reads of those before it, in one forward pass
     with all examples in one batch. Each is then trained (`BlockTraining`) until it computes what it did before, of
     what blocks before it computed before. Layers that the pass does not reach, and those outside of the blocks, are
-    left out. Raises `PermpruneError` if the second moments of a layer's inputs cannot be used.
+    left out. A decoder without inputs reads what the model generates. Raises `PermpruneError` if the second moments of
+    a layer's inputs cannot be used.
     """
+    if needs_decoder_inputs(model, examples):
+        examples = with_decoder_inputs(model, examples)
     shown = examples.to(compute_device(model))
     padding, training = padding_of(model, shown), BlockTraining(model, shown)
 

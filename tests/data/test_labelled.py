@@ -116,6 +116,10 @@ def test_scores_are_real_numbers(classifier: Classifier, tmp_path: Path) -> None
     file.write_text("sentence1\tsentence2\tscore\nthe order\ta text\t3.25\n")
     found = load_labelled_text(file, model, classifier[1], Selection("evaluation", 1), 20)
     assert found["labels"].dtype == torch.float32 and found["labels"].tolist() == [3.25]
+    for score in ("nan", "inf"):
+        file.write_text(f"sentence1\tsentence2\tscore\nthe order\ta text\t{score}\n")
+        with pytest.raises(PermpruneError, match=f'row 1 has the label "{score}".*it knows scores'):
+            load_labelled_text(file, model, classifier[1], Selection("evaluation", 1), 20)
 
 
 def test_a_model_without_a_head_gets_no_labels(classifier: Classifier, tmp_path: Path) -> None:
