@@ -179,8 +179,13 @@ def merge_adapters(model: PeftModel) -> PreTrainedModel:
 def lora_on_packed(config: LoraConfig) -> LoraConfig:
     """Let a `LoraConfig` put adapters on packed layers; returns it. Give it to `get_peft_model` or `from_pretrained`.
 
-    The packed weights stay as they are, and such adapters cannot be merged. Raises `PermpruneError` without PEFT.
+    The packed weights stay as they are, and such adapters cannot be merged. Raises `PermpruneError` without PEFT, and
+    for "all-linear" targets, by which PEFT finds no packed layer.
     """
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        raise PermpruneError(
+            'PEFT finds no packed layers as "all-linear": name them in target_modules, such as ["q_proj", "v_proj"]'
+        )
     config._register_custom_module(dict.fromkeys((PackedLinear, Int8Linear), _lora_class()))
     return config
 

@@ -90,6 +90,11 @@ def test_adapters_on_packed_layers(pruned: PreTrainedModel, tmp_path: Path) -> N
     torch.testing.assert_close(again(input_ids=WINDOWS).logits, expected)
 
 
+def test_all_linear_would_leave_packed_layers_out() -> None:
+    with pytest.raises(permprune.PermpruneError, match="name them in target_modules"):
+        permprune.lora_on_packed(peft.LoraConfig(target_modules="all-linear"))
+
+
 def test_adapters_on_dense_layers_in_int8(tiny_llama: LlamaForCausalLM) -> None:
     config = tiny_llama.config
     config.hidden_size = 64

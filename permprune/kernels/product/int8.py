@@ -17,7 +17,7 @@ from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
 from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH
-from permprune.kernels.product.linear import bias_gradient, multiply_native, require_same_device, round_to_int8
+from permprune.kernels.product.linear import bias_gradient, multiply_native, no_view, require_same_device, round_to_int8
 from permprune.kernels.product.module import dense_layer
 from permprune.kernels.product.packed import quantize
 
@@ -35,7 +35,7 @@ def int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -
     """
     _require_fit(x, values, scale)
     if library.available() and x.device.type == "cpu":
-        return multiply_native(native.describe_plain(values, scale, bias), x, torch.int8, None, bias)
+        return no_view(multiply_native(native.describe_plain(values, scale, bias), x, torch.int8, None, bias))
     rows = x.reshape(-1, x.shape[-1])
     exact = round_to_int8(rows.float()) if len(rows) <= LARGEST_BATCH else rows
     if library.runs_triton(x.device.type):
@@ -44,7 +44,7 @@ def int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -
         tiles = (dequantize(*tile) for tile in zip(values.split(ROWS), scale.split(ROWS), strict=True))
         y = torch.cat([exact.float() @ tile.T for tile in tiles], -1)
         y = y if bias is None else y + bias
-    return y.to(x.dtype).view(*x.shape[:-1], len(values))
+    return no_view(y.to(x.dtype).view(*x.shape[:-1], len(values)))
 
 
 def _multiply_gpu(rows: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -51,9 +51,17 @@ def packed_linear(
     layout = Layout(Pattern(n, m), dtype, width)
     _require_fit(layout, x, blocks, bias, order)
     if library.available() and x.device.type == "cpu":
-        return multiply_native(native.describe(layout, blocks, bias, order), x, dtype, order, bias)
-    multiply = multiply_gpu if library.runs_triton(x.device.type) else multiply_reference
-    return multiply(PackedWeight(layout, blocks), x, bias, order)
+        y = multiply_native(native.describe(layout, blocks, bias, order), x, dtype, order, bias)
+    else:
+        multiply = multiply_gpu if library.runs_triton(x.device.type) else multiply_reference
+        y = multiply(PackedWeight(layout, blocks), x, bias, order)
+    return no_view(y)
+
+
+def no_view(y: Tensor) -> Tensor:
+    """Return a result as no view: models such as Falcon add to it in place, which autograd refuses for views."""
+    result: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return result
 
 
 @packed_linear.register_fake

@@ -1,6 +1,7 @@
 """Products with packed weights against float64, for every kernel that runs on this processor."""
 
 import ctypes
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -470,6 +471,23 @@ def test_gradients_are_those_of_the_dense_product(
             torch.testing.assert_close(bias.grad.double(), exact_bias.grad, rtol=1e-5, atol=1e-4)
             if x.numel():
                 assert_near(x.grad, exact_x.grad)
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64), (2, LARGEST_BATCH, 64)])
+def test_results_with_gradients_are_changed_in_place(kernel: str, shape: tuple[int, ...]) -> None:
+    weight = packed(8, 64, dtype=torch.int8)
+    values, scale = torch.ones(8, 64, dtype=torch.int8), torch.ones(8, 1)
+    operators: list[Callable[[Tensor], Tensor]] = [
+        lambda x: call(weight, x),
+        lambda x: int8_linear(x, values, scale, None),
+    ]
+    for operator in operators:
+        x, y = torch.randn(shape, requires_grad=True), torch.randn(*shape[:-1], 8, requires_grad=True)
+        result = operator(x)
+        result += y  # as a block of Falcon adds its attention to its feed-forward layers
+        result.sum().backward()
+        assert x.grad is not None and x.grad.any()
+        assert y.grad is not None and torch.equal(y.grad, torch.ones_like(y))
 
 
 def test_gradients_through_an_int8_table() -> None:
