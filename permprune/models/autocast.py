@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -23,7 +24,8 @@ SCORES = 1 << 20
 def autocast(device: torch.device, dtype: torch.dtype, *, blocks: bool = True) -> Iterator[None]:
     """A context in which activations on this device have this type; attention on a CPU runs in blocks with `blocks`."""
     attention = BlockwiseAttention() if blocks else nullcontext()
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), attention:
+    casts = dtype != torch.float32
+    with torch.autocast(device.type, dtype, enabled=casts), FillsInRange() if casts else nullcontext(), attention:
         yield
 
 
@@ -31,6 +33,26 @@ def fast(model: nn.Module) -> AbstractContextManager[None]:
     """A context in which activations of a model have the fastest type of its device; attention is that of PyTorch."""
     device = compute_device(model)
     return autocast(device, fast_dtype(device), blocks=False)
+
+
+class FillsInRange(TorchFunctionMode):
+    """Keeps what `masked_fill` writes in the range of the tensor's type, and leaves infinities.
+
+    DeBERTa fills scores, which autocast has made bfloat16, with the least number of fp32, which torch refuses.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in (Tensor.masked_fill, Tensor.masked_fill_, torch.masked_fill) and isinstance(args[-1], float):
+            *others, value = args
+            most = torch.finfo(others[0].dtype).max if others[0].is_floating_point() else math.inf
+            args = (*others, value if math.isinf(value) else min(max(value, -most), most))
+        return func(*args, **(kwargs or {}))
 
 
 class BlockwiseAttention(TorchFunctionMode):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import DebertaConfig, DebertaModel, LlamaForCausalLM
 
 from permprune.models import autocast as module
 from permprune.models.activation_checkpointing import recomputed
@@ -111,3 +111,26 @@ def test_recomputed_blocks_run_the_attention_of_their_first_run(tiny_llama: Llam
             loss = tiny_llama(torch.arange(8)[None]).logits.float().logsumexp(-1).sum()
         loss.backward()  # torch compares the numbers of tensors that both runs save
     assert tiny_llama.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+@torch.no_grad()
+def test_a_mask_that_fills_with_the_least_number_of_fp32_runs() -> None:
+    torch.manual_seed(0)
+    relative: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+    }
+    model = DebertaModel(DebertaConfig(**sizes, **relative)).eval()
+    tokens = torch.arange(14).view(2, 7)
+    padded = (tokens < 10).long()
+    exact = model(tokens, attention_mask=padded).last_hidden_state
+    with autocast(CPU, torch.bfloat16):
+        rounded = model(tokens, attention_mask=padded).last_hidden_state
+        assert (
+            torch.zeros(2, dtype=torch.bfloat16).masked_fill(torch.tensor([True, False]), -torch.inf)[0] == -torch.inf
+        )
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)
