@@ -132,17 +132,18 @@ def _headed(model: PreTrainedModel, classes: int) -> PreTrainedModel:
     config = _mapped(model.config, kind)
     config.num_labels = classes
     headed: PreTrainedModel = kind.from_config(config, dtype=model.dtype, trust_remote_code=False)
-    prefix, weights = f"{headed.base_model_prefix}.", model.state_dict(keep_vars=True)
-    shared = {key: weights[name] for key in headed.state_dict() if (name := key.removeprefix(prefix)) in weights}
-    missing = {key.partition(".")[0] for key in headed.state_dict().keys() - shared.keys()}
+    keys, weights = headed.state_dict().keys(), model.state_dict(keep_vars=True)
+    prefixes = ["", *(f"{name}." for name, _ in headed.named_children())]
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in keys for name in weights))
+    shared = {prefix + name: weight for name, weight in weights.items() if prefix + name in keys}
+    missing = {key.partition(".")[0] for key in keys - shared.keys()}
     if len(missing) != 1:
         raise PermpruneError(
             f"a {type(headed).__name__} has {len(missing)} parts that the model does not have: give a model with a head"
         )
     headed.load_state_dict(shared, strict=False, assign=True)
     headed.to(compute_device(model)).eval()  # type: ignore[arg-type]
-    within = any(name.startswith(prefix) for name, _ in headed.named_modules())
-    carry_over(model, headed, lambda name: prefix + name if within else name)
+    carry_over(model, headed, lambda name: prefix + name)
     return headed
 
 

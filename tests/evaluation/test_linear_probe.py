@@ -9,6 +9,9 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     PreTrainedModel,
     WhisperModel,
 )
@@ -88,6 +91,16 @@ def test_a_headless_text_model_gets_one_for_sentences(tmp_path: Path) -> None:
     again: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, probe.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", [CLIPVisionModel, CLIPVisionModelWithProjection])
+def test_a_tower_of_clip_gets_a_head(kind: type[PreTrainedModel]) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    tower = kind(CLIPVisionConfig(**sizes, image_size=16, patch_size=4))
+    headed = with_head(tower, ["cat", "dog"])
+    shared = {weight.data_ptr() for weight in tower.parameters()}
+    own = {name for name, weight in headed.named_parameters() if weight.data_ptr() not in shared}
+    assert own == {"classifier.weight", "classifier.bias"}
 
 
 def test_a_probed_model_is_pruned_on_its_labels() -> None:
