@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder that keeps the models")
     parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
     options = parser.parse_args()
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
     test = Evaluation(options.test, windows=options.windows)
     print("| values | bits a weight | MB | perplexity | relative | seconds |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
