@@ -13,12 +13,12 @@ static int are_pairs(const struct weights *weights, int32_t number, int32_t inde
     return are_bf16(weights, number) && weights->kind == POSITIONS && find_kernels(index)->many_pairs && runs_pairs(index);
 }
 
-/* Whether many_tiles.h multiplies these: floats, in parts of bf16, and integers that bf16 holds exactly; beside activations in
- * bf16 I8, too. */
+/* Whether many_tiles.h multiplies these: floats, in parts of bf16, and integers, whose values are rounded to it, as the activations
+ * beside them. */
 static int are_tiles(const struct weights *weights, int32_t number, int32_t index)
 {
-    const int integers = are_integers(weights), held = number == BF16 || (weights->number == I4 && number == F32);
-    return (!integers || held) && weights->kind != PLAIN && weights->count > 0 && find_kernels(index)->many_tiles;
+    const int fits = are_bf16(weights, number) || !are_integers(weights);
+    return fits && weights->kind != PLAIN && weights->count > 0 && find_kernels(index)->many_tiles;
 }
 
 /* The numbers in bf16 of a token. */

@@ -225,12 +225,12 @@ def multiplies_bf16(weights: Weights, x: Tensor) -> bool:
 
 
 def multiplies_tiles(weights: Weights, x: Tensor) -> bool:
-    """Whether `multiply` with `many` uses matrix units: for floats, for bf16 beside integers, and fp32 beside int4.
+    """Whether `multiply` with `many` uses matrix units: for floats, and for bf16 and fp32 beside integers.
 
-    fp32 and fp16 are split into parts of bf16, whose products are added as if they were not: errors are those of fp32.
+    Floats in fp32 and fp16 are split into parts of bf16, whose products are added: errors are those of fp32. Beside
+    integers, activations and the weight's values are rounded to bf16.
     """
-    beside_integers = torch.float32 if weights.number == NUMBERS[INT4] else torch.bfloat16
-    fits = weights.number < NUMBERS[torch.int8] or x.dtype == beside_integers or multiplies_bf16(weights, x)
+    fits = weights.number < NUMBERS[torch.int8] or x.dtype in (torch.float32, torch.bfloat16)
     return library.best().name == "amx" and weights.kind != _PLAIN and fits
 
 

@@ -53,22 +53,35 @@ def unpack(weight: PackedWeight, first: int, last: int, dtype: torch.dtype, kern
 
 
 def exact(
-    weight: PackedWeight, x: Tensor, bias: Tensor | None = None, order: Tensor | None = None, *, rounded: bool = True
+    weight: PackedWeight,
+    x: Tensor,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+    *,
+    rounded: bool = True,
+    dense: Tensor | None = None,
 ) -> Tensor:
-    """The product in float64, of activations rounded to int8 where the kernels for few rows round them."""
+    """The product in float64, of activations rounded to int8 where the kernels for few rows round them.
+
+    `dense` is the weight that counts, if not the packed one.
+    """
     channels = x.float() if order is None else x.float()[:, order]
     if rounded and not weight.layout.dtype.is_floating_point:
         channels = round_to_int8(channels)
-    y = channels.double() @ weight.unpack().double().T
+    y = channels.double() @ (weight.unpack() if dense is None else dense).double().T
     return y if bias is None else y + bias.double()
 
 
-def rounds_to_bf16(weight: PackedWeight, x: Tensor, kernels: str) -> bool:
-    """Whether the kernel for many rows multiplies pairs or tiles of bf16 here, though activations are fp32."""
+def as_multiplied(weight: PackedWeight, x: Tensor, kernels: str) -> tuple[Tensor, Tensor]:
+    """The activations and the weight that the kernel for many rows multiplies: beside integers, fp32 becomes bf16."""
     functions, index = library.require(kernels)
-    layout = weight.layout
-    pairs = functions.permprune_runs_pairs(index) and layout.positions and not layout.dtype.is_floating_point
-    return bool(x.dtype == torch.float32 and (pairs or (kernels == "amx" and layout.dtype == INT4)))
+    layout, dense = weight.layout, weight.unpack()
+    if layout.dtype.is_floating_point or x.dtype == torch.float16:
+        return x, dense
+    if kernels == "amx":
+        return x.bfloat16().to(x.dtype), dense.bfloat16().float()
+    pairs = functions.permprune_runs_pairs(index) and layout.positions
+    return x.bfloat16().to(x.dtype) if pairs else x, dense
 
 
 def assert_near(found: Tensor, expected: Tensor, magnitude: float = 0.0) -> None:
@@ -112,11 +125,12 @@ def test_products_agree_with_float64(
     bias = torch.linspace(-1, 1, rows).to(activations) if extras else None
     order = torch.randperm(width, generator=torch.Generator().manual_seed(width)) if extras else None
     found = native.multiply(describe(weight, bias, order), x, kernels, many=many)
-    if many and rounds_to_bf16(weight, x, kernels):
-        x = x.bfloat16().float()
+    dense = weight.unpack()
+    if many:
+        x, dense = as_multiplied(weight, x, kernels)
     channels = x if order is None else x[:, order]
     magnitude = float((channels.double().abs() @ weight.unpack().double().abs().T).max()) if many else 0.0
-    assert_near(found, exact(weight, x, bias, order, rounded=not many), magnitude)
+    assert_near(found, exact(weight, x, bias, order, rounded=not many, dense=dense), magnitude)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -192,9 +206,10 @@ def test_the_operator_below_and_above_the_largest_batch(
     bias, order = torch.randn(rows), torch.randperm(320)
     described = describe(weight, bias, order)
     found, many = call(weight, x, bias, order), native.is_many(described, x)
-    if many and rounds_to_bf16(weight, x, KERNELS[0]):
-        x = x.bfloat16().float()
-    assert_near(found, exact(weight, x, bias, order, rounded=native.is_few(described, x) and not many))
+    rounded, dense = native.is_few(described, x) and not many, weight.unpack()
+    if many:
+        x, dense = as_multiplied(weight, x, library.best().name)
+    assert_near(found, exact(weight, x, bias, order, rounded=rounded, dense=dense))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -204,12 +219,9 @@ def test_pytorch_gives_the_same_where_there_are_no_kernels(
 ) -> None:
     weight = packed(24, 320, dtype=dtype)
     x, bias, order = torch.randn(batch, 320), torch.randn(24), torch.randperm(320)
-    if batch > LARGEST_BATCH:
-        x = x.bfloat16().float()  # kernels may round them to that
-    expected = call(weight, x, bias, order)
     monkeypatch.setattr(library, "available", lambda: False)
     found = call(weight, x, bias, order)
-    assert_near(found, expected.double())
+    assert_near(found, exact(weight, x, bias, order, rounded=batch <= LARGEST_BATCH))
     assert torch.equal(found, multiply_reference(weight, x, bias, order))
 
 
