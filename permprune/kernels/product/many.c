@@ -17,8 +17,8 @@ static int are_pairs(const struct weights *weights, int32_t number, int32_t inde
  * beside them. */
 static int are_tiles(const struct weights *weights, int32_t number, int32_t index)
 {
-    const int fits = are_bf16(weights, number) || !are_integers(weights);
-    return fits && weights->kind != PLAIN && weights->count > 0 && find_kernels(index)->many_tiles;
+    const int integers = are_integers(weights), fits = integers ? are_bf16(weights, number) : weights->kind != PLAIN;
+    return fits && weights->count > 0 && find_kernels(index)->many_tiles;
 }
 
 /* The numbers in bf16 of a token. */
@@ -215,7 +215,7 @@ EXPORT int64_t permprune_many_bytes(const struct weights *weights, int32_t numbe
 }
 
 /* The same for many rows of activations, in `memory` of `bytes` bytes, of which it needs those of `permprune_many_bytes`. PLAIN
- * weights have no such kernel. */
+ * weights have such a kernel for integers on matrix units. */
 EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void *activations, int32_t number,
                                        int64_t batch, void *output, void *memory, int64_t bytes, int32_t index,
                                        int32_t threads)
@@ -226,7 +226,7 @@ EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void
     const int32_t status = check_product(weights, activations, number, batch, output);
     if (status != DONE)
         return status;
-    if (weights->kind == PLAIN || threads < 1 || LACKS(bytes, memory) || (uintptr_t)memory % 64 ||
+    if ((weights->kind == PLAIN && !are_tiles(weights, number, index)) || threads < 1 || LACKS(bytes, memory) || (uintptr_t)memory % 64 ||
         bytes < permprune_many_bytes(weights, number, batch, index, threads))
         return BAD_SIZE;
     struct staged staged = {memory, NULL, batch};

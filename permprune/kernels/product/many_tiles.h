@@ -251,9 +251,9 @@ static void multiply_tiles(const void *argument, int64_t first, int64_t last)
         float *sums = job->sums + share * (job->chunk / TILE_PANEL) * pairs_of_groups(job->batch) * PANEL_SUMS;
         for (int64_t row = share * panels / job->chunks * TILE_PANEL; row < end; row += job->chunk) {
             const int64_t rows = smaller(job->chunk, end - row);
-            switch (job->weights->number * 2 + job->weights->kind) {
+            switch (job->weights->number * KINDS + job->weights->kind) {
 #define MULTIPLY(number, kind)                                                                                         \
-    case number * 2 + kind: multiply_panels(job, row, rows, sums, number, kind); break;
+    case number * KINDS + kind: multiply_panels(job, row, rows, sums, number, kind); break;
                 MULTIPLY(F32, MASK)
                 MULTIPLY(F32, POSITIONS)
                 MULTIPLY(BF16, MASK)
@@ -262,6 +262,7 @@ static void multiply_tiles(const void *argument, int64_t first, int64_t last)
                 MULTIPLY(F16, POSITIONS)
                 MULTIPLY(I8, MASK)
                 MULTIPLY(I8, POSITIONS)
+                MULTIPLY(I8, PLAIN)
                 MULTIPLY(I4, MASK)
                 MULTIPLY(I4, POSITIONS)
 #undef MULTIPLY

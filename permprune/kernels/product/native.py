@@ -230,8 +230,9 @@ def multiplies_tiles(weights: Weights, x: Tensor) -> bool:
     Floats in fp32 and fp16 are split into parts of bf16, whose products are added: errors are those of fp32. Beside
     integers, activations and the weight's values are rounded to bf16.
     """
-    fits = weights.number < NUMBERS[torch.int8] or x.dtype in (torch.float32, torch.bfloat16)
-    return library.best().name == "amx" and weights.kind != _PLAIN and fits
+    integers = weights.number >= NUMBERS[torch.int8]
+    fits = x.dtype in (torch.float32, torch.bfloat16) if integers else weights.kind != _PLAIN
+    return library.best().name == "amx" and fits
 
 
 def is_few(weights: Weights, x: Tensor) -> bool:

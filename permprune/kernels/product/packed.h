@@ -39,7 +39,7 @@ enum { TILE_BATCH = 4 }; /* rows of the activations that a tile multiplies at on
 enum { WIDE_BATCH = 2 * TILE_BATCH }; /* rows of the activations that a tile multiplies at once: two groups of staged ones */
 enum { PAIRS = TILE_ROWS / 2 };       /* of rows of the weight */
 
-enum kind { MASK, POSITIONS, PLAIN };
+enum kind { MASK, POSITIONS, PLAIN, KINDS };
 
 STRUCTURE(weights, {
     const char *blocks;

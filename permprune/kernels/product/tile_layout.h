@@ -136,18 +136,26 @@ static ALWAYS_INLINE __m512i spread_pairs(const void *pairs, uint64_t code)
     return _mm512_shuffle_epi8(_mm512_cvtepu32_epi64(_mm256_loadu_si256(pairs)), bytes);
 }
 
-/* The channels of a block as bf16, for its kept integers in the order of the channels. */
-static ALWAYS_INLINE void expand_steps(const char *block, uint64_t bits, __m512i steps, const int32_t number, __m512i out[2])
+/* The channels of a block as bf16, for their integers and the scale of each part of them. */
+static ALWAYS_INLINE void scale_steps(__m512i steps, const float scale[4], __m512i out[2])
 {
-    const __m512i bytes = _mm512_maskz_expand_epi8(bits, steps);
     __m512 part[4];
-#define EXPAND_PART(i)                                                                                                 \
-    part[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, i))),             \
-                            _mm512_set1_ps(read_scale(block, number, PART * i)));
-    EXPAND_PART(0) EXPAND_PART(1) EXPAND_PART(2) EXPAND_PART(3)
-#undef EXPAND_PART
+#define SCALE_PART(i)                                                                                                  \
+    part[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(steps, i))),             \
+                            _mm512_set1_ps(scale[i]));
+    SCALE_PART(0) SCALE_PART(1) SCALE_PART(2) SCALE_PART(3)
+#undef SCALE_PART
     out[0] = (__m512i)_mm512_cvtne2ps_pbh(part[1], part[0]);
     out[1] = (__m512i)_mm512_cvtne2ps_pbh(part[3], part[2]);
+}
+
+/* The same for the integers that a block keeps, in the order of the channels. */
+static ALWAYS_INLINE void expand_steps(const char *block, uint64_t bits, __m512i steps, const int32_t number, __m512i out[2])
+{
+    float scale[4];
+    UNROLLED for (int i = 0; i < 4; i++)
+        scale[i] = read_scale(block, number, PART * i);
+    scale_steps(_mm512_maskz_expand_epi8(bits, steps), scale, out);
 }
 
 /* The 64 channels of a block of fp32 or fp16 in parts of bf16, for its values. */
@@ -170,6 +178,11 @@ static ALWAYS_INLINE void expand_parts(const char *values, uint64_t bits, const 
 static ALWAYS_INLINE void unpack_block(const struct weights *weights, const char *block, const int32_t number, const int32_t kind,
                                        __m512i *out)
 {
+    if (kind == PLAIN) {
+        const float scale = weights->scale[(block - weights->blocks) / BLOCK];
+        scale_steps(_mm512_loadu_si512(block), (float[]){scale, scale, scale, scale}, out);
+        return;
+    }
     const uint64_t code = read_code(block);
     if (kind == POSITIONS && number == BF16) {
         out[0] = spread_pairs(block + CODE, code);

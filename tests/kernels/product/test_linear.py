@@ -550,6 +550,26 @@ def test_products_with_plain_weights_agree(kernels: str, dtype: torch.dtype) -> 
         assert_near(native.multiply(weights, x, kernels), channels @ stored.T)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "blocks", "batch"), [(1, 1, 1), (33, 9, 40), (70, 2, 700), (100, 25, 65)])
+def test_matrix_units_multiply_many_rows_of_int8_tables(
+    kernels: str, activations: torch.dtype, rows: int, blocks: int, batch: int
+) -> None:
+    """Other kernels for many rows leave out what is pruned, and refuse them."""
+    width = 64 * blocks
+    values, scale = torch.randint(-127, 128, (rows, width), dtype=torch.int8), torch.rand(rows, blocks) / 100
+    x, bias = torch.randn(batch, width).to(activations), torch.randn(rows)
+    weights = native.describe_plain(values, scale, bias)
+    if kernels != "amx":
+        with pytest.raises(PermpruneError, match=f"a product of {batch} rows"):
+            native.multiply(weights, x, kernels, many=True)
+        return
+    dense, rounded = dequantize(values, scale).bfloat16().double(), x.bfloat16().double()
+    magnitude = float((rounded.abs() @ dense.abs().T).max())
+    assert_near(native.multiply(weights, x, kernels, many=True), rounded @ dense.T + bias, magnitude)
+
+
 def test_the_weights_of_the_tests_hold_their_pattern() -> None:
     for pattern in map(Pattern.parse, PATTERNS):
         assert pattern.holds(sparse(3, 4 * pattern.m, pattern))
