@@ -65,6 +65,8 @@ def test_a_config_and_keywords_beside_it(tiny_llama: LlamaForCausalLM) -> None:
     assert pruned.record().settings["permute"] == "random"
     with pytest.raises(PermpruneError, match='did you mean "permute"'):
         prune(tiny_llama, None, config, permuter="ria")
+    with pytest.raises(PermpruneError, match=r"the model is 'smollm2-135m': give what permprune.read_model reads"):
+        prune("smollm2-135m", examples=WINDOWS)  # type: ignore[arg-type]
     with pytest.raises(PermpruneError, match=r"the config is 'ria': give a PruneConfig, or its fields as keywords"):
         prune(tiny_llama, None, "ria")  # type: ignore[arg-type]
 
