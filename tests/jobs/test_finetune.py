@@ -295,3 +295,5 @@ def test_what_cannot_be_learned_is_refused(encoder: str, tiny_bert: Path, tmp_pa
         finetune(encoder, tmp_path / "out", FineTuning(data, train="some"))
     with pytest.raises(PermpruneError, match="--adapters trains linear layers, --train norms does not"):
         FineTuning(data, train="norms", adapters=4)
+    with pytest.raises(PermpruneError, match=r"--hidden weighs the distance to a teacher.*name a --teacher"):
+        FineTuning(data, hidden=2.0)
