@@ -198,6 +198,10 @@ def test_a_teacher_in_bf16_is_held_as_it_is_stored(tiny_checkpoint: Path, tiny_t
         with autocast(torch.device("cpu"), torch.bfloat16):
             taught_in_bf16, plain_in_bf16 = (next_token(model, examples).logits for model in (taught.model, plain))
     assert (taught_in_bf16 - plain_in_bf16).norm() < 0.01 * plain_in_bf16.norm()
+    plain.config.intermediate_size *= 2
+    wider = replace(options, teacher=LlamaForCausalLM(plain.config))
+    with pytest.raises(PermpruneError, match="has other channels than the model: give the dense model as teacher"):
+        teacher_of(wider, student, examples, next_token)
 
 
 def load_record(folder: Path) -> dict[str, Any]:
