@@ -230,7 +230,8 @@ class PruneConfig:
             require_choice("effort", self.effort, EFFORTS)
         values = {name: value for name, value in DEFAULTS.items() if getattr(self, name) is UNSET}
         values |= {"given": frozenset(DEFAULTS.keys() - values.keys()), "calibration": _sources(self.calibration)}
-        vars(self).update(values, candidates=tuple(self.candidates))
+        values |= {"pattern": str(self.pattern), "candidates": tuple(map(str, self.candidates))}
+        vars(self).update(values)
         require_fields(self)
         require_budget(self.pattern, self.candidates, keep=self.keep, bytes=self.bytes, max_loss=self.max_loss)
         if self.pattern == MIXED:

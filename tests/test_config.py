@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import permprune
-from permprune import Newton, PermpruneError, PruneConfig, prune
+from permprune import Newton, Pattern, PermpruneError, PruneConfig, prune
 from permprune.config import PruneSettings
 from permprune.options import nearest
 from permprune.permuters.registry import permuter
@@ -30,6 +30,12 @@ def test_a_misspelt_setting_names_the_nearest() -> None:
         PruneConfig().replace(patern="2:4")
     with pytest.raises(PermpruneError, match='there is no setting "colour": choose one of pattern, candidates'):
         PruneConfig().replace(colour=1)
+
+
+def test_patterns_may_be_objects() -> None:
+    assert PruneConfig(pattern=Pattern(4, 8)) == PruneConfig(pattern="4:8")  # type: ignore[arg-type]
+    mix = PruneConfig(pattern="mixed", candidates=("dense", Pattern(2, 4)))  # type: ignore[arg-type]
+    assert mix == PruneConfig(pattern="mixed", candidates=("dense", "2:4"))
 
 
 def test_every_field_is_explained_on_its_own() -> None:
@@ -59,6 +65,8 @@ def test_a_config_and_keywords_beside_it(tiny_llama: LlamaForCausalLM) -> None:
     assert pruned.record().settings["permute"] == "random"
     with pytest.raises(PermpruneError, match='did you mean "permute"'):
         prune(tiny_llama, None, config, permuter="ria")
+    with pytest.raises(PermpruneError, match=r"the model is 'smollm2-135m': give what permprune.read_model reads"):
+        prune("smollm2-135m", examples=WINDOWS)  # type: ignore[arg-type]
     with pytest.raises(PermpruneError, match=r"the config is 'ria': give a PruneConfig, or its fields as keywords"):
         prune(tiny_llama, None, "ria")  # type: ignore[arg-type]
 

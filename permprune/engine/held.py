@@ -192,6 +192,10 @@ def prune(
     every round of an iterative search (see `Round`). In gather mode the index selections are attached to the model,
     after any that it already has. Raises `PermpruneError`, also for an unknown field.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise PermpruneError(
+            f"the model is {reprlib.repr(model)}: give what permprune.read_model reads, or call prune_to_folder"
+        )
     config = PruneConfig() if config is None else config
     if not isinstance(config, PruneConfig):
         raise PermpruneError(f"the config is {reprlib.repr(config)}: give a PruneConfig, or its fields as keywords")

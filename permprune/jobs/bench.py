@@ -95,6 +95,8 @@ def bench(
     measured with that pruned cache too; a warning names the others. With `engines`, the dense model is measured in the
     other engines that are installed too, as far as they run it. Raises `PermpruneError`.
     """
+    if isinstance(folders, str):  # a sequence of letters
+        raise PermpruneError(f'folders is "{folders}": give a list of folders')
     given = {"batches": batches, "contexts": contexts, "steps": [steps], "turns": [turns]}
     for name, numbers in given.items():
         if numbers is not None and not numbers:

@@ -147,6 +147,8 @@ class FineTuning:
         require_choice("train", self.train, RATES)
         if self.pack is not None:
             require_choice("pack", self.pack, PACKED)
+        if self.hidden is not None and self.teacher is None:
+            raise PermpruneError("--hidden weighs the distance to a teacher, and there is none: name a --teacher")
         if self.pack == "int4" and self.adapters is not None:
             raise PermpruneError("--adapters change weights that int4 could not store: give --adapters or --pack int4")
         if self.adapters is not None and self.train != "all":

@@ -77,8 +77,8 @@ def teacher_of(options: FineTuning, model: PreTrainedModel, examples: Examples, 
     """Return the teacher with its channels in the stored order of the pruned model; None if there is no teacher.
 
     One that is read holds weights that are stored in bf16 as they are, as long as the result is referenced. A teacher
-    in memory is copied instead of changed. Raises `PermpruneError` if the shape of its outputs differs from
-    that of the model's.
+    in memory is copied instead of changed. Raises `PermpruneError` if the shape of its outputs, or its
+    channels, differ from those of the model.
     """
     if options.teacher is None:
         return None
@@ -96,5 +96,10 @@ def teacher_of(options: FineTuning, model: PreTrainedModel, examples: Examples, 
         teacher = copy.deepcopy(teacher) if teacher is options.teacher else teacher
         with nullcontext() if opened.held is None else opened.held.as_stored():  # for the trace
             coupling = discover(teacher, short_inputs(teacher, examples.to(teacher.device)))
-        fold_all(teacher, tables, coupling)
+        try:
+            fold_all(teacher, tables, coupling)
+        except PermpruneError as error:
+            raise PermpruneError(
+                f"{opened.name} has other channels than the model: give the dense model as teacher"
+            ) from error
     return dataclasses.replace(opened, model=teacher)

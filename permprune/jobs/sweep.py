@@ -30,6 +30,7 @@ from permprune.forecasts.costs import state_bytes
 from permprune.jobs.sweep_cells import CELL_FIELDS, Cell, DenseRow, Sweep, SweepRow, of_pattern, pareto, plan_cells
 from permprune.models.layers import block_linears, dense_weights, prunable_layers
 from permprune.models.processors import Processor
+from permprune.pattern import Pattern
 from permprune.permuters.base import Run
 from permprune.permuters.registry import permuter
 from permprune.report.sweep import write_sweep
@@ -62,7 +63,7 @@ def sweep(
     out: str | Path,
     config: PruneConfig | None = None,
     *,
-    patterns: Sequence[str],
+    patterns: Sequence[str | Pattern],
     methods: Sequence[str],
     budgets: Sequence[float] = (),
     evaluation: Evaluation | None = None,

@@ -13,7 +13,7 @@ from permprune.engine.measuring import Evaluation, Measurement
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import Metric
 from permprune.options import Positive, require
-from permprune.pattern import MIXED
+from permprune.pattern import MIXED, Pattern
 from permprune.permuters.base import CurvePoint, LocalPermuter
 from permprune.permuters.registry import permuter
 
@@ -50,7 +50,7 @@ def of_pattern(config: PruneConfig, pattern: str) -> PruneConfig:
         raise PermpruneError(f'"{pattern}" keeps no share of the weights: give one, as {MIXED}@0.6') from None
 
 
-def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequence[float]) -> list[Cell]:
+def plan_cells(patterns: Sequence[str | Pattern], methods: Sequence[str], budgets: Sequence[float]) -> list[Cell]:
     """Return the cells, ordered by pattern, method and increasing budget.
 
     Raises `PermpruneError` for an unknown pattern or method and for a budget that is not positive.
@@ -60,7 +60,7 @@ def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequenc
     for budget in budgets:
         require("budgets", budget, Positive)
     cells = []
-    for pattern in dict.fromkeys(patterns):
+    for pattern in dict.fromkeys(map(str, patterns)):
         of_pattern(PruneConfig(), pattern)
         for method in dict.fromkeys(["none", *methods]):
             local = isinstance(permuter(method), LocalPermuter)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from permprune import PermpruneError, bench
 from permprune.checkpoints.record import read_record
 from permprune.system.device import best_device, fast_dtype
 
@@ -86,6 +87,8 @@ def test_numbers_and_folders_that_are_none_are_refused(tiny_checkpoint: Path) ->
     assert "names the dense model: give it with --dense" in fails("bench", tiny_checkpoint)
     missing = ("--dense", tiny_checkpoint, "--kv", tiny_checkpoint)
     assert "holds no kv.json: give a folder that permprune kv wrote" in fails("bench", tiny_checkpoint, *missing)
+    with pytest.raises(PermpruneError, match='folders is "pruned": give a list of folders'):
+        bench("pruned")
 
 
 def test_what_cannot_be_packed_is_refused_before_the_work(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -198,6 +198,10 @@ def test_a_teacher_in_bf16_is_held_as_it_is_stored(tiny_checkpoint: Path, tiny_t
         with autocast(torch.device("cpu"), torch.bfloat16):
             taught_in_bf16, plain_in_bf16 = (next_token(model, examples).logits for model in (taught.model, plain))
     assert (taught_in_bf16 - plain_in_bf16).norm() < 0.01 * plain_in_bf16.norm()
+    plain.config.intermediate_size *= 2
+    wider = replace(options, teacher=LlamaForCausalLM(plain.config))
+    with pytest.raises(PermpruneError, match="has other channels than the model: give the dense model as teacher"):
+        teacher_of(wider, student, examples, next_token)
 
 
 def load_record(folder: Path) -> dict[str, Any]:
@@ -295,3 +299,5 @@ def test_what_cannot_be_learned_is_refused(encoder: str, tiny_bert: Path, tmp_pa
         finetune(encoder, tmp_path / "out", FineTuning(data, train="some"))
     with pytest.raises(PermpruneError, match="--adapters trains linear layers, --train norms does not"):
         FineTuning(data, train="norms", adapters=4)
+    with pytest.raises(PermpruneError, match=r"--hidden weighs the distance to a teacher.*name a --teacher"):
+        FineTuning(data, hidden=2.0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from permprune import Evaluation, PermpruneError, PruneConfig, Result, Sweep, TaskList, compare, sweep
+from permprune import Evaluation, Pattern, PermpruneError, PruneConfig, Result, Sweep, TaskList, compare, sweep
 from permprune.engine.session import Session
 from permprune.evaluation.result import PERPLEXITY, TASK_ACCURACY, TOP_1_ACCURACY
 from permprune.jobs.sweep_cells import Cell, pareto, plan_cells
@@ -45,7 +45,7 @@ def test_cells_are_every_combination_that_differs() -> None:
         for pattern in ("2:4", "mixed")
         for method, minutes in (("none", None), ("ria", None), ("newton", 5), ("newton", 20))
     ]
-    assert plan_cells(["1:4"], ["newton"], []) == [Cell("1:4", "none"), Cell("1:4", "newton")]
+    assert plan_cells([Pattern(1, 4)], ["newton"], []) == [Cell("1:4", "none"), Cell("1:4", "newton")]
     assert len({cell.name for cell in cells}) == len(cells)
 
 
