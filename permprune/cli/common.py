@@ -11,6 +11,7 @@ import importlib
 import inspect
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -126,7 +127,7 @@ def main(
 
 
 def command(function: Callable[..., Iterator[None] | None], without: Collection[str] = ()) -> Callable[..., Any]:
-    """Register a command; `PermpruneError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
+    """Register a command; `PermpruneError` becomes one line on stderr and status 2, Ctrl-C status 130, SIGTERM 143.
 
     A parameter whose type is a dataclass stands for the options of its fields (`options_of`), except for those in
     `without`; several may share an option. Numbers have to be in the range of their type, such as `Count`. Before
@@ -188,13 +189,13 @@ def _finish(name: str, work: Iterator[None], given: Mapping[str, Any]) -> None:
         try:
             with working(name):
                 next(work, None)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             from permprune.system.files import WorkFolder
 
             kept = "resume" in given and WorkFolder(given["out"]).holds_state()
             hint = "; repeat the command with --resume to continue" if kept else ""
             print(f"permprune: interrupted{hint}", file=sys.stderr)
-            raise typer.Exit(130) from None
+            raise typer.Exit(128 + (interrupt.args or (signal.SIGINT,))[0]) from None
 
 
 def _is_first() -> bool:

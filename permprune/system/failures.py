@@ -1,4 +1,4 @@
-"""Failures as errors of permprune: memory that runs out, processes that end, and Ctrl-C while a program is starting."""
+"""Failures as errors of permprune: memory that runs out, processes that end, and Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from permprune.errors import PermpruneError
 from permprune.system.memory import peak_memory_mb
@@ -33,6 +34,12 @@ ADVICE: Mapping[str, str] = {
 
 ENDED = "another process of this run has ended: see what it printed, then repeat the command with --resume"
 """What a process prints before it ends because another one has."""
+
+DEFAULTS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+"""The signals that interrupt, with what handles them if nobody else does."""
+
+if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's SIGTERM has to end a process that waits outside Python, too
+    DEFAULTS[signal.SIGTERM] = signal.SIG_DFL
 
 
 class OutOfMemory(PermpruneError):
@@ -83,33 +90,49 @@ def failures_reported() -> Iterator[None]:
 
 
 def interruptible() -> AbstractContextManager[None]:
-    """A context, for use inside `leaving_on_interrupt`, in which Ctrl-C raises `KeyboardInterrupt` again."""
-    return _handled(signal.default_int_handler, instead_of=_leave)
+    """A context, for use inside `leaving_on_interrupt`, in which Ctrl-C raises `KeyboardInterrupt` again.
+
+    So does SIGTERM. The argument of the error is the signal's number.
+    """
+    return _handled(_interrupt, instead_of=dict.fromkeys(DEFAULTS, _leave))
 
 
 def leaving_on_interrupt() -> AbstractContextManager[None]:
-    """A context in which Ctrl-C ends the program at once, with one line and status 130.
+    """A context in which Ctrl-C and SIGTERM end the program at once, with one line and status 130 or 143.
 
     Importing what a command needs takes seconds, during which `KeyboardInterrupt` could be raised anywhere in other
     packages, and some of them catch it. Where Ctrl-C is ignored, as under nohup, it stays so.
     """
-    return _handled(_leave, instead_of=signal.default_int_handler)
+    return _handled(_leave, instead_of=DEFAULTS)
 
 
 @contextmanager
-def _handled(handler: Callable[..., object], *, instead_of: Callable[..., object]) -> Iterator[None]:
-    if signal.getsignal(signal.SIGINT) is not instead_of:
-        yield
-        return
-    signal.signal(signal.SIGINT, handler)
+def _handled(handler: Callable[..., object], *, instead_of: Mapping[int, Any]) -> Iterator[None]:
+    replaced = [number for number, before in instead_of.items() if signal.getsignal(number) is before]
+    for number in replaced:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, instead_of)
+        for number in replaced:
+            signal.signal(number, instead_of[number])
 
 
-def _leave(*_: object) -> None:
+def _interrupt(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _leave(number: int, _: object) -> None:
     # a line of progress may stand there, with the cursor hidden
     shown = b"\r\x1b[2K\x1b[?25h" if os.isatty(2) else b""
     os.write(2, shown + b"permprune: interrupted\n")
-    os._exit(130)
+    os._exit(128 + number)
+
+
+def _end_on_sigterm() -> None:
+    if signal.getsignal(signal.SIGTERM) in (_interrupt, _leave):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):  # children do not say that the program is interrupted if it ends them
+    os.register_at_fork(after_in_child=_end_on_sigterm)
