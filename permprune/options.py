@@ -157,7 +157,10 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def require_fields(options: Any) -> None:
-    """Raise `PermpruneError` for the first field of a dataclass object that is out of range."""
+    """Raise `PermpruneError` for the first field of a dataclass object out of range, or a text in place of a tuple."""
+    for field in fields(options):
+        if str(field.type) == "tuple[str, ...]" and isinstance(text := getattr(options, field.name), str):
+            raise PermpruneError(f'{field.name} is "{text}": give a tuple, such as ("{text}",)')
     for name, number in numbers_of(options.__class__).items():
         number.require(name, getattr(options, name))
 

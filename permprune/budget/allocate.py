@@ -55,7 +55,7 @@ class Costs:
             return cheapest(costs, self.kept, self.limit)
         if (least := self.others + int(self.bytes.min(1).sum())) > self.limit:
             raise PermpruneError(
-                f"the packed model takes at least {least / 1e6:,.1f} MB, and the budget is {self.limit / 1e6:,.1f} MB: "
+                f"the packed model takes at least {least / 1e6:,.3f} MB, and the budget is {self.limit / 1e6:,.3f} MB: "
                 "give more, or a sparser candidate"
             )
         return cheapest(costs, self.bytes, self.limit - self.others)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
+
 from permprune.checkpoints.source import ModelSource, open_model
 from permprune.engine.measuring import Evaluation, transcriber
+from permprune.errors import PermpruneError
 from permprune.evaluation.dispatch import evaluate_model
 from permprune.evaluation.result import Result
 from permprune.models.modality import evaluation_batch
@@ -43,7 +46,11 @@ def evaluate_all(
     With `dense` these are the agreement with that model, and of a sentence encoder those of labels as well. `task` is
     as in `read_model`.
     """
-    evaluation = evaluation or Evaluation()
+    evaluation = Evaluation() if evaluation is None else evaluation
+    if not isinstance(evaluation, Evaluation):
+        raise PermpruneError(
+            f"the evaluation is {reprlib.repr(evaluation)}: give an Evaluation, such as Evaluation(data)"
+        )
     opened = open_model(model, processor, task=task, trust_remote_code=trust_remote_code)
     examples = evaluation.examples(opened.model, opened.processor)
     stage(MEASURE)

@@ -15,6 +15,7 @@ from permprune import (
     PermpruneError,
     PruneConfig,
     TaskList,
+    evaluate,
     evaluate_model,
     fit_probe,
     perplexity,
@@ -177,6 +178,9 @@ def test_the_objects_refuse_what_the_command_line_refuses() -> None:
         lambda: Newton(rounds=6.7),  # type: ignore[arg-type]
         lambda: PruneConfig(mode="luck"),
         lambda: PruneConfig(pattern="24"),
+        lambda: PruneConfig(exclude="lm_head"),  # type: ignore[arg-type]
+        lambda: TaskList("arc_easy"),  # type: ignore[arg-type]
+        lambda: evaluate("smollm2-135m", "text.txt"),  # type: ignore[arg-type]
         lambda: Objective(0.0),
         lambda: evaluate_model(nn.Linear(2, 2), SHOWN, batch=0),
         lambda: perplexity(nn.Linear(2, 2), SHOWN, batch=0),
