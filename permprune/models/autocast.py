@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -41,13 +41,7 @@ class FillsInRange(TorchFunctionMode):
     DeBERTa fills scores, which autocast has made bfloat16, with the least number of fp32, which torch refuses.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.masked_fill, Tensor.masked_fill_, torch.masked_fill) and isinstance(args[-1], float):
             *others, value = args
             most = torch.finfo(others[0].dtype).max if others[0].is_floating_point() else math.inf
@@ -69,13 +63,7 @@ class BlockwiseAttention(TorchFunctionMode):
         """Whether the present code runs in such a context."""
         return any(isinstance(mode, cls) for mode in _get_current_function_mode_stack())
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = _attend(*args, **kwargs) if func is F.scaled_dot_product_attention else None
         return func(*args, **kwargs) if result is None else result

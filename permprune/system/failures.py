@@ -35,11 +35,11 @@ ADVICE: Mapping[str, str] = {
 ENDED = "another process of this run has ended: see what it printed, then repeat the command with --resume"
 """What a process prints before it ends because another one has."""
 
-DEFAULTS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+INTERRUPTS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
 """The signals that interrupt, with what handles them if nobody else does."""
 
 if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's SIGTERM has to end a process that waits outside Python, too
-    DEFAULTS[signal.SIGTERM] = signal.SIG_DFL
+    INTERRUPTS[signal.SIGTERM] = signal.SIG_DFL
 
 
 class OutOfMemory(PermpruneError):
@@ -94,7 +94,7 @@ def interruptible() -> AbstractContextManager[None]:
 
     So does SIGTERM. The argument of the error is the signal's number.
     """
-    return _handled(_interrupt, instead_of=dict.fromkeys(DEFAULTS, _leave))
+    return _handled(_interrupt, instead_of=dict.fromkeys(INTERRUPTS, _leave))
 
 
 def leaving_on_interrupt() -> AbstractContextManager[None]:
@@ -103,7 +103,7 @@ def leaving_on_interrupt() -> AbstractContextManager[None]:
     Importing what a command needs takes seconds, during which `KeyboardInterrupt` could be raised anywhere in other
     packages, and some of them catch it. Where Ctrl-C is ignored, as under nohup, it stays so.
     """
-    return _handled(_leave, instead_of=DEFAULTS)
+    return _handled(_leave, instead_of=INTERRUPTS)
 
 
 @contextmanager

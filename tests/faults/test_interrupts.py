@@ -83,7 +83,7 @@ def test_sigterm_ends_forked_children_without_a_word() -> None:
 
 
 def test_under_torchrun_sigterm_ends_a_process_as_before() -> None:
-    code = "from permprune.system.failures import DEFAULTS; print(*map(int, DEFAULTS))"
+    code = "from permprune.system.failures import INTERRUPTS; print(*map(int, INTERRUPTS))"
     joined = {**os.environ, "TORCHELASTIC_RUN_ID": "none"}
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=joined)
     assert said.stdout.strip() == str(int(signal.SIGINT))
