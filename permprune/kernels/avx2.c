@@ -14,6 +14,7 @@ BEGIN_TARGET("avx2,fma,f16c,popcnt")
 #include "search/kernels.h"
 #include "adam/kernels.h"
 #include "attention/avx2.h"
+#include "elementwise/kernels.h"
 END_TARGET
 
 const struct kernels avx2_kernels = {.name = "avx2", .runs_here = has_avx2, ALL_KERNELS};

@@ -13,6 +13,7 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vn
 #include "adam/avx512.h"
 #include "adam/kernels.h"
 #include "attention/avx512.h"
+#include "elementwise/avx512.h"
 END_TARGET
 
 kernel avx512_pairs, avx512_dense_pairs, avx512_turn_pairs, avx512_many_pairs, avx512_lay_out_tiles, avx512_many_tiles;

@@ -3,6 +3,7 @@
 #define PERMPRUNE_LIBRARY_H
 #include "adam/adam.h"
 #include "attention/attention.h"
+#include "elementwise/elementwise.h"
 #include "numbers.h"
 #include "product/packed.h"
 #include "search/search.h"
@@ -38,6 +39,7 @@ struct kernels {
     int (*place)(const struct place *place);    /* 0 when there is no memory */
     kernel *attend;                             /* of (batch, heads, parts) */
     kernel *combine, *unpack_states; /* of (batch, heads) */
+    kernel *activate, *normalize; /* of blocks of numbers; of rows */
 };
 
 /* What the headers of all families define for each instruction set. */
@@ -49,7 +51,8 @@ struct kernels {
     .unpack = {[F32] = unpack_f32, [BF16] = unpack_bf16, [F16] = unpack_f16, [I8] = unpack_i8, [I4] = unpack_i4},      \
     .spread = spread_tokens, .many = multiply_tokens, .lanes = LANES, .vectors = MOST_VECTORS,                        \
     .mask = mask_rows, .keep = keep_rows, .apply = apply_rows, .step = step_rows, .square = square_blocks,             \
-    .prune = prune_groups, .place = place_channels, .attend = attend, .combine = combine, .unpack_states = unpack_states
+    .prune = prune_groups, .place = place_channels, .attend = attend, .combine = combine, .unpack_states = unpack_states, \
+    .activate = activate_blocks, .normalize = normalize_rows
 
 extern const struct kernels amx_kernels, avx512_kernels, avx2_kernels, neon_kernels, portable_kernels;
 

@@ -156,6 +156,11 @@ def best() -> Traits:
     return _traits(require()[1])
 
 
+def is_traced() -> bool:
+    """Whether a graph is being made of what is computed: calls of the library would not be part of it."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
 @cache
 def _traits(index: int) -> Traits:
     library, _ = require()
@@ -206,6 +211,7 @@ def _warn(reason: str, instead: str = "PyTorch takes") -> None:
 def _declare(library: ctypes.CDLL) -> None:
     """Declare the types of the library's functions. Raises `AttributeError` if it lacks one."""
     pointer, size, number, text = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_char_p
+    real = ctypes.c_float
     declared: dict[str, tuple[Any, list[Any]]] = {
         "kernels": (text, [number]),
         "structure": (text, [number]),
@@ -216,6 +222,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "multiply_many": (number, [pointer, pointer, number, size, pointer, pointer, size, number, number]),
         "many_bytes": (size, [pointer, number, size, number, number]),
         "unpack": (number, [pointer, size, size, pointer, number, number, number]),
+        "activate": (number, [pointer, pointer, size, real, real, number, number, number]),
+        "normalize": (number, [*[pointer] * 3, size, size, real, real, number, number, number]),
         "check": (size, [pointer, number, number]),
         **dict.fromkeys(JOBS, (number, [pointer, number, number])),
     }

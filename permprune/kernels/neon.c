@@ -12,6 +12,7 @@
 #include "search/kernels.h"
 #include "adam/kernels.h"
 #include "attention/neon.h"
+#include "elementwise/kernels.h"
 
 const struct kernels neon_kernels = {.name = "neon", ALL_KERNELS};
 #endif

@@ -12,5 +12,6 @@
 #include "search/kernels.h"
 #include "adam/kernels.h"
 #include "attention/portable.h"
+#include "elementwise/kernels.h"
 
 const struct kernels portable_kernels = {.name = "portable", ALL_KERNELS};

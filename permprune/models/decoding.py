@@ -52,7 +52,7 @@ def attention(
 def _is_native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
     """Return whether the native library computes this: one query a sequence, without gradients."""
     states = (query, key, value)
-    if torch.compiler.is_compiling() or query.shape[2] != 1 or query.shape[0] != key.shape[0]:
+    if library.is_traced() or query.shape[2] != 1 or query.shape[0] != key.shape[0]:
         return False
     fits = all(t.is_cpu and t.dtype == query.dtype and t.shape[-1] <= WIDEST for t in states)
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in states)

@@ -142,7 +142,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         blocks, bias, order = tensors = self._buffers["blocks"], self._parameters["bias"], self._buffers["order"]
         trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        if trains or torch.compiler.is_compiling() or not x.is_cpu or not library.available():
+        if trains or library.is_traced() or not x.is_cpu or not library.available():
             width, pattern, dtype = self.in_features, self.layout.pattern, self.layout.dtype
             product: Tensor = packed_linear(x, blocks, bias, order, width, pattern.n, pattern.m, dtype)
             return product

@@ -44,7 +44,7 @@ class PlainLinear(nn.Linear):
         mixed = x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type)
         if trains or mixed or x.device != self.weight.device:
             return F.linear(x, self.weight, self.bias)  # with gradients, in another type, or with PyTorch's own message
-        if torch.compiler.is_compiling():
+        if library.is_traced():
             product: Tensor = plain_linear(x, self.weight, self.bias)
             return product
         return _multiply(x, self.weight, self.bias)

@@ -114,6 +114,16 @@ def in_natural_order(own: PackedLinear) -> nn.Module:
     return dense
 
 
+def test_a_traced_layer_computes_what_it_is_given() -> None:
+    layer = PackedLinear(packed(8, 64))
+    with torch.inference_mode():
+        layer(torch.randn(3, 64))  # what describes the weight to the library is kept
+    with torch.no_grad(), pytest.deprecated_call():
+        traced = torch.jit.trace(layer, torch.randn(3, 64), check_trace=False)  # type: ignore[no-untyped-call]
+    x = torch.randn(3, 64)
+    assert torch.equal(traced(x), layer(x))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_adapters_are_trained_through_packed_layers(kernel: str, compiled: bool) -> None:
     first, second = layer(), layer(seed=1)

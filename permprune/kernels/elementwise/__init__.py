@@ -1,0 +1,1 @@
+"""Layers between products: activation functions and RMS norms, for CPU inference."""

@@ -1,0 +1,130 @@
+"""Activation functions and RMS norms of a model on native kernels, for inference on a CPU.
+
+PyTorch computes GELU's approximations slowly, and Transformers RMS norms in passes of their own over the activations
+(`benchmarks/elementwise.py`). The kernels compute in fp32 and round once, to the type of the activations.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import activations
+
+from permprune.kernels import library
+
+LOGISTIC, QUICK = (1.0, 0.0), (1.702, 0.0)
+TANH = (math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi))
+"""The linear and the cubic term p of x / (1 + exp(-p(x))); 1 + tanh(p / 2) is twice the logistic function of p."""
+
+ACTIVATIONS: dict[type[nn.Module], tuple[float, float]] = {
+    nn.SiLU: LOGISTIC,
+    activations.SiLUActivation: LOGISTIC,
+    activations.QuickGELUActivation: QUICK,
+    activations.GELUTanh: TANH,
+    activations.NewGELUActivation: TANH,
+    activations.FastGELUActivation: TANH,
+    activations.AccurateGELUActivation: TANH,
+}
+
+EPSILONS = "variance_epsilon", "eps", "epsilon"
+"""The attributes in which RMS norms keep what they add to the mean of the squares."""
+
+SHIFTS = 0.0, 1.0
+"""What is added to the weight of an RMS norm: Gemma's are centred at 0."""
+
+
+def use_native_layers(model: nn.Module) -> None:
+    """Compute the activation functions and RMS norms of a model natively, in place; parameters, hooks and names stay.
+
+    With gradients, under `torch.compile`, in other types than fp32 and bf16, and on other devices than the CPU, they
+    compute what they did before.
+    """
+    shifts: dict[tuple[Any, ...], float | None] = {}
+    for module in model.modules():
+        if type(module) in ACTIVATIONS and not getattr(module, "inplace", False):
+            module.forward = partial(_activate, module, *ACTIVATIONS[type(module)])  # type: ignore[method-assign]
+        elif (epsilon := _epsilon_of(module)) is not None:
+            kind = type(module), epsilon
+            if kind not in shifts:
+                shifts[kind] = next(_shifts_of(module, epsilon), None)
+            if (shift := shifts[kind]) is not None:
+                module.forward = partial(_normalize, module, epsilon, shift)  # type: ignore[method-assign]
+
+
+def use_own_layers(model: nn.Module) -> None:
+    """Undo `use_native_layers`."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func in (_activate, _normalize):
+            del module.forward
+
+
+def _activate(module: nn.Module, linear: float, cubic: float, x: Tensor) -> Tensor:
+    if not _is_native(x):
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    functions, index = library.require()
+    y, count = torch.empty_like(x), x.numel()
+    number, threads = library.NUMBERS[x.dtype], library.threads(count)
+    given = x.data_ptr(), y.data_ptr(), count, linear, cubic, number, index, threads
+    library.require_done(functions.permprune_activate(*given), "an activation function")
+    return y
+
+
+def _normalize(module: nn.Module, epsilon: float, shift: float, x: Tensor) -> Tensor:
+    weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+    if not (_is_native(x) and _is_weight(weight, x)):
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    functions, index = library.require()
+    y, count = torch.empty_like(x), x.numel()
+    sizes, number, threads = (count // len(weight), len(weight)), library.NUMBERS[x.dtype], library.threads(count)
+    given = x.data_ptr(), weight.data_ptr(), y.data_ptr(), *sizes, epsilon, shift, number, index, threads
+    library.require_done(functions.permprune_normalize(*given), "an RMS norm")
+    return y
+
+
+def _is_native(x: Tensor) -> bool:
+    """Whether the native library computes a function of these activations."""
+    graph = torch.is_grad_enabled() and x.requires_grad
+    fits = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous()
+    return fits and not graph and not library.is_traced() and library.available()
+
+
+def _is_weight(weight: Tensor, x: Tensor) -> bool:
+    """Whether the native library reads this as the weight of a norm of x."""
+    fits = weight.dtype == x.dtype and weight.shape == x.shape[-1:] and weight.is_contiguous() and weight.is_cpu
+    return fits and not (torch.is_grad_enabled() and weight.requires_grad)
+
+
+def _epsilon_of(module: nn.Module) -> float | None:
+    """Return the epsilon of a module that may be an RMS norm: its only tensor is a vector, its weight."""
+    tensors = {**module._parameters, **module._buffers}
+    weight = tensors.get("weight")
+    if len(tensors) != 1 or weight is None or weight.dim() != 1 or weight.is_meta or module._modules:
+        return None
+    epsilons = [getattr(module, name, None) for name in EPSILONS]
+    return next((epsilon for epsilon in epsilons if isinstance(epsilon, float)), None)
+
+
+@torch.no_grad()
+def _shifts_of(module: nn.Module, epsilon: float) -> Iterator[float]:
+    """Yield the `SHIFTS` with which a module is an RMS norm: it is tried on activations of several magnitudes."""
+    exact: Any = copy.deepcopy(module).float().cpu()
+    drawn = torch.randn(6, len(exact.weight), generator=torch.Generator().manual_seed(0))
+    exact.weight.copy_(drawn[0])
+    x = drawn[1:] * torch.logspace(-4, 2, 5)[:, None]
+    try:
+        result, rounded = type(module).forward(exact, x), type(module).forward(exact.bfloat16(), x.bfloat16())
+    except (RuntimeError, TypeError, ValueError):  # it reads something else
+        return
+    if not isinstance(result, Tensor) or result.shape != x.shape or rounded.dtype != torch.bfloat16:
+        return
+    normal = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+    for shift in SHIFTS:
+        if torch.allclose(result, normal * (drawn[0] + shift), rtol=1e-4, atol=1e-6):
+            yield shift
