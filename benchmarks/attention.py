@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from permprune.models.autocast import BlockwiseAttention
-from permprune.models.decoding import attention
+from permprune.models.sdpa import attention
 
 SHAPES = {
     "SmolLM2-135M, 4 windows of 512 tokens": (4, 9, 3, 512, 64, "causal"),

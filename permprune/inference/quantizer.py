@@ -136,10 +136,10 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         use_native_layers(model)
         move_to_huge_pages(model)
         if model.device.type == "cpu":
-            from permprune.models.decoding import use_native_decoding
+            from permprune.models.sdpa import use_native_attention
 
             keep_activations()
-            use_native_decoding()
+            use_native_attention()
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module)["save_pretrained"] = partial(_save_packed, module)

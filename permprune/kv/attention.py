@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from permprune.errors import PermpruneError
-from permprune.models import decoding
+from permprune.models import sdpa
 
 ATTENTION = "permprune"
 
@@ -196,7 +196,7 @@ def attend_plain(call: Call, module: nn.Module, keys: Tensor, values: Tensor) ->
     """Return the attention to keys and values, (batch, key/value heads, tokens, width), in the layout of `States`."""
     count = call.query.shape[2]
     if call.ignores_constants:
-        output, _ = decoding.attention(
+        output, _ = sdpa.attention(
             module,
             call.query,
             keys,

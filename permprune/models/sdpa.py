@@ -23,7 +23,7 @@ OTHERS = ("position_bias", "softcap", "output_attentions")
 """Options that are left to Transformers, which adds a bias and tells what it does not do."""
 
 
-def use_native_decoding() -> None:
+def use_native_attention() -> None:
     """Let Transformers' "sdpa" attention, for all models of this process, compute single queries natively."""
     AttentionInterface.register("sdpa", attention)
 

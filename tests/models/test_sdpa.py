@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from permprune.inference.pack import pack
 from permprune.kv.cache import PrunedCache
-from permprune.models import decoding
-from permprune.models.decoding import attention
+from permprune.models import sdpa
+from permprune.models.sdpa import attention
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 
@@ -35,8 +35,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         found.append(tuple(query.shape))
         return attend(query, *args, **kwargs)
 
-    attend = decoding.attend
-    monkeypatch.setattr(decoding, "attend", counted)
+    attend = sdpa.attend
+    monkeypatch.setattr(sdpa, "attend", counted)
     return found
 
 
