@@ -1,6 +1,7 @@
 """Attention in bfloat16 on the CPU: torch's kernel beside permprune's, in turns.
 
-For training, forward and backward passes in blocks; for decoding, single queries by the native library.
+For training, forward and backward passes in blocks; for decoding, single queries by the native library, and for prompts
+and encoders all queries, where there are matrix units.
 
 python benchmarks/attention.py --threads 2
 """
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from permprune.models.autocast import BlockwiseAttention
 from permprune.models.sdpa import attention
@@ -46,8 +48,12 @@ def main() -> None:
     for name, shape in SHAPES.items():
         compare(name, *shape, turns=options.turns)
     print("\n| decoding | torch, ms | native, ms | ratio |\n|---|---|---|---|")
-    for name, sizes in DECODING.items():
-        decode(name, *sizes, turns=10 * options.turns)
+    for name, (batch, heads, shared, length, width) in DECODING.items():
+        infer(name, (batch, heads, 1, width), (batch, shared, length, width), causal=False, turns=10 * options.turns)
+    print("\n| all queries | torch, ms | native, ms | ratio |\n|---|---|---|---|")
+    for name, (batch, heads, shared, length, width, masked) in SHAPES.items():
+        sizes = (batch, heads, length, width), (batch, shared, length, width)
+        infer(name, *sizes, causal=masked == "causal", turns=2 * options.turns)
 
 
 def compare(
@@ -86,18 +92,21 @@ def compare(
     print(f"| {name} | {torchs} | {own} | {ratio:.2f} | {errors[False]:.4f} | {errors[True]:.4f} |", flush=True)
 
 
-def decode(name: str, batch: int, heads: int, shared: int, length: int, width: int, *, turns: int) -> None:
-    """Print the fastest call of each with one query a sequence."""
+def infer(name: str, queries: tuple[int, ...], read: tuple[int, ...], *, causal: bool, turns: int) -> None:
+    """Print the fastest call of each; without a cache models transpose (batch, tokens, heads, width)."""
     torch.manual_seed(0)
-    sizes = (heads, 1), (shared, length), (shared, length)
-    query, key, value = (torch.randn(batch, *size, width).bfloat16() for size in sizes)
+    query, key, value = (torch.randn(size).bfloat16() for size in (queries, read, read))
+    if not causal and queries[2] > 1:
+        query, key, value = (s.transpose(1, 2).contiguous().transpose(1, 2) for s in (query, key, value))
+    module: Any = nn.Module()
+    module.num_key_value_groups = queries[1] // read[1]
     best = [math.inf, math.inf]
     for turn in range(2 * turns):
         started = time.perf_counter()
         if turn % 2:
-            attention(nn.Module(), query, key, value, None)
+            attention(module, query, key, value, None, is_causal=causal)
         else:
-            F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+            sdpa_attention_forward(module, query, key, value, None, is_causal=causal)
         best[turn % 2] = min(best[turn % 2], time.perf_counter() - started)
     torchs, own = best
     print(f"| {name} | {1e3 * torchs:.2f} | {1e3 * own:.2f} | {torchs / own:.1f} |", flush=True)

@@ -16,7 +16,8 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vn
 #include "elementwise/avx512.h"
 END_TARGET
 
-kernel avx512_pairs, avx512_dense_pairs, avx512_turn_pairs, avx512_many_pairs, avx512_lay_out_tiles, avx512_many_tiles;
+kernel avx512_pairs, avx512_dense_pairs, avx512_turn_pairs, avx512_many_pairs, avx512_lay_out_tiles, avx512_many_tiles,
+    avx512_attend_tiles;
 
 #define AVX512_KERNELS                                                                                                 \
     ALL_KERNELS, .pairs_run_here = has_avx512_bf16, .pairs = avx512_pairs, .dense_pairs = avx512_dense_pairs,          \
@@ -30,5 +31,6 @@ const struct kernels amx_kernels = {
     AVX512_KERNELS,
     .lay_out_tiles = avx512_lay_out_tiles,
     .many_tiles = avx512_many_tiles,
+    .attend_tiles = avx512_attend_tiles,
 };
 #endif

@@ -51,7 +51,7 @@ EXPORT const char *permprune_kernels(int32_t index)
 EXPORT const char *permprune_structure(int32_t index)
 {
     static const char *const texts[] = {weights_text, compress_text, mask_text,   keep_text,          prune_text,      place_text,
-                                        apply_text,   square_text,   step_text,   states_text, attend_text,     unpack_states_text};
+                                        apply_text,   square_text,   step_text,   states_text, attend_text,     attend_many_text, unpack_states_text};
     return index >= 0 && index < (int32_t)(sizeof texts / sizeof *texts) ? texts[index] : NULL;
 }
 

@@ -38,6 +38,7 @@ struct kernels {
     kernel *prune;                              /* of groups */
     int (*place)(const struct place *place);    /* 0 when there is no memory */
     kernel *attend;                             /* of (batch, heads, parts) */
+    kernel *attend_tiles;                       /* of (batch, heads of the queries), on matrix units, else NULL */
     kernel *combine, *unpack_states; /* of (batch, heads) */
     kernel *activate, *normalize; /* of blocks of numbers; of rows */
 };

@@ -53,6 +53,7 @@ JOBS = {
     "compress": "a product with a masked weight",
     **dict.fromkeys(("square", "step"), "a step of Adam"),
     "attend": "attention to packed keys and values",
+    "attend_many": "attention",
     "unpack_states": "unpacking keys and values",
 }
 """The functions of the library that run a job, each of a structure of its name, and what they do."""

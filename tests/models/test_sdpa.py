@@ -1,5 +1,7 @@
-"""Attention of single queries beside PyTorch's in float64."""
+"""Attention by the native library beside PyTorch's in float64, and which calls it gets."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from permprune.inference.pack import pack
+from permprune.kernels import library
 from permprune.kv.cache import PrunedCache
 from permprune.models import sdpa
-from permprune.models.sdpa import attention
 from permprune.models.layers import prunable_layers
+from permprune.models.sdpa import attention
 from permprune.pattern import Pattern
 
 LEAST = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -31,13 +34,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the queries that the native library gets."""
     found: list[tuple[int, ...]] = []
 
-    def counted(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def counted(attend: Callable[..., Tensor], query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found.append(tuple(query.shape))
         return attend(query, *args, **kwargs)
 
-    attend = sdpa.attend
-    monkeypatch.setattr(sdpa, "attend", counted)
+    monkeypatch.setattr(sdpa, "attend", partial(counted, sdpa.attend))
+    monkeypatch.setattr(sdpa, "attend_many", partial(counted, sdpa.attend_many))
     return found
+
+
+def grouped(group: int) -> nn.Module:
+    module = nn.Module()
+    module.num_key_value_groups = group
+    return module
 
 
 @given(
@@ -57,29 +66,42 @@ def test_a_single_query_gets_what_float64_gives(
     mask = torch.rand(batch, 1, 1, length, generator=torch.Generator().manual_seed(3)) < 0.7 if masked else None
     if mask is not None:
         mask[..., 0] = True  # a query reads at least one token
-    found, _ = attention(nn.Module(), query, key, value, mask)
+    found, _ = attention(grouped(group), query, key, value, mask)
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), mask, enable_gqa=True)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), exact.transpose(1, 2), rtol=2 * LEAST[dtype], atol=2 * LEAST[dtype])
 
 
-def grouped(group: int) -> nn.Module:
-    module = nn.Module()
-    module.num_key_value_groups = group
-    return module
-
-
-@pytest.mark.parametrize("case", ["fp32", "two queries", "gradient", "float mask", "dropout", "wide", "bias"])
-def test_other_calls_go_to_pytorch(case: str, calls: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("case", ["fp32", "gradient", "float mask", "dropout", "wide", "bias"])
+def test_other_calls_go_to_pytorch(case: str, count: int, calls: list[tuple[int, ...]]) -> None:
     dtype = torch.float32 if case == "fp32" else torch.bfloat16
-    count, width = 2 if case == "two queries" else 1, 264 if case == "wide" else 64
+    width = 264 if case == "wide" else 64
     query, key = states(1, 4, count, width, dtype=dtype), states(1, 2, 9, width, dtype=dtype, seed=1)
     query.requires_grad_(case == "gradient")
-    mask = torch.zeros(1, 1, 1, 9, dtype=dtype) if case == "float mask" else None
+    mask = torch.zeros(1, 1, count, 9, dtype=dtype) if case == "float mask" else None
     dropout = 0.5 if case == "dropout" else 0.0
-    bias = torch.zeros(1, 4, 1, 9, dtype=dtype) if case == "bias" else None
+    bias = torch.zeros(1, 4, count, 9, dtype=dtype) if case == "bias" else None
     found, _ = attention(grouped(2), query, key, key, mask, dropout=dropout, position_bias=bias)
     assert found.shape == (1, count, 4, width) and not calls
+
+
+@pytest.mark.parametrize("read", ["causal", "as the module", "all", "mask", "a static cache"])
+def test_many_queries_go_to_matrix_units_and_get_what_transformers_gives(
+    kernel: str, read: str, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, length = grouped(2), 20 if read == "a static cache" else 9
+    query, key = states(1, 4, 9, 64, dtype=torch.bfloat16), states(1, 2, length, 64, dtype=torch.bfloat16, seed=1)
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).triu() if read == "mask" else None
+    causal = {"as the module": None, "all": False}.get(read, True)
+    found, _ = attention(module, query, key, key, mask, is_causal=causal)
+    expected, _ = sdpa.sdpa_attention_forward(module, query, key, key, mask, is_causal=causal)
+    assert bool(calls) == (kernel == "amx")
+    torch.testing.assert_close(found, expected, rtol=2 * LEAST[torch.bfloat16], atol=2 * LEAST[torch.bfloat16])
+    monkeypatch.setattr(sdpa, "LONGEST", 8)
+    calls.clear()
+    attention(module, query, key, key, mask, is_causal=causal)
+    assert not calls
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -98,7 +120,8 @@ def test_a_packed_model_decodes_natively(
     written = model.generate(
         tokens, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
-    assert [shape[2] for shape in calls] == [1] * 2 * model.config.num_hidden_layers
+    counts = [6] if library.available() and library.best().name == "amx" else [1, 1]  # the prompt, or what follows it
+    assert [shape[2] for shape in calls] == [count for count in counts for _ in model.model.layers]
     with torch.no_grad():
         expected = model(written.sequences[:, :-1]).logits[:, 5:]
     found = torch.stack(written.logits, 1).to(expected.dtype)

@@ -60,6 +60,18 @@ STRUCTURE(attend, {
     int32_t *bad;           /* becomes 1 if a code keeps another number of channels than `kept` */
 })
 
+/* Many queries in bf16, (batch, heads * group, count, width), that read `length` whole tokens, (batch, heads, length, width). */
+STRUCTURE(attend_many, {
+    const void *query, *key, *value;
+    const uint8_t *mask; /* (batch, heads * group, count, length), 1 where a query reads a token; NULL for all */
+    void *output;        /* (batch, count, heads * group, width) */
+    int64_t query_stride[3], key_stride[3], value_stride[3], mask_stride[3];
+    int64_t batch, heads, group, count, length, width;
+    float scaling;  /* at least 0 */
+    int32_t causal; /* whether a query reads no token after its own */
+    int32_t *bad;   /* becomes 1 if there is no memory */
+})
+
 /* Some packed states as floats. */
 STRUCTURE(unpack_states, {
     struct states states;

@@ -44,6 +44,24 @@ ENTRY(attend)
     return bad ? BAD_CODE : DONE;
 }
 
+/* The same for many queries in bf16 and whole tokens, where there are matrix units. */
+ENTRY(attend_many)
+{
+    struct attend_many copy = *job;
+    const int64_t heads = copy.heads * copy.group;
+    int32_t bad = 0;
+    copy.bad = &bad;
+    if (!kernels->attend_tiles)
+        return NO_KERNEL;
+    if (bad_size(copy.batch) || bad_size(copy.heads) || bad_size(copy.group) || bad_size(heads) || bad_size(copy.batch * heads) ||
+        bad_size(copy.count) || bad_size(copy.length) || copy.width < 1 || copy.width > WIDEST || !(copy.scaling >= 0.0f) ||
+        LACKS(copy.batch * heads * copy.count, copy.query, copy.output) ||
+        LACKS(copy.batch * heads * copy.count * copy.length, copy.key, copy.value))
+        return BAD_SIZE;
+    run_in_pieces(&copy, kernels->attend_tiles, copy.batch * heads, copy.group, threads);
+    return bad ? NO_MEMORY : DONE;
+}
+
 /* Some packed tokens as numbers, (batch * heads, count, width). */
 ENTRY(unpack_states)
 {

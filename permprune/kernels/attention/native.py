@@ -111,6 +111,49 @@ def attend(
     return output
 
 
+def attend_many(
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Return the output of attention on matrix units, (batch, count, heads of the queries, width), all in bf16.
+
+    `query` is (batch, heads of the queries, count, width), `key` and `value` (batch, heads, length, width). `mask`,
+    bool, is True where a query reads a token; it is expanded to (batch, heads of the queries, count, length). With
+    `causal` query i reads the first i + 1 tokens. A query that reads none gets zeros. Raises `PermpruneError` if the
+    tensors do not match, heads have more than `WIDEST` channels, or there are no matrix units.
+    """
+    batch, all_heads, count, width = query.shape
+    heads, length = key.shape[1:3]
+    fits = key.shape == value.shape == (batch, heads, length, width) and width <= WIDEST and all_heads % heads == 0
+    fits &= all(states.dtype == torch.bfloat16 and states.is_cpu for states in (query, key, value))
+    if not fits or scaling < 0:
+        raise PermpruneError(f"queries of shape {tuple(query.shape)} and keys {tuple(key.shape)} do not match")
+    query, key, value = (s if s.stride(-1) == 1 else s.contiguous() for s in (query, key, value))
+    output = query.new_empty(batch, count, all_heads, width)
+    mask = _expanded(mask, torch.bool, (batch, all_heads, count, length))
+    library.run(
+        "attend_many",
+        2 * batch * all_heads * count * length * width,
+        query=query,
+        key=key,
+        value=value,
+        mask=mask,
+        output=output,
+        query_stride=query.stride()[:3],
+        key_stride=key.stride()[:3],
+        value_stride=value.stride()[:3],
+        mask_stride=(0, 0, 0) if mask is None else mask.stride()[:3],
+        batch=batch,
+        heads=heads,
+        group=all_heads // heads,
+        count=count,
+        length=length,
+        width=width,
+        scaling=scaling,
+        causal=causal,
+    )
+    return output
+
+
 @lru_cache
 def _no_states(width: int) -> Any:
     return library.structure("states", width=width, kept=width)

@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include "library.h"
 #include <immintrin.h>
+#include <math.h>
 
 #define FEATURES "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,bmi,bmi2,popcnt"
 
@@ -77,9 +78,12 @@ BEGIN_TARGET(FEATURES ",amx-tile,amx-bf16")
 #include "product/tile_layout.h"
 
 #include "product/many_tiles.h"
+
+#include "attention/tiles.h"
 END_TARGET
 
-kernel avx512_pairs, avx512_dense_pairs, avx512_turn_pairs, avx512_many_pairs, avx512_lay_out_tiles, avx512_many_tiles;
+kernel avx512_pairs, avx512_dense_pairs, avx512_turn_pairs, avx512_many_pairs, avx512_lay_out_tiles, avx512_many_tiles,
+    avx512_attend_tiles;
 
 void avx512_pairs(const void *job, int64_t first, int64_t last) { product_pairs(job, first, last); }
 
@@ -92,4 +96,6 @@ void avx512_many_pairs(const void *job, int64_t first, int64_t last) { multiply_
 void avx512_lay_out_tiles(const void *job, int64_t first, int64_t last) { lay_out_tokens(job, first, last); }
 
 void avx512_many_tiles(const void *job, int64_t first, int64_t last) { multiply_tiles(job, first, last); }
+
+void avx512_attend_tiles(const void *job, int64_t first, int64_t last) { attend_tiles(job, first, last); }
 #endif
