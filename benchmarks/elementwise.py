@@ -17,6 +17,7 @@ from permprune.kernels.elementwise.module import use_native_layers
 from permprune.system.memory import keep_activations
 
 LAYERS = {
+    "GELU (BERT, ViT, Whisper)": (nn.GELU, 2048, 1536),
     "GELU by tanh (Gemma, SigLIP)": (activations.GELUTanh, 2048, 1536),
     "the same in Python (GPT-2, Phi)": (activations.NewGELUActivation, 2048, 1536),
     "x sigmoid(1.702 x) (CLIP)": (activations.QuickGELUActivation, 1576, 3072),

@@ -223,7 +223,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "multiply_many": (number, [pointer, pointer, number, size, pointer, pointer, size, number, number]),
         "many_bytes": (size, [pointer, number, size, number, number]),
         "unpack": (number, [pointer, size, size, pointer, number, number, number]),
-        "activate": (number, [pointer, pointer, size, real, real, number, number, number]),
+        "activate": (number, [pointer, pointer, size, real, real, *[number] * 4]),
         "normalize": (number, [*[pointer] * 3, size, size, real, real, number, number, number]),
         "check": (size, [pointer, number, number]),
         **dict.fromkeys(JOBS, (number, [pointer, number, number])),

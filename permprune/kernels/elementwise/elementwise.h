@@ -6,13 +6,13 @@
 
 enum { ACTIVATED = 1024 }; /* numbers of a block */
 
-/* y = x / (1 + exp(-x (linear + cubic x^2))) */
+/* y = x / (1 + exp(-x (linear + cubic x^2))), or, if it is `normal`, x times the normal distribution function of x, of BF16. */
 struct activate {
     const void *x; /* (count,) */
     void *y;
     int64_t count;
     float linear, cubic;
-    int32_t number;
+    int32_t normal, number;
 };
 
 /* y = x / sqrt(mean of the squares of a row of x + least) * (weight + shift) */

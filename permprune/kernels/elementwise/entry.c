@@ -2,14 +2,14 @@
 #include "library.h"
 
 /* See `struct activate`. */
-EXPORT int32_t permprune_activate(const void *x, void *y, int64_t count, float linear, float cubic, int32_t number,
-                                  int32_t index, int32_t threads)
+EXPORT int32_t permprune_activate(const void *x, void *y, int64_t count, float linear, float cubic, int32_t normal,
+                                  int32_t number, int32_t index, int32_t threads)
 {
     const struct kernels *kernels = find_kernels(index);
-    const struct activate job = {x, y, count, linear, cubic, number};
+    const struct activate job = {x, y, count, linear, cubic, normal, number};
     if (!kernels)
         return NO_KERNEL;
-    if (count < 0 || (number != F32 && number != BF16) || LACKS(count, x, y))
+    if (count < 0 || (number != BF16 && (number != F32 || normal)) || LACKS(count, x, y))
         return BAD_SIZE;
     run_in_pieces(&job, kernels->activate, (count + ACTIVATED - 1) / ACTIVATED, 1, threads);
     return DONE;

@@ -26,6 +26,8 @@ static ALWAYS_INLINE void store_numbers(void *numbers, int64_t offset, lanes lin
 
 /* ---- activation functions ---- */
 
+enum { LINEAR, CUBIC, NORMAL }; /* forms of activation functions */
+
 #if !defined(HAS_RECIPROCAL)
 /* 1 / x for x from 1 to 2, with a relative error of at most 2e-4 unless it is `exact`. */
 static ALWAYS_INLINE lanes reciprocal(lanes x, const int exact)
@@ -54,24 +56,37 @@ static ALWAYS_INLINE lanes power_of_half(lanes x, const int exact)
     return (lanes)((int_lanes)(part * power) & ~(int_lanes)(x > 126.0f));
 }
 
-/* Powers are those of 2, of the size of x, so that they are at most 1. */
-static ALWAYS_INLINE lanes activate_line(lanes x, float linear, float cubic, const int has_cubic, const int exact)
+/* x times the normal distribution function, by a polynomial for x from -4 to 4: with an absolute error of 6e-5, from -3 on a
+ * relative one of 4e-4, a tenth of a bit of bf16; and 0 below -4. */
+static ALWAYS_INLINE lanes activate_normal(lanes x)
 {
+    static const float terms[] = {0.398631245f,     -0.0659307837f,  0.00959196407f, -0.00104855455f, 8.44090537e-05f,
+                                  -4.8329025e-06f, 1.84921802e-07f, -4.21176338e-09f, 4.29659294e-11f};
+    const lanes above = select_lanes(x < -4.0f, spread(-4.0f), x), within = select_lanes(above > 4.0f, spread(4.0f), above);
+    const lanes share = within * polynomial(within * within, terms, 9) + 0.5f;
+    return x * (lanes)((int_lanes)share & ~(int_lanes)(x < -4.0f));
+}
+
+/* Powers are those of 2, of the size of x, so that they are at most 1. */
+static ALWAYS_INLINE lanes activate_line(lanes x, float linear, float cubic, const int form, const int exact)
+{
+    if (form == NORMAL)
+        return activate_normal(x);
     const lanes size = (lanes)((int_lanes)x & INT32_MAX);
-    const lanes small = power_of_half(size * (has_cubic ? linear + cubic * (x * x) : spread(linear)), exact);
+    const lanes small = power_of_half(size * (form == CUBIC ? linear + cubic * (x * x) : spread(linear)), exact);
     return x * select_lanes(x < 0.0f, small, spread(1.0f)) * reciprocal(1.0f + small, exact);
 }
 
-static ALWAYS_INLINE void activate_block(const struct activate *job, int64_t i, int64_t last, const int has_cubic,
+static ALWAYS_INLINE void activate_block(const struct activate *job, int64_t i, int64_t last, const int form,
                                          const int32_t number)
 {
     const float linear = job->linear * 1.44269504f, cubic = job->cubic * 1.44269504f;
     const int exact = number == F32;
     for (; i + LINE <= last; i += LINE)
-        store_numbers(job->y, i, activate_line(load_numbers(job->x, i, number), linear, cubic, has_cubic, exact), number);
+        store_numbers(job->y, i, activate_line(load_numbers(job->x, i, number), linear, cubic, form, exact), number);
     for (; i < last; i++) {
         const lanes x = spread(read_number(job->x, i, number));
-        write_number(job->y, i, number, activate_line(x, linear, cubic, has_cubic, exact)[0]);
+        write_number(job->y, i, number, activate_line(x, linear, cubic, form, exact)[0]);
     }
 }
 
@@ -80,14 +95,17 @@ static void activate_blocks(const void *argument, int64_t first, int64_t last)
     const struct activate *job = argument;
     first *= ACTIVATED;
     last = smaller(last * ACTIVATED, job->count);
-    if (job->number == F32 && job->cubic == 0.0f)
-        activate_block(job, first, last, 0, F32);
-    else if (job->number == F32)
-        activate_block(job, first, last, 1, F32);
-    else if (job->cubic == 0.0f)
-        activate_block(job, first, last, 0, BF16);
+    const int form = job->normal ? NORMAL : job->cubic == 0.0f ? LINEAR : CUBIC;
+    if (form == NORMAL)
+        activate_block(job, first, last, NORMAL, BF16);
+    else if (form == LINEAR && job->number == BF16)
+        activate_block(job, first, last, LINEAR, BF16);
+    else if (form == LINEAR)
+        activate_block(job, first, last, LINEAR, F32);
+    else if (job->number == BF16)
+        activate_block(job, first, last, CUBIC, BF16);
     else
-        activate_block(job, first, last, 1, BF16);
+        activate_block(job, first, last, CUBIC, F32);
 }
 
 /* ---- RMS norms ---- */

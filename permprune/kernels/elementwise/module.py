@@ -18,11 +18,15 @@ from transformers import activations
 
 from permprune.kernels import library
 
-LOGISTIC, QUICK = (1.0, 0.0), (1.702, 0.0)
-TANH = (math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi))
-"""The linear and the cubic term p of x / (1 + exp(-p(x))); 1 + tanh(p / 2) is twice the logistic function of p."""
+LOGISTIC, QUICK = (1.0, 0.0, 0), (1.702, 0.0, 0)
+TANH = (math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi), 0)
+"""The linear and the cubic term of p in x / (1 + exp(-p(x))); 1 + tanh(p / 2) is twice the logistic function of p."""
 
-ACTIVATIONS: dict[type[nn.Module], tuple[float, float]] = {
+NORMAL = (0.0, 0.0, 1)
+"""x times the normal distribution function of x: GELU; in bf16, as PyTorch is as fast in fp32."""
+
+ACTIVATIONS: dict[type[nn.Module], tuple[float, float, int]] = {
+    activations.GELUActivation: NORMAL,
     nn.SiLU: LOGISTIC,
     activations.SiLUActivation: LOGISTIC,
     activations.QuickGELUActivation: QUICK,
@@ -47,8 +51,8 @@ def use_native_layers(model: nn.Module) -> None:
     """
     shifts: dict[tuple[Any, ...], float | None] = {}
     for module in model.modules():
-        if type(module) in ACTIVATIONS and not getattr(module, "inplace", False):
-            module.forward = partial(_activate, module, *ACTIVATIONS[type(module)])  # type: ignore[method-assign]
+        if (form := _form_of(module)) is not None:
+            module.forward = partial(_activate, module, *form)  # type: ignore[method-assign]
         elif (epsilon := _epsilon_of(module)) is not None:
             kind = type(module), epsilon
             if kind not in shifts:
@@ -65,13 +69,13 @@ def use_own_layers(model: nn.Module) -> None:
             del module.forward
 
 
-def _activate(module: nn.Module, linear: float, cubic: float, x: Tensor) -> Tensor:
-    if not _is_native(x):
+def _activate(module: nn.Module, linear: float, cubic: float, normal: int, x: Tensor) -> Tensor:
+    if not _is_native(x) or (normal and x.dtype != torch.bfloat16):
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     functions, index = library.require()
     y, count = torch.empty_like(x), x.numel()
     number, threads = library.NUMBERS[x.dtype], library.threads(count)
-    given = x.data_ptr(), y.data_ptr(), count, linear, cubic, number, index, threads
+    given = x.data_ptr(), y.data_ptr(), count, linear, cubic, normal, number, index, threads
     library.require_done(functions.permprune_activate(*given), "an activation function")
     return y
 
@@ -86,6 +90,13 @@ def _normalize(module: nn.Module, epsilon: float, shift: float, x: Tensor) -> Te
     given = x.data_ptr(), weight.data_ptr(), y.data_ptr(), *sizes, epsilon, shift, number, index, threads
     library.require_done(functions.permprune_normalize(*given), "an RMS norm")
     return y
+
+
+def _form_of(module: nn.Module) -> tuple[float, float, int] | None:
+    """Return the form of an activation function that the native library computes."""
+    if type(module) is nn.GELU:
+        return TANH if module.approximate == "tanh" else NORMAL
+    return None if getattr(module, "inplace", False) else ACTIVATIONS.get(type(module))
 
 
 def _is_native(x: Tensor) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from permprune.kernels import library
 from permprune.kernels.elementwise.module import ACTIVATIONS, use_native_layers, use_own_layers
 
+GELUS = nn.GELU, activations.GELUActivation
+KINDS: list[Callable[[], nn.Module]] = [*ACTIVATIONS, nn.GELU, partial(nn.GELU, "tanh")]
 NORMS = [LlamaRMSNorm, GemmaRMSNorm, T5LayerNorm]
 ERRORS = {torch.float32: 2e-6, torch.bfloat16: 2**-8 * 1.1}
 """Relative errors; that of bf16 is half of its last bit, and what the kernels add to it."""
@@ -45,20 +48,21 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", list(ERRORS))
-@pytest.mark.parametrize("kind", list(ACTIVATIONS))
+@pytest.mark.parametrize("kind", KINDS)
 @small
 @given(shape=st.lists(st.integers(0, 40), max_size=3), seed=st.integers(0, 99))
 def test_activations_are_those_of_float64(
-    kernel: str, kind: type[nn.Module], dtype: torch.dtype, shape: list[int], seed: int
+    kernel: str, kind: Callable[[], nn.Module], dtype: torch.dtype, shape: list[int], seed: int
 ) -> None:
     x = drawn(*shape, seed=seed).to(dtype)
     with torch.inference_mode():
         found = native(kind())(x)
     assert found.dtype == dtype and found.shape == x.shape
-    if kernel == "torch":
+    if kernel == "torch" or (kind in GELUS and dtype == torch.float32):
         assert torch.equal(found, kind()(x))
     else:
-        torch.testing.assert_close(found.double(), kind()(x.double()), rtol=ERRORS[dtype], atol=1e-6)
+        least = 2e-4 if kind in GELUS else 1e-6  # GELU is 0 below -4
+        torch.testing.assert_close(found.double(), kind()(x.double()), rtol=ERRORS[dtype], atol=least)
 
 
 @pytest.mark.parametrize("dtype", list(ERRORS))
@@ -79,12 +83,16 @@ def test_norms_are_those_of_float64(
 
 
 @pytest.mark.parametrize("dtype", list(ERRORS))
-@pytest.mark.parametrize("kind", list(ACTIVATIONS))
-def test_numbers_that_are_not_finite_or_very_large(kernel: str, kind: type[nn.Module], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_that_are_not_finite_or_very_large(
+    kernel: str, kind: Callable[[], nn.Module], dtype: torch.dtype
+) -> None:
     large = torch.tensor([torch.inf, torch.nan, 1e30, -1e30] * 8 + [1.0, -torch.inf]).to(dtype)
     with torch.inference_mode():
         found = native(kind())(large)
-    torch.testing.assert_close(found, kind()(large.double()).to(dtype), equal_nan=True)
+    native_here = kernel != "torch" and (kind not in GELUS or dtype == torch.bfloat16)
+    expected = kind()(large.double()).to(dtype) if native_here else kind()(large)
+    torch.testing.assert_close(found, expected, equal_nan=True)
     with torch.inference_mode():
         rows = native(normal(LlamaRMSNorm, 34, dtype))(torch.stack([large, torch.ones(34).to(dtype)]))
     assert rows[0].isnan().all() and rows[1].isfinite().all()
@@ -133,7 +141,6 @@ class Squared(nn.Module):
         Qwen3NextRMSNormGated(8),
         nn.LayerNorm(8, bias=False),
         nn.SiLU(inplace=True),
-        nn.GELU(),
         nn.Embedding(3, 8),
     ],
 )
@@ -166,8 +173,9 @@ def test_the_library_checks_what_it_gets() -> None:
     functions, index = library.require()
     x = torch.ones(4)
     for count, number in ((-1, 0), (4, 2), (4, 9)):
-        assert functions.permprune_activate(x.data_ptr(), x.data_ptr(), count, 1.0, 0.0, number, index, 1) == 5
-    assert functions.permprune_activate(None, x.data_ptr(), 4, 1.0, 0.0, 0, index, 1) == 5
+        assert functions.permprune_activate(x.data_ptr(), x.data_ptr(), count, 1.0, 0.0, 0, number, index, 1) == 5
+    assert functions.permprune_activate(None, x.data_ptr(), 4, 1.0, 0.0, 0, 0, index, 1) == 5
+    assert functions.permprune_activate(x.data_ptr(), x.data_ptr(), 4, 0.0, 0.0, 1, 0, index, 1) == 5  # GELU in fp32
     for rows, width, number in ((-1, 4, 0), (1, 2**40, 0), (1, 4, 3)):
         given = x.data_ptr(), x.data_ptr(), x.data_ptr(), rows, width, 1e-6, 0.0, number, index, 1
         assert functions.permprune_normalize(*given) == 5
