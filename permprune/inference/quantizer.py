@@ -139,7 +139,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             from permprune.models.sdpa import use_native_attention
 
             keep_activations()
-            use_native_attention()
+            use_native_attention(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module)["save_pretrained"] = partial(_save_packed, module)
@@ -204,8 +204,11 @@ def _restored_gathers(model: nn.Module) -> list[Gather]:
 
 def _unpack_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace every `PackedLinear`, and an int8 embedding and head, by their `dense` layers, in place."""
+    from permprune.models.sdpa import use_own_attention
+
     use_pytorch(model)
     use_own_layers(model)
+    use_own_attention(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear | Int8Embedding | Int8Linear):
             model.set_submodule(name, module.dense(dtype))

@@ -28,9 +28,27 @@ OTHERS = ("position_bias", "softcap", "output_attentions")
 """Options that are left to Transformers, which adds a bias and tells what it does not do."""
 
 
-def use_native_attention() -> None:
-    """Let Transformers' "sdpa" attention, for all models of this process, use the native library."""
-    AttentionInterface.register("sdpa", attention)
+NATIVE = "attends_natively"
+"""The attribute of the modules of a model whose attention is native."""
+
+
+def use_native_attention(model: nn.Module) -> None:
+    """Let the "sdpa" attention of a model use the native library; other models compute what they did before."""
+    for module in model.modules():
+        setattr(module, NATIVE, True)
+    AttentionInterface.register("sdpa", _attention_of_any)
+
+
+def use_own_attention(model: nn.Module) -> None:
+    """Undo `use_native_attention`."""
+    for module in model.modules():
+        vars(module).pop(NATIVE, None)
+
+
+def _attention_of_any(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    compute = attention if getattr(module, NATIVE, False) else sdpa_attention_forward
+    result: tuple[Tensor, None] = compute(module, *args, **kwargs)
+    return result
 
 
 def attention(
@@ -72,7 +90,7 @@ def _is_native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, o
     states, count = (query, key, value), query.shape[2]
     if library.is_traced() or query.shape[0] != key.shape[0]:
         return False
-    fits = all(t.is_cpu and t.dtype == query.dtype and t.shape[-1] <= WIDEST for t in states)
+    fits = all(type(t) is Tensor and t.is_cpu and t.dtype == query.dtype and t.shape[-1] <= WIDEST for t in states)
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in states)
     plain = all(options.get(name) is None or options[name] is False for name in OTHERS)
     fits &= plain and (mask is None or mask.dtype == torch.bool) and query.dtype in HALVES

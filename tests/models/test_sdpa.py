@@ -114,6 +114,9 @@ def test_a_packed_model_decodes_natively(
     pack(tiny_llama, {layer.name: "2:4" for layer in prunable}, dtype="bf16")
     tiny_llama.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    other = LlamaForCausalLM(model.config).bfloat16()
+    other(torch.arange(6)[None])
+    assert not calls  # other models of the process compute what they did
     if pruned:  # later, other caches are read as before
         PrunedCache(model)
     tokens = torch.arange(12).view(2, 6)

@@ -102,7 +102,7 @@ def _form_of(module: nn.Module) -> tuple[float, float, int] | None:
 def _is_native(x: Tensor) -> bool:
     """Whether the native library computes a function of these activations."""
     graph = torch.is_grad_enabled() and x.requires_grad
-    fits = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous()
+    fits = type(x) is Tensor and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous()
     return fits and not graph and not library.is_traced() and library.available()
 
 
