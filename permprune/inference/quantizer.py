@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from permprune.checkpoints.weights import PACKED_WEIGHTS, stop_transformers
 from permprune.errors import PermpruneError
-from permprune.kernels.elementwise.module import use_native_layers, use_own_layers
+from permprune.kernels.elementwise.module import restore_layers, use_native_layers
 from permprune.kernels.product.int8 import Int8Embedding, Int8Linear, Int8Table, TiedHead
 from permprune.kernels.product.layout import DTYPES
 from permprune.kernels.product.module import PackedLinear
@@ -204,11 +204,11 @@ def _restored_gathers(model: nn.Module) -> list[Gather]:
 
 def _unpack_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace every `PackedLinear`, and an int8 embedding and head, by their `dense` layers, in place."""
-    from permprune.models.sdpa import use_own_attention
+    from permprune.models.sdpa import restore_attention
 
     use_pytorch(model)
-    use_own_layers(model)
-    use_own_attention(model)
+    restore_layers(model)
+    restore_attention(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear | Int8Embedding | Int8Linear):
             model.set_submodule(name, module.dense(dtype))

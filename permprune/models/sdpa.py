@@ -39,7 +39,7 @@ def use_native_attention(model: nn.Module) -> None:
     AttentionInterface.register("sdpa", _attention_of_any)
 
 
-def use_own_attention(model: nn.Module) -> None:
+def restore_attention(model: nn.Module) -> None:
     """Undo `use_native_attention`."""
     for module in model.modules():
         vars(module).pop(NATIVE, None)

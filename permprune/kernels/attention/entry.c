@@ -56,7 +56,7 @@ ENTRY(attend_many)
     if (bad_size(copy.batch) || bad_size(copy.heads) || bad_size(copy.group) || bad_size(heads) || bad_size(copy.batch * heads) ||
         bad_size(copy.count) || bad_size(copy.length) || copy.width < 1 || copy.width > WIDEST || !(copy.scaling >= 0.0f) ||
         LACKS(copy.batch * heads * copy.count, copy.query, copy.output) ||
-        LACKS(copy.batch * heads * copy.count * copy.length, copy.key, copy.value))
+        LACKS(copy.batch * heads * copy.length, copy.key, copy.value))
         return BAD_SIZE;
     run_in_pieces(&copy, kernels->attend_tiles, copy.batch * heads, copy.group, threads);
     return bad ? NO_MEMORY : DONE;

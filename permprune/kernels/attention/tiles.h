@@ -11,10 +11,22 @@ struct attention_room {
     float *scores, *sums;          /* (32, apart), (16, width) */
 };
 
+/* The lowest `count` of 32 bits; none for fewer than 1, all for more than 31. */
+static ALWAYS_INLINE __mmask32 lowest_bits(int64_t count)
+{
+    return count >= 32 ? UINT32_MAX : count > 0 ? (1u << count) - 1 : 0;
+}
+
 /* `count` numbers, at most 32, and zeros. */
 static ALWAYS_INLINE __m512i load_some_halves(const uint16_t *from, int64_t count)
 {
-    return _mm512_maskz_loadu_epi16(count < 32 ? count > 0 ? (1u << count) - 1 : 0 : UINT32_MAX, from);
+    return _mm512_maskz_loadu_epi16(lowest_bits(count), from);
+}
+
+/* 16 numbers in lanes of 32 bits: the first half of 32, or the second. */
+static ALWAYS_INLINE __m512i widen_half(__m512i numbers, const int half)
+{
+    return _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(numbers, 1) : _mm512_castsi512_si256(numbers));
 }
 
 static void lay_out_keys(const struct attend_many *job, const uint16_t *from, const struct attention_room *room)
@@ -44,9 +56,8 @@ static void lay_out_values(const struct attend_many *job, const uint16_t *from, 
                              : _mm512_setzero_si512();
             uint16_t *to = room->values + (token / STEP * (room->width / SIDE) + channel / SIDE) * TILE + token % STEP / 2 * STEP;
             UNROLLED for (int half = 0; half < 2; half++) {
-                const __m512i first = _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(two[0], 1) : _mm512_castsi512_si256(two[0]));
-                const __m512i second = _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(two[1], 1) : _mm512_castsi512_si256(two[1]));
-                _mm512_store_si512(to + half * TILE, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+                const __m512i second = _mm512_slli_epi32(widen_half(two[1], half), 16);
+                _mm512_store_si512(to + half * TILE, _mm512_or_si512(widen_half(two[0], half), second));
             }
         }
 }
@@ -85,8 +96,7 @@ static ALWAYS_INLINE __m512 power_of_two(__m512 x)
 /* Which of 32 tokens a query reads, of `limit`. */
 static ALWAYS_INLINE __mmask32 tokens_read(const uint8_t *mask, int64_t token, int64_t limit)
 {
-    const int64_t left = limit - token;
-    const __mmask32 some = left >= STEP ? UINT32_MAX : left > 0 ? (1u << left) - 1 : 0;
+    const __mmask32 some = lowest_bits(limit - token);
     if (!mask)
         return some;
     const __m256i given = _mm256_maskz_loadu_epi8(some, mask + token);

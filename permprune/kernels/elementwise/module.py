@@ -61,7 +61,7 @@ def use_native_layers(model: nn.Module) -> None:
                 module.forward = partial(_normalize, module, epsilon, shift)  # type: ignore[method-assign]
 
 
-def use_own_layers(model: nn.Module) -> None:
+def restore_layers(model: nn.Module) -> None:
     """Undo `use_native_layers`."""
     for module in model.modules():
         forward = vars(module).get("forward")

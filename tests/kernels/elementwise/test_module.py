@@ -18,7 +18,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from permprune.kernels import library
-from permprune.kernels.elementwise.module import ACTIVATIONS, use_native_layers, use_own_layers
+from permprune.kernels.elementwise.module import ACTIVATIONS, restore_layers, use_native_layers
 
 GELUS = nn.GELU, activations.GELUActivation
 KINDS: list[Callable[[], nn.Module]] = [*ACTIVATIONS, nn.GELU, partial(nn.GELU, "tanh")]
@@ -165,7 +165,7 @@ def test_a_model_keeps_its_modules_and_gets_them_back() -> None:
         torch.testing.assert_close(read(x), copied[0](x))
         assert not model[0](x).any()
     assert len(called) == 2  # a copy has no less of the hooks
-    use_own_layers(model)
+    restore_layers(model)
     assert not any("forward" in vars(part) for part in model)
 
 
