@@ -8,7 +8,6 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -110,7 +109,7 @@ def after_import(awaited: str, wanted: str) -> None:
         sys.meta_path.insert(0, _Watch(awaited, wanted))
 
 
-class _Watch(MetaPathFinder):
+class _Watch:
     """A finder that imports the wanted module right after the awaited one was executed."""
 
     def __init__(self, awaited: str, wanted: str) -> None:

@@ -10,17 +10,21 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any, TextIO, TypeVar, cast
 
 from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.spinner import Spinner
+
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    from rich.live import Live
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.spinner import Spinner
 
 log = logging.getLogger("permprune")
 log.addHandler(logging.NullHandler())  # silent unless the application configures logging
@@ -36,7 +40,6 @@ ALLOCATE = "choose the patterns"
 PRIOR = 0.1
 """The share of the expected time of a run after which its own pace counts as much as the expectation."""
 
-_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 _shown = True
 
 
@@ -123,7 +126,8 @@ class _Display:
 
     def __init__(self) -> None:
         self.shown = _shown and (console.is_terminal or console.is_jupyter)  # elsewhere rich prints empty lines
-        self.bars = Progress(*_COLUMNS, TimeRemainingColumn(), console=console, auto_refresh=False)
+        text, times = TextColumn("{task.description}"), (TimeElapsedColumn(), TimeRemainingColumn())
+        self.bars = Progress(text, BarColumn(), MofNCompleteColumn(), *times, console=console, auto_refresh=False)
         self.stages: Stages | None = None
         self.text = ""
         self._began, self._line = time.monotonic(), Spinner("line")
