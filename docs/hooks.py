@@ -10,7 +10,9 @@ from typing import Any
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from permprune.cli import app
 
@@ -40,6 +42,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_content(html: str, **_: Any) -> str:
     """Keep figures, their errors and their units on one line in the cells of tables."""
     return re.sub(r"<td[^>]*>[^<]*", lambda cell: re.sub(r"(?<=[\d±]) (?=[\d±%])", "&nbsp;", cell[0]), html)
+
+
+def on_post_page(output: str, page: Page, **_: Any) -> None:
+    """Check that no request leaves the reader's machine."""
+    if foreign := re.findall(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?(?:https?:)?//[^\s\">]*", output):
+        raise PluginError(f"{page.url} loads from another host: {foreign[0]}")
 
 
 def command_page() -> str:

@@ -182,6 +182,13 @@ def test_the_navigation_has_every_page_once() -> None:
     assert sorted(listed) == sorted([*written, *generated, "api/commands.md", "contributing.md", "changelog.md"])
 
 
+def test_the_search_needs_no_other_host() -> None:
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    scripts = config["extra"]["polyfills"]
+    assert any("iframe-worker" in script for script in scripts), "the offline plugin would load its own"
+    assert all((DOCS / script).is_file() for script in scripts)
+
+
 def pages_of(part: str | list[dict[str, str]]) -> list[str]:
     """The pages of an entry of the navigation."""
     return [part] if isinstance(part, str) else [page for entry in part for page in entry.values()]
