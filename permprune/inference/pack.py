@@ -112,6 +112,9 @@ def _packable(
     layers: dict[str, Pattern] = {}
     tables: list[str] = []
     left: list[str] = []
+    paths: dict[nn.Parameter, set[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        paths.setdefault(parameter, set()).add(path)
     for name, text in patterns.items():
         if name not in linears:
             raise PermpruneError(f"the model has no linear layer {name}: give the patterns of its own layers")
@@ -121,6 +124,8 @@ def _packable(
         if not (_can_be_table(layer) if pattern is None else has_packed_form(layer)):
             left.append(name)
             continue
+        if others := paths[model.get_parameter(layer.parameter)] - {layer.parameter}:
+            raise PermpruneError(f"{name} shares its weight with {min(others)}, which cannot be packed: leave it out")
         try:
             if pattern is None:
                 Int8Table.require(layer.weight)

@@ -309,6 +309,10 @@ def test_what_cannot_be_packed(tiny_llama: LlamaForCausalLM) -> None:
     with pytest.raises(PermpruneError, match="is not packed"):
         unpack(tiny_llama)
 
+    tiny_llama.lm_head.weight = tiny_llama.model.embed_tokens.weight
+    with pytest.raises(PermpruneError, match=r"lm_head shares its weight with model.embed_tokens.weight"):
+        pack(tiny_llama, {"lm_head": "2:4"})
+
     class Clipped(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.clamp(-1000, 1000))
