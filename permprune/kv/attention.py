@@ -114,8 +114,8 @@ class Source(ABC):
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:
     raise PermpruneError(
-        "the model reads the cache by itself, not through Transformers' attention interface: "
-        "it cannot run with a pruned cache"
+        "the model reads the cache by itself, not through Transformers' attention interface: it cannot run with a "
+        "pruned cache, or the cache was made for another model or before set_attn_implementation: make a new one"
     )
 
 

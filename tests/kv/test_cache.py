@@ -206,6 +206,10 @@ def test_other_models_are_refused(tiny_llama: LlamaForCausalLM, channels: LayerC
         PrunedCache(BloomForCausalLM(BloomConfig(**small, n_layer=1, n_head=2)))
     with pytest.raises(PermpruneError, match="the cache is for 1 layers with full attention, and the model has 2"):
         PrunedCache(tiny_llama, None, {0: channels[0]})
+    cache = PrunedCache(tiny_llama, SMALL)
+    tiny_llama.set_attn_implementation("sdpa")
+    with pytest.raises(PermpruneError, match="or before set_attn_implementation: make a new one"):
+        logits(tiny_llama, TOKENS, cache)
 
 
 @pytest.mark.parametrize(
