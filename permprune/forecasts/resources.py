@@ -98,7 +98,6 @@ class Phase(StrEnum):
     RELAXATION = "relaxation"
     PROPOSALS = "proposals"
     ACCEPT = "accept"
-    TRAINING = "training"
     REFINEMENT = "refinement"
     COMPENSATION = "compensation"
     BLOCKS = "blocks"

@@ -13,8 +13,8 @@ from permprune.permuters.base import TRAINING
 from permprune.permuters.block_tuning import train_blocks
 from permprune.permuters.iterate import Landscape
 from permprune.permuters.refinement import compensate, refine_masks
-from permprune.permuters.trust_region_state import TrustRegionState, Visit
-from permprune.permuters.tuning import Schedule, counted, first_ended, keep_if_better, timed, train_weights
+from permprune.permuters.trust_region_state import TrustRegionState
+from permprune.permuters.tuning import counted, first_ended, keep_if_better, timed, train_weights
 from permprune.system.progress import log, stage
 from permprune.system.search_state import Resumable
 
@@ -65,40 +65,22 @@ def _time_left(landscape: Landscape, state: TrustRegionState, what: str) -> floa
 
 
 def _train_at_end(method: TrustRegion, landscape: Landscape, left: float, state: TrustRegionState) -> TrustRegionState:
-    """Train the weights for the steps and the seconds that are `left`."""
+    """Train the weights that are kept for the steps and the seconds that are `left` (see `train_weights`)."""
     schedules = [counted(method.train_steps)] if method.train_steps else []
     schedules += [] if left == math.inf else [timed(left)]
-    state, kept = train(method, landscape, state, first_ended(*schedules), first=0)
+    network, run = landscape.network, landscape.run
+    saved = Resumable(method.checkpoint(run), method.name + TRAINING, _stages_before(method, state))
+    state = replace(state, seconds=state.seconds + saved.before)
+    loss, schedule = landscape.loss.for_training(network.task), first_ended(*schedules)
+    examples, rate = method.step_examples, method.rate
+    weights = train_weights(network, run, loss, schedule, examples=examples, rate=rate, saved=saved)
+    state, kept = keep_if_better(landscape, state, weights, "training")
     if not kept:
         log.warning(
             "training did not lower the held-out loss (%.4f): weights are as before; give a lower rate, as in "
             "%s:rate=%g",
             state.best,
             method.name,
-            state.rate / 4,
+            rate / 4,
         )
     return state
-
-
-def train(
-    method: TrustRegion,
-    landscape: Landscape,
-    state: TrustRegionState,
-    schedule: Schedule,
-    *,
-    first: int,
-) -> tuple[TrustRegionState, bool]:
-    """Train the remaining weights of a state (see `train_weights`), and keep them if the held-out loss falls.
-
-    Returns the state, with the loss of the trained weights on the curve, and whether they were kept: gradients at other
-    weights do not count any more then. The network shows the state.
-    """
-    network, loss = landscape.network, landscape.loss.for_training(landscape.network.task)
-    saved = Resumable(method.checkpoint(landscape.run), method.name + TRAINING, _stages_before(method, state))
-    state = replace(state, seconds=state.seconds + saved.before)
-    examples, rate = method.step_examples, state.rate
-    weights = train_weights(
-        network, landscape.run, loss, schedule, first=first, examples=examples, rate=rate, saved=saved
-    )
-    state, kept = keep_if_better(landscape, state, weights, "training")
-    return (replace(state, visits=(Visit(state.orders),), slopes={}) if kept else state), kept

@@ -35,7 +35,7 @@ class CurvePoint:
     """One round of a search: its held-out loss, whether the round was kept, and the seconds of the search at its end.
 
     `stage` is "search", "refinement" of the masks, "compensation", the training of "blocks" one after the other, or
-    "training" for training between the rounds or after them.
+    "training" of all weights together.
     """
 
     round: int

@@ -162,21 +162,11 @@ def test_what_changes_weights_is_named(config_folder: Path, settings: dict[str, 
     assert forecast(config_folder, gpu="h100", **settings).changes == changes
 
 
-def test_rounds_before_training_are_not_counted_as_training(config_folder: Path) -> None:
-    def training(method: str) -> float:
-        found = forecast(config_folder, gpu="h100", permute=method)
-        return found.seconds["newton: training"] or 0.0
-
-    every = training("newton:rounds=4:tune=2")
-    assert 0 < training("newton:rounds=4:tune=2:wait=3") == pytest.approx(every / 4)
-    assert training("newton:rounds=4:tune=2:wait=9") == 0
-
-
 def test_training_holds_hidden_states_where_few_positions_have_labels(
     config_folder: Path, tiny_vit: Path, tiny_whisper: Path
 ) -> None:
     def parts(model: Path) -> dict[str, int]:
-        return bytes_of(forecast(model, permute="newton:tune=2"), "newton: training")
+        return bytes_of(forecast(model, permute="newton:train_steps=2"), "newton: training at the end")
 
     assert "dense model's outputs" not in parts(config_folder)
     for model in (tiny_vit, tiny_whisper):
@@ -194,8 +184,8 @@ def test_training_holds_gradients_where_a_step_has_several_batches(config_folder
     """A step has a quarter of the 8 windows of a gradient; 8 images are a window, in a step as in a batch."""
     for model in (config_folder, tiny_vit):
         for batch, held in ((1, True), (2, False)):
-            parts = bytes_of(forecast(model, permute="newton:tune=2", batch=batch), "newton: training")
-            assert ("sums of gradients" in parts) == held and parts["gradients"] > 0  # those of the search
+            found = forecast(model, permute="newton:train_steps=2", batch=batch)
+            assert ("sums of gradients" in bytes_of(found, "newton: training at the end")) == held
 
 
 def test_the_evaluation_counts_its_examples(tiny_vit: Path) -> None:
@@ -326,7 +316,7 @@ def test_processes_divide_weights_that_do_not_fit(config_folder: Path) -> None:
     for settings, fault in (
         ({"permute": "cp"}, "permuter cp needs all rows of a layer: choose one of none, random, ria"),
         ({"permute": "newton:train=0.5", "minutes": 9.0}, "permuter newton:train=0.5 needs .*, without training"),
-        ({"permute": "newton:tune=8"}, "permuter newton:tune=8 needs .*, without training"),
+        ({"permute": "newton:train_steps=8"}, "permuter newton:train_steps=8 needs .*, without training"),
         ({"update": "sparsegpt"}, "update sparsegpt needs all rows of a layer: choose none"),
         ({"pattern": "mixed"}, "leave --shard out"),
     ):
