@@ -166,7 +166,7 @@ def test_a_model_that_cannot_be_traced_is_pruned_in_gather_mode(
         prepare(tiny_llama, None, PruneConfig(precision="fp32"), examples=WINDOWS)
     prepared = prepare(tiny_llama, None, PruneConfig(mode="gather", precision="fp32"), examples=WINDOWS)
     assert "cannot trace" in caplog.text
-    assert sorted(len(problem.parts) for problem in prepared.problems) == [1, 1, 1, 1, 2, 2, 3, 3]
+    assert sorted(len(problem.parts) for problem in prepared.outline.problems) == [1, 1, 1, 1, 2, 2, 3, 3]
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     masked = probe_outputs(tiny_llama, {"input_ids": WINDOWS})
@@ -202,7 +202,7 @@ def test_an_op_without_a_rule_keeps_what_it_touches_in_order_and_the_rest_moves(
     monkeypatch.setattr(activation, "forward", lambda x: x.cummax(-1).values)
     prepared = prepare(tiny_llama, None, PruneConfig(precision="fp32"), examples=WINDOWS)
     assert "model.layers.0.mlp.down_proj.input keeps its order: no rule for cummax" in caplog.text
-    names = {problem.name for problem in prepared.problems}
+    names = {problem.name for problem in prepared.outline.problems}
     assert "model.layers.1.mlp.down_proj.input" in names and "model.layers.0.mlp.down_proj.input" not in names
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)

@@ -44,6 +44,7 @@ from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_count, calibration_examples, plan_run
 from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.network import PrunedNetwork
+from permprune.saliency.metrics import saliency
 from permprune.system.device import compute_device
 from permprune.system.failures import failures_reported
 from permprune.system.progress import CALIBRATE, NATURAL, UPDATE, log, stage
@@ -119,15 +120,15 @@ def measure(
     """
     stage(CALIBRATE)
     plan = transcribed(plan, model)
-    config, layers, sites, dtype = plan.config, plan.layers, plan.sites, plan.dtype
+    config, outline, dtype = plan.config, plan.outline, plan.dtype
     batch, recompute = config.batch * BATCH_MULTIPLIER[kind_of(model)], config.recompute
     with frozen(model), torch.no_grad(), autocast(compute_device(model), dtype):
         task = choose_task(model, plan.measured, batch)
-    held = held or NarrowWeights.of(model, layers, origin_of(model).dtype)
+    held = held or NarrowWeights.of(model, outline.layers, origin_of(model).dtype)
     statistics = calibrate(
         model,
-        layers,
-        sites,
+        outline.layers,
+        outline.sites,
         plan.measured,
         task,
         dtype=dtype,
@@ -141,10 +142,10 @@ def measure(
     )
     network = PrunedNetwork(
         model,
-        plan.outline,
+        outline,
         statistics=statistics,
-        saliency=plan.metric,
-        patterns=dict.fromkeys(sites, plan.pattern),
+        saliency=saliency(config.saliency),
+        patterns=dict.fromkeys(outline.sites, outline.pattern),
         task=task,
         dtype=dtype,
         batch=batch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -132,7 +132,7 @@ def stored_form(
 
     Problems without an order keep their natural one. The other arguments are fields of the result.
     """
-    tables = fold_tables(plan.coupling, plan.problems, solution.orders)
+    tables = fold_tables(plan.coupling, plan.outline.problems, solution.orders)
     moved = [name for name, table in tables.items() if not (table == torch.arange(table.shape[-1])).all()]
     return Pruned(
         model=model,
@@ -175,8 +175,8 @@ def beside_natural(measures: list[LayerMeasure], natural: list[LayerMeasure]) ->
 
 def _gathered_problems(plan: Plan, orders: Orders) -> Iterator[tuple[Problem, list[Layer]]]:
     """Yield the problems that cannot be folded and have another order than the natural one, each with its layers."""
-    layers = {layer.name: layer for layer in plan.layers}
-    for problem in plan.problems:
+    layers = {layer.name: layer for layer in plan.outline.layers}
+    for problem in plan.outline.problems:
         order = orders.get(problem.name)
         if not problem.space and order is not None and not torch.equal(order, problem.identity()):
             yield problem, [layers[part.layer] for part in problem.parts]
@@ -198,7 +198,7 @@ def _gathers(plan: Plan, orders: Orders) -> list[Gather]:
     return gathers
 
 
-def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Tensor]:
+def fold_tables(coupling: Coupling, problems: Iterable[Problem], orders: Orders) -> dict[str, Tensor]:
     """Return the permutations to fold, by space: int64 (blocks, size); blocks without an order keep the natural one."""
     tables: dict[str, Tensor] = {}
     sizes = {space.name: (space.blocks, space.size) for space in coupling.spaces}

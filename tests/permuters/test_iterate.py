@@ -55,7 +55,7 @@ def test_callbacks_are_told_of_every_round(prepared: Prepared, method: Permuter)
     assert {own.method for own in told} == {method.name} and told[-1].number == total
     assert [own.best for own in told] == sorted((own.best for own in told), reverse=True)
     assert told[0].moved == 0 and all(own.kept or not own.moved for own in told if method in METHODS[:1])
-    assert all(0 <= own.moved <= own.problems == len(prepared.problems) for own in told)
+    assert all(0 <= own.moved <= own.problems == len(prepared.outline.problems) for own in told)
     assert [own.seconds for own in told] == sorted(own.seconds for own in told)
     assert {own.seconds for own in told} <= {point.seconds for point in solution.curve}
     assert told[-1].best == pytest.approx(min(point.loss for point in solution.curve if point.kept))
