@@ -94,7 +94,7 @@ class CostMatrixLearner(Iterative[CostMatrixState]):
 
     def epsilon(self, progress: float) -> float:
         """The entropy weight of the matching after this share of the steps: it falls by a constant factor per step."""
-        return LAST_EPSILON**progress
+        return math.pow(LAST_EPSILON, progress)
 
     def keep(self, score: Tensor, pattern: Pattern) -> Tensor:
         """Return the mask of scores (..., width), which are in stored order."""
