@@ -26,9 +26,6 @@ with on_first_use(globals()):
     from permprune.system.memory import release_freed_memory
     from permprune.system.search_state import Checkpoint, Journal
 
-TRAINING = ".training"
-"""What follows the name of a search in the name of the state of its training."""
-
 
 @dataclass(frozen=True)
 class CurvePoint:
@@ -257,7 +254,7 @@ class Permuter(ABC):
         solution = self.search(network, run)
         if not solution.stopped:
             checkpoint.save_object(file, SavedSolution(solution, limits))
-            checkpoint.remove(self.name + TRAINING)
+            checkpoint.remove(f"{self.name}.training")  # which the solution has
         return solution
 
 
