@@ -88,7 +88,7 @@ def plan_run(
     device, kind = compute_device(model), kind_of(model)
     examples_per_window = EXAMPLES_PER_WINDOW[kind]
     config = config.replace(length=clipped_length(model, config.length))
-    measured, held_out, train = examples.split(shares_of(len(examples), config, examples_per_window))
+    measured, held_out, train = examples.split(config.shares(len(examples), examples_per_window))
     if kind == "embeddings":  # in batches of similar length, which have little padding
         order = by_length(train, config.batch * examples_per_window, torch.Generator().manual_seed(config.seed))
         train = train[torch.cat(order)]
@@ -224,20 +224,6 @@ def calibration_examples(model: PreTrainedModel, processor: Processor | None, co
     if any("labels" in part for part in parts):  # of answers: all tokens of text beside them count
         parts = [counted(part) if part.keys() == ["input_ids"] else part for part in parts]
     return Examples.interleave(parts)[:count]
-
-
-def shares_of(count: int, config: PruneConfig, examples_per_window: int) -> list[int]:
-    """Return the shares of `count` examples (`PruneConfig.shares`). Raises `PermpruneError` if there are fewer than 3.
-
-    The shares are for statistics, held-out loss and gradients.
-    """
-    shares = config.shares(count, examples_per_window)
-    if shares[-1] < 1:
-        raise PermpruneError(
-            f"the calibration has {count} examples, but needs at least 3: "
-            "give more data or --samples, or for text a smaller --length"
-        )
-    return shares
 
 
 def _outline(coupling: Coupling, layers: Sequence[Layer], pattern: Pattern, mode: str) -> Outline:

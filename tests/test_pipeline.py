@@ -35,7 +35,6 @@ from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 from permprune.permuters.base import Random
 from permprune.permuters.trust_region import Newton
-from permprune.plan import shares_of
 from permprune.pruning.network import PrunedNetwork
 from permprune.saliency.metrics import SALIENCIES
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
@@ -214,12 +213,12 @@ def test_an_op_without_a_rule_keeps_what_it_touches_in_order_and_the_rest_moves(
 
 @pytest.mark.parametrize(("total", "measured", "held_out"), [(192, 24, 8), (20, 7, 2), (3, 1, 1)])
 def test_examples_are_shared_out(total: int, measured: int, held_out: int) -> None:
-    assert shares_of(total, PruneConfig(), 1) == [measured, held_out, total - measured - held_out]
+    assert PruneConfig().shares(total) == [measured, held_out, total - measured - held_out]
 
 
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(PermpruneError, match="needs at least 3"):
-        shares_of(2, PruneConfig(), 1)
+        PruneConfig().shares(2)
 
 
 def test_nan_weights_are_refused(tiny_llama: LlamaForCausalLM) -> None:
