@@ -24,9 +24,8 @@ from permprune.checkpoints.probe import make_probe
 from permprune.checkpoints.record import Mix
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig, PruneSettings
-from permprune.coupling.fold import fold_all
 from permprune.engine.mixing import choose_patterns, sensitivity
-from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, reorder_columns, sample, stored_form
+from permprune.engine.pruned import Pruned, beside_natural, sample, stored_form, stored_order
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
 from permprune.forecasts.efforts import resolve
@@ -317,9 +316,9 @@ class Held:
             probe = make_probe(model, short_inputs(model, plan.run.held_out))
         pruned = stored_form(plan, model, solution, layers=measures, probe=probe, sample=shown)
         pruned.mix = self.mix
-        fold_all(model, pruned.tables, plan.coupling)
-        for layer, order in gathered_layers(plan, solution.orders).values():
-            layer.stored.data.copy_(reorder_columns(layer.stored, layer, order))
+        edit = stored_order(plan, pruned)
+        for name, weight in model.named_parameters():
+            weight.data.copy_(edit(name, weight))
         network.held.release()
         attach_gathers(model, pruned.gathers)
         pruned.gathers = compose(origin.gathers, pruned.gathers)

@@ -148,19 +148,18 @@ def stored_form(
     )
 
 
-def gathered_layers(plan: Plan, orders: Orders) -> dict[str, tuple[Layer, Tensor]]:
-    """Return the layers that read gathered channels, each with its order, by parameter."""
-    gathered = _gathered_problems(plan, orders)
-    return {layer.parameter: (layer, orders[problem.name]) for problem, layers in gathered for layer in layers}
-
-
 def stored_order(plan: Plan, pruned: Pruned) -> Edit:
     """Return the edit that puts the channels of masked weights in stored order: folded, or reordered for gathers."""
-    gathered = gathered_layers(plan, pruned.solution.orders)
+    orders, gathered = pruned.solution.orders, dict[str, tuple[Layer, Tensor]]()
+    for problem, layers in _gathered_problems(plan, orders):
+        gathered |= {layer.parameter: (layer, orders[problem.name]) for layer in layers}
 
     def edit(name: str, tensor: Tensor) -> Tensor:
         fold_parameter(name, tensor, pruned.tables, plan.coupling)
-        return reorder_columns(tensor, *gathered[name]) if name in gathered else tensor
+        if name not in gathered:
+            return tensor
+        layer, order = gathered[name]  # of all experts, as one gather serves them all
+        return tensor.detach().index_select(-2 if layer.transposed else -1, order.to(tensor.device))
 
     return edit
 
@@ -220,12 +219,6 @@ def compose_tables(first: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> d
     """Combine permutations, folded one after the other, into one for each space."""
     after = {space: first[space].gather(1, table) if space in first else table for space, table in then.items()}
     return {**first, **after}
-
-
-@torch.no_grad()
-def reorder_columns(stored: Tensor, layer: Layer, order: Tensor) -> Tensor:
-    """Return a layer's parameter with its columns in a new order: of all experts, as one gather serves them all."""
-    return stored.index_select(-2 if layer.transposed else -1, order.to(stored.device))
 
 
 def sample(network: MaskedLayers, measures: Sequence[PrunedLayer]) -> dict[str, Any]:
