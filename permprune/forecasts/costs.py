@@ -24,10 +24,9 @@ from permprune.forecasts.weights import (
     block_update,
     compensation_work,
     masked_weights,
-    step_work,
     teacher_outputs,
     trained_weights,
-    training_memory,
+    training,
     update_share,
 )
 from permprune.matching.assignment import groups_in, part_count
@@ -177,7 +176,7 @@ def _rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
         yield Stage(Phase.GRADIENTS, (*backward, summed), run.gradient_work(examples) * rounds, method.name)
         models, work = proposals(method, run)
         yield Stage(Phase.PROPOSALS, (*models, _gradients(run)), work and work * rounds, method.name)
-    losses = TRIED * rounds + START + method.compensate + bool(method.block_steps) + method.trains_at_end
+    losses = TRIED * rounds + START + method.compensate + bool(method.block_steps) + method.trains_all
     accepting = (*_pass(method, run), *_held_to_accept(method, run))
     yield Stage(Phase.ACCEPT, accepting, run.loss_work(run.held_out) * losses, method.name)
     if method.refine:
@@ -198,17 +197,15 @@ def _after_rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
         parts, work = block_training(run, method.block_steps)
         best = [_best_trained(run)] if method.compensate else []
         yield Stage(Phase.BLOCKS, (*parts, *best), work, method.name, last=True)
-    if method.trains_at_end:
-        batch = method.step_examples * run.examples_per_window
-        parts = training_memory(method, run, batch, method.train_steps)
-        known = step_work(run, batch) * method.train_steps if method.train_steps else None
+    if method.trains_all:
+        parts, known = training(method, run)
         best = [_best_trained(run)] if method.compensate or method.block_steps else []
-        yield Stage(Phase.TRAINING_AT_END, (*parts, *best), known, method.name, last=True)
+        yield Stage(Phase.TRAINING, (*parts, *best), known, method.name, last=True)
 
 
 def _held_to_accept(method: TrustRegion, run: Workload) -> list[Memory]:
     """The memory that accept tests need beside their passes: of rounds, or of the changes of weights after them."""
-    changes = method.compensate + bool(method.block_steps) + method.trains_at_end
+    changes = method.compensate + bool(method.block_steps) + method.trains_all
     during = [_gradients(run)] if method.rounds else []
     after = [trained_weights(run)] if changes else []
     after += [replace(_best_trained(run), travels=0.0)] if changes > 1 else []
@@ -229,12 +226,12 @@ def _best_trained(run: Workload) -> Memory:
 @state_bytes.register(TrustRegion)
 def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
     weights = outline.dtype.itemsize * outline.weights if method.trains else 0
-    training = weights + weights * outline.pattern.n // outline.pattern.m  # and first moments of kept ones
-    training += 4 * sum(sum(layer.shape) for layer in outline.layers) if method.trains else 0  # and second ones
-    training += weights * (bool(method.block_steps) + method.compensate)
+    trained = weights + weights * outline.pattern.n // outline.pattern.m  # and first moments of kept ones
+    trained += 4 * sum(sum(layer.shape) for layer in outline.layers) if method.trains else 0  # and second ones
+    trained += weights * (bool(method.block_steps) + method.compensate)
     masks = outline.weights // 8 if method.refine or method.compensate else 0
     orders = 8 * sum(problem.size for problem in outline.problems) * method.rounds
-    states = 2 * (orders + weights + masks + training)  # the old one is kept until the new one is written
+    states = 2 * (orders + weights + masks + trained)  # the old one is kept until the new one is written
     return _solution_bytes(outline) + states + weights + masks  # the solution has them, too
 
 

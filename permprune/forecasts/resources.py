@@ -101,7 +101,7 @@ class Phase(StrEnum):
     REFINEMENT = "refinement"
     COMPENSATION = "compensation"
     BLOCKS = "blocks"
-    TRAINING_AT_END = "training at the end"
+    TRAINING = "training"
     UPDATE = "update"
     OTHER_SHARES = "other shares of the weights"  # are tried for a limit of the loss
     EVALUATE = "evaluate"

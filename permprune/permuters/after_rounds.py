@@ -37,7 +37,7 @@ def after_rounds(
     changes = (
         ("compensation", method.compensate, partial(compensate, landscape, examples=4 * method.examples)),
         ("blocks", method.block_steps, partial(train_blocks, landscape, steps=method.block_steps)),
-        ("training", method.trains_at_end, partial(_train_at_end, method, landscape)),
+        ("training", method.trains_all, partial(_train_all, method, landscape)),
     )
     before = [method.refine]  # what the weights that a change starts from depend on, beside the points of the curve
     for what, asked, change in changes:
@@ -59,7 +59,7 @@ def _time_left(landscape: Landscape, state: TrustRegionState, what: str) -> floa
     return left
 
 
-def _train_at_end(
+def _train_all(
     method: TrustRegion, landscape: Landscape, state: TrustRegionState, *, limit: float, saved: Resumable
 ) -> TrustRegionState:
     """Train the weights that are kept for the steps of the method, or up to the limit (see `train_weights`)."""

@@ -110,7 +110,7 @@ class TrustRegion(Iterative[TrustRegionState]):
     @property
     def stages(self) -> tuple[str, ...]:
         after = {"refinement": self.refine, "compensation": self.compensate, "blocks": self.block_steps}
-        after["training"] = self.trains_at_end
+        after["training"] = self.trains_all
         return (*super().stages, *(self.stage(what) for what, asked in after.items() if asked))
 
     @property
@@ -119,11 +119,11 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     @property
     def trains(self) -> bool:
-        return bool(self.block_steps) or self.trains_at_end
+        return bool(self.block_steps) or self.trains_all
 
     @property
-    def trains_at_end(self) -> bool:
-        """Whether weights are trained after the last round."""
+    def trains_all(self) -> bool:
+        """Whether all weights are trained together at the end."""
         return bool(self.train or self.train_steps)
 
     @property

@@ -166,7 +166,7 @@ def test_training_holds_hidden_states_where_few_positions_have_labels(
     config_folder: Path, tiny_vit: Path, tiny_whisper: Path
 ) -> None:
     def parts(model: Path) -> dict[str, int]:
-        return bytes_of(forecast(model, permute="newton:train_steps=2"), "newton: training at the end")
+        return bytes_of(forecast(model, permute="newton:train_steps=2"), "newton: training")
 
     assert "dense model's outputs" not in parts(config_folder)
     for model in (tiny_vit, tiny_whisper):
@@ -175,7 +175,7 @@ def test_training_holds_hidden_states_where_few_positions_have_labels(
 
 def test_only_gradients_of_the_search_need_the_covariance_of_rows(tiny_vit: Path) -> None:
     found = forecast(tiny_vit, permute="newton:rounds=1:train_steps=1")
-    searched, trained = (stage_of(found, f"newton: {what}").work for what in ("gradients", "training at the end"))
+    searched, trained = (stage_of(found, f"newton: {what}").work for what in ("gradients", "training"))
     assert searched and trained and searched.products_fp32 > 0
     assert trained.products_fp32 == 0 and searched.products > trained.products * 3 / 4  # without the dense model's pass
 
@@ -185,7 +185,7 @@ def test_training_holds_gradients_where_a_step_has_several_batches(config_folder
     for model in (config_folder, tiny_vit):
         for batch, held in ((1, True), (2, False)):
             found = forecast(model, permute="newton:train_steps=2", batch=batch)
-            assert ("sums of gradients" in bytes_of(found, "newton: training at the end")) == held
+            assert ("sums of gradients" in bytes_of(found, "newton: training")) == held
 
 
 def test_the_evaluation_counts_its_examples(tiny_vit: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> N
     def seconds(method: str, minutes: float | None) -> tuple[float, float | None]:
         found = forecast(config_folder, gpu="h100", permute=method, minutes=minutes).seconds
         searched = [own or 0.0 for name, own in found.items() if name in ("newton: gradients", "newton: accept")]
-        return sum(searched), found.get("newton: training at the end")
+        return sum(searched), found.get("newton: training")
 
     free, none = seconds("newton:rounds=400", None)
     assert none is None
@@ -212,7 +212,7 @@ def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> N
     method = "newton:start=none:rounds=0:block_steps=400:train_steps=400"
     free, after = (
         forecast(config_folder, gpu="h100", permute=method).seconds[f"newton: {name}"]
-        for name in ("blocks", "training at the end")
+        for name in ("blocks", "training")
     )
     assert free and after
     for limit, expected in ((2 * free, free), (free / 2, free / 2)):
@@ -384,7 +384,7 @@ def test_what_travels_to_a_device_takes_time(config_folder: Path) -> None:
         forecast(config_folder, gpu="h100", permute=method, samples=192, offload=place).seconds
         for place in ("none", "host", "disk")
     )
-    for stage in ("calibrate", "newton: gradients", "newton: compensation", "newton: training at the end", "evaluate"):
+    for stage in ("calibrate", "newton: gradients", "newton: compensation", "newton: training", "evaluate"):
         assert (none[stage] or 0.0) < (host[stage] or 0.0) < (disk[stage] or 0.0)
     weights = 5 * (4 * 128**2 + 3 * 128 * 256)
     passes = (host["newton: accept"] - none["newton: accept"]) * BUS / (4 * weights)  # type: ignore[operator]
@@ -399,7 +399,7 @@ def test_what_rests_takes_what_is_left_of_the_device_and_the_host(config_folder:
     memory, limit = 3 * host.device // 2, host.host - host.program + 10 * 2**20
     shared = forecast(config_folder, memory=memory, offload=f"host:{host.program + limit}B", **settings)
     assert host.device < shared.device <= memory and shared.host <= host.program + limit
-    training = "newton: training at the end"
+    training = "newton: training"
     assert (shared.seconds[training] or 0.0) < (host.seconds[training] or 0.0)
     resting = {stage.name: stage.bytes("disk") for stage in host.stages}
     assert resting[training] > shared.peak("disk").bytes("disk")
