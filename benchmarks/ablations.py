@@ -74,7 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     config = PruneConfig(mode=options.mode, samples=options.samples, length=options.length)
     config = config if options.calibration is None else config.replace(calibration=options.calibration)
-    windows = max(0, config.shares(config.samples)[-1])
+    windows = config.shares(config.samples)[-1]
     learner = LearnedPaper() if options.paper else Learned()
     learner = learner if options.epochs is None else lasting(learner, options.epochs, windows)
     config, evaluation = Evaluation(options.data, options.windows).beside(config)

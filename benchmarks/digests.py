@@ -30,7 +30,7 @@ METHODS = (
     "learned-paper:steps=4",
     "reconstruction",
     "newton:rounds=3",
-    "newton:rounds=2:tune=2",
+    "newton:rounds=2:train_steps=2",
     "newton:rounds=1:refine=2",
     "learned:rounds=3",
 )

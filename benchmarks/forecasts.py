@@ -35,7 +35,7 @@ STAGES = {
     "newton: proposals": ["permprune.permuters.trust_region:TrustRegion.proposals"],
     "newton: accept": ["permprune.permuters.iterate:Landscape.held_out_loss"],
     "newton: compensation": ["permprune.permuters.trust_region:compensate"],
-    "newton: training at the end": ["permprune.permuters.tuning:train_weights"],
+    "newton: training": ["permprune.permuters.tuning:train_weights"],
     "evaluate": ["permprune.engine.measuring:Meter.__call__"],
 }
 """The functions whose time is that of a stage, without that of other stages inside; the first outermost one counts."""

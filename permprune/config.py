@@ -319,8 +319,13 @@ class PruneConfig:
         """Return how many of `count` examples are for the statistics, the held-out loss and the gradients.
 
         `examples_per_window` examples count as one window. If there are too few, the first two shares are reduced in
-        proportion so that about half remains for gradients. The last share may be 0 or less for fewer than 3 examples.
+        proportion so that about half remains for gradients. Raises `PermpruneError` if there are fewer than 3 examples.
         """
+        if count < 3:
+            raise PermpruneError(
+                f"the calibration has {count} examples, but needs at least 3: "
+                "give more data or --samples, or for text a smaller --length"
+            )
         wanted = examples_per_window * (self.measured + self.held_out)
         share = min(1.0, count / (2 * wanted))
         windows = self.measured, self.held_out

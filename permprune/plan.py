@@ -34,7 +34,6 @@ from permprune.permuters.registry import permuter
 from permprune.permuters.trust_region import TrustRegion
 from permprune.pruning.problem import Outline, Problem, build_problems
 from permprune.registry import describe
-from permprune.saliency.metrics import Saliency, saliency
 from permprune.system import distributed
 from permprune.system.device import compute_device, dtype_named, fast_dtype
 from permprune.system.digests import CALIBRATION, model_digests, versions
@@ -52,27 +51,17 @@ PASSES = 20
 class Plan:
     """The plan of a run, which is made before calibration.
 
-    `layers` are the layers to prune and `problems` the orders to choose. `sites` maps each layer to the name of what it
-    reads (see `Layer.input_of`). `dense` describes the weights inside the blocks that are not pruned. `measured` are
-    the examples for the statistics, and `dtype` is the data type of activations.
+    `outline` has the layers to prune and the orders to choose. `dense` describes the weights inside the blocks that are
+    not pruned. `measured` are the examples for the statistics, and `dtype` is the data type of activations.
     """
 
     config: PruneConfig
-    pattern: Pattern
-    metric: Saliency
     dtype: torch.dtype
     coupling: Coupling
-    layers: list[Layer]
-    problems: list[Problem]
-    sites: dict[str, str]
+    outline: Outline
     dense: DenseWeights
     measured: Examples
     run: Run
-
-    @property
-    def outline(self) -> Outline:
-        """The layers and the problems, without the rest."""
-        return Outline(self.pattern, self.layers, self.sites, self.problems)
 
     def overlap(self, evaluation: Examples) -> float:
         """Return the share of the evaluation data that the calibration data contain (`permprune.data.overlap`)."""
@@ -92,23 +81,23 @@ def plan_run(
     The model may be on the meta device, with its weights on disk; `weights` are the model's weights by name, from which
     a digest is computed. `partial` is as in `prepare`. Raises `PermpruneError`.
     """
-    pattern, metric = config.parsed_pattern, saliency(config.saliency)
+    pattern = config.parsed_pattern
     if config.effort is not None and "permute" not in config.given:
         raise PermpruneError(f"effort {config.effort} chooses the search of prune alone: leave it out")
     layers = prunable_layers(model, pattern, config.exclude)
     device, kind = compute_device(model), kind_of(model)
     examples_per_window = EXAMPLES_PER_WINDOW[kind]
     config = config.replace(length=clipped_length(model, config.length))
-    measured, held_out, train = examples.split(shares_of(len(examples), config, examples_per_window))
+    measured, held_out, train = examples.split(config.shares(len(examples), examples_per_window))
     if kind == "embeddings":  # in batches of similar length, which have little padding
         order = by_length(train, config.batch * examples_per_window, torch.Generator().manual_seed(config.seed))
         train = train[torch.cat(order)]
     config, passes = _within_data(config, kind, max(1, len(train) // examples_per_window))
     coupling = _couple(model, short_inputs(model, with_begun_text(model, measured)), layers, config.mode)
     outline = _outline(coupling, layers, pattern, config.mode)
-    layers, problems, sites = [*outline.layers], [*outline.problems], {**outline.sites}
-    _warn_of_outputs(coupling, problems, config)
-    log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), config.mode)
+    _warn_of_outputs(coupling, outline.problems, config)
+    counts = len(outline.layers), len(outline.problems)
+    log.info("%d layers to prune, %d orders to choose (%s mode)", *counts, config.mode)
     dtype = dtype_named(config.precision) or fast_dtype(device)
     searched = {name: value for name, value in config.identity().items() if name not in FREE}
     searched |= {**model_digests(model, weights.items()), CALIBRATION: measured.digest, **versions()}
@@ -122,8 +111,8 @@ def plan_run(
         examples_per_window=examples_per_window,
         passes=passes,
     )
-    dense = dense_weights(model, sites, config.exclude)
-    return Plan(config, pattern, metric, dtype, coupling, layers, problems, sites, dense, measured, run)
+    dense = dense_weights(model, outline.sites, config.exclude)
+    return Plan(config, dtype, coupling, outline, dense, measured, run)
 
 
 def _within_data(config: PruneConfig, kind: Kind, windows: int) -> tuple[PruneConfig, int]:
@@ -235,20 +224,6 @@ def calibration_examples(model: PreTrainedModel, processor: Processor | None, co
     if any("labels" in part for part in parts):  # of answers: all tokens of text beside them count
         parts = [counted(part) if part.keys() == ["input_ids"] else part for part in parts]
     return Examples.interleave(parts)[:count]
-
-
-def shares_of(count: int, config: PruneConfig, examples_per_window: int) -> list[int]:
-    """Return the shares of `count` examples (`PruneConfig.shares`). Raises `PermpruneError` if there are fewer than 3.
-
-    The shares are for statistics, held-out loss and gradients.
-    """
-    shares = config.shares(count, examples_per_window)
-    if shares[-1] < 1:
-        raise PermpruneError(
-            f"the calibration has {count} examples, but needs at least 3: "
-            "give more data or --samples, or for text a smaller --length"
-        )
-    return shares
 
 
 def _outline(coupling: Coupling, layers: Sequence[Layer], pattern: Pattern, mode: str) -> Outline:

@@ -34,7 +34,7 @@ BEGUN = {
     "accept": ("pruning.network.PrunedNetwork.loss",),
     "compensation": ("permuters.after_rounds.compensate",),
     "blocks": ("permuters.after_rounds.train_blocks",),
-    "training at the end": ("permuters.after_rounds.train_weights",),
+    "training": ("permuters.after_rounds.train_weights",),
     "evaluate": ("engine.session.Session._measurement", "pruning.masked.MaskedLayers.measures"),
     "write": ("engine.held.Held.finish", "engine.sharded.Sharded.finish", "jobs.prune.write_pruned_weights"),
 }

@@ -35,7 +35,6 @@ from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 from permprune.permuters.base import Random
 from permprune.permuters.trust_region import Newton
-from permprune.plan import shares_of
 from permprune.pruning.network import PrunedNetwork
 from permprune.saliency.metrics import SALIENCIES
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
@@ -166,7 +165,7 @@ def test_a_model_that_cannot_be_traced_is_pruned_in_gather_mode(
         prepare(tiny_llama, None, PruneConfig(precision="fp32"), examples=WINDOWS)
     prepared = prepare(tiny_llama, None, PruneConfig(mode="gather", precision="fp32"), examples=WINDOWS)
     assert "cannot trace" in caplog.text
-    assert sorted(len(problem.parts) for problem in prepared.problems) == [1, 1, 1, 1, 2, 2, 3, 3]
+    assert sorted(len(problem.parts) for problem in prepared.outline.problems) == [1, 1, 1, 1, 2, 2, 3, 3]
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     masked = probe_outputs(tiny_llama, {"input_ids": WINDOWS})
@@ -202,7 +201,7 @@ def test_an_op_without_a_rule_keeps_what_it_touches_in_order_and_the_rest_moves(
     monkeypatch.setattr(activation, "forward", lambda x: x.cummax(-1).values)
     prepared = prepare(tiny_llama, None, PruneConfig(precision="fp32"), examples=WINDOWS)
     assert "model.layers.0.mlp.down_proj.input keeps its order: no rule for cummax" in caplog.text
-    names = {problem.name for problem in prepared.problems}
+    names = {problem.name for problem in prepared.outline.problems}
     assert "model.layers.1.mlp.down_proj.input" in names and "model.layers.0.mlp.down_proj.input" not in names
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
@@ -214,12 +213,12 @@ def test_an_op_without_a_rule_keeps_what_it_touches_in_order_and_the_rest_moves(
 
 @pytest.mark.parametrize(("total", "measured", "held_out"), [(192, 24, 8), (20, 7, 2), (3, 1, 1)])
 def test_examples_are_shared_out(total: int, measured: int, held_out: int) -> None:
-    assert shares_of(total, PruneConfig(), 1) == [measured, held_out, total - measured - held_out]
+    assert PruneConfig().shares(total) == [measured, held_out, total - measured - held_out]
 
 
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(PermpruneError, match="needs at least 3"):
-        shares_of(2, PruneConfig(), 1)
+        PruneConfig().shares(2)
 
 
 def test_nan_weights_are_refused(tiny_llama: LlamaForCausalLM) -> None:

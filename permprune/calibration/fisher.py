@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ BLOCK = 2**24
 
 @contextmanager
 def output_fisher(
-    layers: list[Layer], fisher: dict[str, Tensor], *, one_label_per_example: bool, padding: Padding
+    layers: Iterable[Layer], fisher: dict[str, Tensor], *, one_label_per_example: bool, padding: Padding
 ) -> Iterator[None]:
     """Add the Fisher information of the layers' rows to `fisher`, by layer, in every backward pass inside the context.
 

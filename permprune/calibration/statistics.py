@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +51,8 @@ class Statistics:
 
 def calibrate(
     model: nn.Module,
-    layers: list[Layer],
-    sites: dict[str, str],
+    layers: Sequence[Layer],
+    sites: Mapping[str, str],
     examples: Examples,
     task: Task,
     *,
@@ -123,7 +123,7 @@ def _most_labelled(examples: Examples) -> Examples:
     return examples[most : most + 1]
 
 
-def _information(sums: dict[str, Tensor], terms: float, layers: list[Layer]) -> dict[str, Tensor]:
+def _information(sums: dict[str, Tensor], terms: float, layers: Iterable[Layer]) -> dict[str, Tensor]:
     """Return the Fisher information of sums over so many terms of the loss; that of experts not read is small.
 
     Raises `PermpruneError` if it is not finite.
@@ -187,7 +187,12 @@ class _Pass:
         return Symmetrics(moments)
 
     def differentiated(
-        self, readers: dict[str, Layer], layers: list[Layer], fisher: dict[str, Tensor], *, one_label_per_example: bool
+        self,
+        readers: dict[str, Layer],
+        layers: Iterable[Layer],
+        fisher: dict[str, Tensor],
+        *,
+        one_label_per_example: bool,
     ) -> tuple[Symmetrics, float]:
         """Like `forward`, with a backward pass that accumulates `fisher`. Returns (moments, number of terms)."""
         inputs, terms = InputMoments(readers, half=self.half, shelf=self.shelf), 0.0
@@ -220,7 +225,7 @@ class _Pass:
 
 
 @contextmanager
-def _graph_from(layers: list[Layer]) -> Iterator[None]:
+def _graph_from(layers: Iterable[Layer]) -> Iterator[None]:
     """Start the autograd graph at the first of the layers that runs, as no parameter requires a gradient."""
 
     def start(_layer: Layer, x: Tensor, _routed: Routed | None) -> Tensor | None:

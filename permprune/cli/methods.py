@@ -18,7 +18,7 @@ from permprune.options import nearest, numbers_of
 def methods(name: Annotated[str | None, typer.Argument(help="a method such as newton")] = None) -> None:
     """List permuters, saliencies, updates and losses, or show what one of them does and its options.
 
-    Options follow the name of a method, as in newton:rounds=6:tune=2; those of the loss follow a permuter's.
+    Options follow the name of a method, as in newton:rounds=6:refine=2; those of the loss follow a permuter's.
     """
 
     from permprune.losses.objective import Objective

@@ -24,9 +24,8 @@ from permprune.checkpoints.probe import make_probe
 from permprune.checkpoints.record import Mix
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig, PruneSettings
-from permprune.coupling.fold import fold_all
 from permprune.engine.mixing import choose_patterns, sensitivity
-from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, reorder_columns, sample, stored_form
+from permprune.engine.pruned import Pruned, beside_natural, sample, stored_form, stored_order
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
 from permprune.forecasts.efforts import resolve
@@ -44,6 +43,7 @@ from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_count, calibration_examples, plan_run
 from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.network import PrunedNetwork
+from permprune.saliency.metrics import saliency
 from permprune.system.device import compute_device
 from permprune.system.failures import failures_reported
 from permprune.system.progress import CALIBRATE, NATURAL, UPDATE, log, stage
@@ -119,15 +119,15 @@ def measure(
     """
     stage(CALIBRATE)
     plan = transcribed(plan, model)
-    config, layers, sites, dtype = plan.config, plan.layers, plan.sites, plan.dtype
+    config, outline, dtype = plan.config, plan.outline, plan.dtype
     batch, recompute = config.batch * BATCH_MULTIPLIER[kind_of(model)], config.recompute
     with frozen(model), torch.no_grad(), autocast(compute_device(model), dtype):
         task = choose_task(model, plan.measured, batch)
-    held = held or NarrowWeights.of(model, layers, origin_of(model).dtype)
+    held = held or NarrowWeights.of(model, outline.layers, origin_of(model).dtype)
     statistics = calibrate(
         model,
-        layers,
-        sites,
+        outline.layers,
+        outline.sites,
         plan.measured,
         task,
         dtype=dtype,
@@ -141,10 +141,10 @@ def measure(
     )
     network = PrunedNetwork(
         model,
-        plan.outline,
+        outline,
         statistics=statistics,
-        saliency=plan.metric,
-        patterns=dict.fromkeys(sites, plan.pattern),
+        saliency=saliency(config.saliency),
+        patterns=dict.fromkeys(outline.sites, outline.pattern),
         task=task,
         dtype=dtype,
         batch=batch,
@@ -316,9 +316,9 @@ class Held:
             probe = make_probe(model, short_inputs(model, plan.run.held_out))
         pruned = stored_form(plan, model, solution, layers=measures, probe=probe, sample=shown)
         pruned.mix = self.mix
-        fold_all(model, pruned.tables, plan.coupling)
-        for layer, order in gathered_layers(plan, solution.orders).values():
-            layer.stored.data.copy_(reorder_columns(layer.stored, layer, order))
+        edit = stored_order(plan, pruned)
+        for name, weight in model.named_parameters():
+            weight.data.copy_(edit(name, weight))
         network.held.release()
         attach_gathers(model, pruned.gathers)
         pruned.gathers = compose(origin.gathers, pruned.gathers)

@@ -32,7 +32,7 @@ def sensitivity(prepared: Prepared) -> Sensitivity:
     checkpoint = prepared.run.checkpoint
     checkpoint_of_mix = Checkpoint(checkpoint.folder and checkpoint.folder / STATE, checkpoint.settings)
     run = replace(prepared.run, checkpoint=checkpoint_of_mix, callbacks=())
-    return Sensitivity(prepared.network, run, parse_candidates(prepared.config.candidates), prepared.pattern)
+    return Sensitivity(prepared.network, run, parse_candidates(prepared.config.candidates), prepared.outline.pattern)
 
 
 def choose_patterns(
@@ -57,13 +57,11 @@ def choose_patterns(
     patterns = chosen_mix.patterns
     if not patterns:
         raise PermpruneError("the budget leaves every layer dense: there is nothing to prune")
-    outline = prepared.outline.of([layer for layer in prepared.layers if layer.name in patterns])
+    outline = prepared.outline.of([layer for layer in prepared.outline.layers if layer.name in patterns])
     settings = {**run.checkpoint.settings, STATE: json.dumps(chosen_mix.layers, sort_keys=True)}
     chosen = replace(
         prepared,
-        layers=[*outline.layers],
-        problems=[*outline.problems],
-        sites=dict(outline.sites),
+        outline=outline,
         run=replace(run, checkpoint=Checkpoint(folder, settings), solved={}),
         network=prepared.network.restricted(outline, patterns),
     )
@@ -72,9 +70,9 @@ def choose_patterns(
 
 def costs_of(prepared: Prepared, keep: float | None = None) -> Costs:
     """Return what the candidates of the config take in each layer, and its budget."""
-    config, model, layers = prepared.config, prepared.model, prepared.layers
+    config, model, layers = prepared.config, prepared.model, prepared.outline.layers
     candidates = parse_candidates(config.candidates)
-    packs = (group := prepared.pattern.m) <= LARGEST_GROUP
+    packs = (group := prepared.outline.pattern.m) <= LARGEST_GROUP
     if not packs and config.bytes is not None:
         raise PermpruneError(f"there is no packed form of groups of {group}: give candidates with a smaller M")
 
@@ -97,8 +95,8 @@ def costs_of(prepared: Prepared, keep: float | None = None) -> Costs:
 
 def _gather_bytes(prepared: Prepared) -> int:
     """The bytes of the orders that modules read at run time, if every order that cannot be folded is stored."""
-    owners = {layer.name: layer.owner_name for layer in prepared.layers}
-    gathered = [problem for problem in prepared.problems if not problem.space]
+    owners = {layer.name: layer.owner_name for layer in prepared.outline.layers}
+    gathered = [problem for problem in prepared.outline.problems if not problem.space]
     return sum(
         torch.int64.itemsize * problem.size * len({owners[part.layer] for part in problem.parts})
         for problem in gathered

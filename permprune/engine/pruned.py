@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -132,7 +132,7 @@ def stored_form(
 
     Problems without an order keep their natural one. The other arguments are fields of the result.
     """
-    tables = fold_tables(plan.coupling, plan.problems, solution.orders)
+    tables = fold_tables(plan.coupling, plan.outline.problems, solution.orders)
     moved = [name for name, table in tables.items() if not (table == torch.arange(table.shape[-1])).all()]
     return Pruned(
         model=model,
@@ -148,19 +148,18 @@ def stored_form(
     )
 
 
-def gathered_layers(plan: Plan, orders: Orders) -> dict[str, tuple[Layer, Tensor]]:
-    """Return the layers that read gathered channels, each with its order, by parameter."""
-    gathered = _gathered_problems(plan, orders)
-    return {layer.parameter: (layer, orders[problem.name]) for problem, layers in gathered for layer in layers}
-
-
 def stored_order(plan: Plan, pruned: Pruned) -> Edit:
     """Return the edit that puts the channels of masked weights in stored order: folded, or reordered for gathers."""
-    gathered = gathered_layers(plan, pruned.solution.orders)
+    orders, gathered = pruned.solution.orders, dict[str, tuple[Layer, Tensor]]()
+    for problem, layers in _gathered_problems(plan, orders):
+        gathered |= {layer.parameter: (layer, orders[problem.name]) for layer in layers}
 
     def edit(name: str, tensor: Tensor) -> Tensor:
         fold_parameter(name, tensor, pruned.tables, plan.coupling)
-        return reorder_columns(tensor, *gathered[name]) if name in gathered else tensor
+        if name not in gathered:
+            return tensor
+        layer, order = gathered[name]  # of all experts, as one gather serves them all
+        return tensor.detach().index_select(-2 if layer.transposed else -1, order.to(tensor.device))
 
     return edit
 
@@ -175,8 +174,8 @@ def beside_natural(measures: list[LayerMeasure], natural: list[LayerMeasure]) ->
 
 def _gathered_problems(plan: Plan, orders: Orders) -> Iterator[tuple[Problem, list[Layer]]]:
     """Yield the problems that cannot be folded and have another order than the natural one, each with its layers."""
-    layers = {layer.name: layer for layer in plan.layers}
-    for problem in plan.problems:
+    layers = {layer.name: layer for layer in plan.outline.layers}
+    for problem in plan.outline.problems:
         order = orders.get(problem.name)
         if not problem.space and order is not None and not torch.equal(order, problem.identity()):
             yield problem, [layers[part.layer] for part in problem.parts]
@@ -198,7 +197,7 @@ def _gathers(plan: Plan, orders: Orders) -> list[Gather]:
     return gathers
 
 
-def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Tensor]:
+def fold_tables(coupling: Coupling, problems: Iterable[Problem], orders: Orders) -> dict[str, Tensor]:
     """Return the permutations to fold, by space: int64 (blocks, size); blocks without an order keep the natural one."""
     tables: dict[str, Tensor] = {}
     sizes = {space.name: (space.blocks, space.size) for space in coupling.spaces}
@@ -220,12 +219,6 @@ def compose_tables(first: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> d
     """Combine permutations, folded one after the other, into one for each space."""
     after = {space: first[space].gather(1, table) if space in first else table for space, table in then.items()}
     return {**first, **after}
-
-
-@torch.no_grad()
-def reorder_columns(stored: Tensor, layer: Layer, order: Tensor) -> Tensor:
-    """Return a layer's parameter with its columns in a new order: of all experts, as one gather serves them all."""
-    return stored.index_select(-2 if layer.transposed else -1, order.to(stored.device))
 
 
 def sample(network: MaskedLayers, measures: Sequence[PrunedLayer]) -> dict[str, Any]:

@@ -76,8 +76,8 @@ class Sharded(Held):
         self.shelf, fisher = self.shelf_of(config, work, room), permuter(config.permute).uses_fisher
 
         def load() -> NarrowWeights | None:
-            held = self.load_weights(model, weights, {layer.parameter for layer in plan.layers})
-            for layer in plan.layers:
+            held = self.load_weights(model, weights, {layer.parameter for layer in plan.outline.layers})
+            for layer in plan.outline.layers:
                 require_finite(layer)
             return held
 

@@ -27,13 +27,8 @@ OF_PHASES = {
 }
 """The stages of a run to which the phases of a forecast belong, beside those of a search."""
 
-OF_SEARCH = {
-    Phase.REFINEMENT: "refinement",
-    Phase.COMPENSATION: "compensation",
-    Phase.BLOCKS: "blocks",
-    Phase.TRAINING_AT_END: "training",
-}
-"""The stages of a search that follow its rounds."""
+AFTER_ROUNDS = {Phase.REFINEMENT, Phase.COMPENSATION, Phase.BLOCKS, Phase.TRAINING}
+"""The phases of a search that follow its rounds, each a stage of the same name."""
 
 
 def stages_of_pruning(config: PruneConfig, *, packed: bool, timed: bool) -> list[str]:
@@ -77,7 +72,7 @@ def _stage_of(method: Permuter, stage: Stage) -> str:
     start, *others = method.stages
     if stage.method != method.name or not others or not isinstance(method, Iterative):
         return start
-    return method.stage(OF_SEARCH[stage.phase]) if stage.phase in OF_SEARCH else others[0]
+    return method.stage(stage.phase) if stage.phase in AFTER_ROUNDS else others[0]
 
 
 def _searched(method: Permuter, config: PruneConfig) -> list[str]:

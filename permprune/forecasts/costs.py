@@ -24,10 +24,9 @@ from permprune.forecasts.weights import (
     block_update,
     compensation_work,
     masked_weights,
-    step_work,
     teacher_outputs,
     trained_weights,
-    training_memory,
+    training,
     update_share,
 )
 from permprune.matching.assignment import groups_in, part_count
@@ -177,13 +176,9 @@ def _rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
         yield Stage(Phase.GRADIENTS, (*backward, summed), run.gradient_work(examples) * rounds, method.name)
         models, work = proposals(method, run)
         yield Stage(Phase.PROPOSALS, (*models, _gradients(run)), work and work * rounds, method.name)
-    losses = TRIED * rounds + START + method.compensate + bool(method.block_steps) + method.trains_at_end
+    losses = TRIED * rounds + START + method.compensate + bool(method.block_steps) + method.trains_all
     accepting = (*_pass(method, run), *_held_to_accept(method, run))
     yield Stage(Phase.ACCEPT, accepting, run.loss_work(run.held_out) * losses, method.name)
-    if rounds and method.tune:
-        steps, batch = method.tune * max(0, rounds - method.wait), method.step_examples * run.examples_per_window
-        parts = (*training_memory(method, run, batch, steps), _best_trained(run), _gradients(run))
-        yield Stage(Phase.TRAINING, parts, step_work(run, batch) * steps, method.name)
     if method.refine:
         summed = run.summed(Part.GRADIENTS, 2 * examples, method.refine)
         work = run.gradient_work(2 * examples) + run.loss_work(run.held_out) * TRIED_SHARES
@@ -192,31 +187,28 @@ def _rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
 
 def _after_rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
     """Yield the stages that change weights at the orders found; all but the first put the best ones aside."""
-    size, before = run.outline.dtype.itemsize * run.outline.weights, bool(method.tune) + method.compensate
+    size = run.outline.dtype.itemsize * run.outline.weights
     if method.compensate:
         updated = Memory(Part.COMPENSATED, size, travels=4.0 * size)  # written, read by blocks, and replaced
-        tuned = [trained_weights(run)] if method.tune else []
         examples = 4 * method.examples * run.examples_per_window
-        parts = (updated, *tuned, *block_update(run, examples))
+        parts = (updated, *block_update(run, examples))
         yield Stage(Phase.COMPENSATION, parts, compensation_work(run, examples), method.name)
     if method.block_steps:
         parts, work = block_training(run, method.block_steps)
-        best = [_best_trained(run)] if before else []
+        best = [_best_trained(run)] if method.compensate else []
         yield Stage(Phase.BLOCKS, (*parts, *best), work, method.name, last=True)
-    if method.trains_at_end:
-        batch = method.step_examples * run.examples_per_window
-        parts = training_memory(method, run, batch, method.train_steps)
-        known = step_work(run, batch) * method.train_steps if method.train_steps else None
-        best = [_best_trained(run)] if before + bool(method.block_steps) else []
-        yield Stage(Phase.TRAINING_AT_END, (*parts, *best), known, method.name, last=True)
+    if method.trains_all:
+        parts, known = training(method, run)
+        best = [_best_trained(run)] if method.compensate or method.block_steps else []
+        yield Stage(Phase.TRAINING, (*parts, *best), known, method.name, last=True)
 
 
 def _held_to_accept(method: TrustRegion, run: Workload) -> list[Memory]:
     """The memory that accept tests need beside their passes: of rounds, or of the changes of weights after them."""
-    changed = bool(method.tune) + method.compensate + bool(method.block_steps)
-    during = [*([_gradients(run)] if method.rounds else []), *([trained_weights(run)] if method.tune else [])]
-    after = [trained_weights(run)] if changed or method.trains_at_end else []
-    after += [replace(_best_trained(run), travels=0.0)] if changed + method.trains_at_end > 1 else []
+    changes = method.compensate + bool(method.block_steps) + method.trains_all
+    during = [_gradients(run)] if method.rounds else []
+    after = [trained_weights(run)] if changes else []
+    after += [replace(_best_trained(run), travels=0.0)] if changes > 1 else []
     return max(during, after, key=lambda parts: sum(part.bytes for part in parts))
 
 
@@ -234,12 +226,12 @@ def _best_trained(run: Workload) -> Memory:
 @state_bytes.register(TrustRegion)
 def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
     weights = outline.dtype.itemsize * outline.weights if method.trains else 0
-    training = weights + weights * outline.pattern.n // outline.pattern.m  # and first moments of kept ones
-    training += 4 * sum(sum(layer.shape) for layer in outline.layers) if method.trains else 0  # and second ones
-    training += weights * (bool(method.block_steps) + method.compensate)
+    trained = weights + weights * outline.pattern.n // outline.pattern.m  # and first moments of kept ones
+    trained += 4 * sum(sum(layer.shape) for layer in outline.layers) if method.trains else 0  # and second ones
+    trained += weights * (bool(method.block_steps) + method.compensate)
     masks = outline.weights // 8 if method.refine or method.compensate else 0
     orders = 8 * sum(problem.size for problem in outline.problems) * method.rounds
-    states = 2 * (orders + weights + masks + training)  # the old one is kept until the new one is written
+    states = 2 * (orders + weights + masks + trained)  # the old one is kept until the new one is written
     return _solution_bytes(outline) + states + weights + masks  # the solution has them, too
 
 

@@ -258,7 +258,7 @@ class Fitting(Subject):
             able = ", ".join(name for name, other in PERMUTERS.items() if other().divides_rows)
             return (
                 f"permuter {label_of(method)} needs all rows of a layer: choose one of {able}, "
-                "without training (tune, train), or --effort order"
+                "without training, or --effort order"
             )
         if not isinstance(change, NoUpdate):
             return f"update {change.name} needs all rows of a layer: choose none"

@@ -47,7 +47,7 @@ mask's groups, and the mask."""
 FILES = 4
 """Half the number of files of weights that a run writes, at least."""
 
-BACKWARD = {Phase.GRADIENTS, Phase.BLOCKS, Phase.TRAINING, Phase.TRAINING_AT_END, Phase.REFINEMENT}
+BACKWARD = {Phase.GRADIENTS, Phase.BLOCKS, Phase.TRAINING, Phase.REFINEMENT}
 """The phases with gradients, beside a calibration with Fisher information."""
 
 ONE_BLOCK = {Part.BLOCK_SUMS, Part.BLOCK_OUTPUTS}

@@ -98,11 +98,10 @@ class Phase(StrEnum):
     RELAXATION = "relaxation"
     PROPOSALS = "proposals"
     ACCEPT = "accept"
-    TRAINING = "training"
     REFINEMENT = "refinement"
     COMPENSATION = "compensation"
     BLOCKS = "blocks"
-    TRAINING_AT_END = "training at the end"
+    TRAINING = "training"
     UPDATE = "update"
     OTHER_SHARES = "other shares of the weights"  # are tried for a limit of the loss
     EVALUATE = "evaluate"

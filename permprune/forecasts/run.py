@@ -44,7 +44,7 @@ from permprune.models.narrow_weights import end_weights, held_bytes, held_type, 
 from permprune.models.processors import takes_pairs
 from permprune.pattern import MIXED
 from permprune.permuters.registry import permuter
-from permprune.plan import Plan, calibration_count, shares_of
+from permprune.plan import Plan, calibration_count
 from permprune.pruning.problem import Outline
 from permprune.system import distributed
 from permprune.system.device import dtype_named
@@ -147,7 +147,7 @@ class _HeldRun:
         """The layers, orders and passes of the run."""
         subject, config, kind = self.subject, self.config, kind_of(self.subject.model)
         count = subject.examples or calibration_count(subject.model, config)
-        measured, held_out, _ = shares_of(count, config, EXAMPLES_PER_WINDOW[kind])
+        measured, held_out, _ = config.shares(count, EXAMPLES_PER_WINDOW[kind])
         forward = Work(products=self.example.operations, moved=self.example.moved)
         return Workload(
             outline=self.outline,

@@ -16,6 +16,7 @@ from permprune.losses.objective import as_loss
 from permprune.models.layers import Layer
 from permprune.permuters.block_tuning import PASSES
 from permprune.permuters.iterate import Iterative
+from permprune.permuters.trust_region import TrustRegion
 from permprune.updates.methods import ADMM, WIDE
 
 STEPPED = 15
@@ -87,12 +88,15 @@ def _block_by_block(run: Workload, examples: int, update: Callable[[int, int, in
     return run.pass_work(examples, examples, 2) + moments + run.each_problem(update)
 
 
-def training_memory(method: Iterative[Any], run: Workload, examples: int, steps: float) -> tuple[Memory, ...]:
-    """The memory of `train_weights` with so many examples in a step: sums of gradients only for several batches.
+def training(method: TrustRegion, run: Workload) -> tuple[tuple[Memory, ...], Work | None]:
+    """The memory and the work of `train_weights`; the work is None if only a time limit ends it.
 
-    Each batch reads the weights, once more with `recompute`, and a step reads and writes them and their moments.
+    Each batch of a step reads the weights, once more with `recompute`, and a step reads and writes them and their
+    moments; there are sums of gradients for several batches only. A step makes passes of the dense model and, as of a
+    gradient but without covariance, of the pruned one. `carrying` its weights is left to the memory.
     """
-    outline, batches = run.outline, math.ceil(examples / run.batch)
+    outline, steps, examples = run.outline, method.train_steps, method.step_examples * run.examples_per_window
+    batches = math.ceil(examples / run.batch)
     reads = (2 if run.recompute else 1) * batches + 2
     masked = masked_weights(run) if outline.dtype != run.dtype else ()  # else those in training run
     weights = outline.dtype.itemsize * outline.weights
@@ -105,7 +109,9 @@ def training_memory(method: Iterative[Any], run: Workload, examples: int, steps:
         parts.append(run.summed(Part.GRADIENT_SUMS, examples - run.batch, steps))
     if run.on_device:
         parts.append(Memory("tensor that is saved", weights // len(outline.sites), "host"))
-    return (*parts, *teacher_outputs(method, run, examples, training=True))
+    passes = run.pass_work(examples, run.batch) + run.forward * ((4 if run.recompute else 3) * examples)
+    work = (passes + _moved_by_step(run)) * steps if steps else None
+    return (*parts, *teacher_outputs(method, run, examples, training=True)), work
 
 
 def block_training(run: Workload, steps: int) -> tuple[tuple[Memory, ...], Work]:
@@ -123,15 +129,6 @@ def block_training(run: Workload, steps: int) -> tuple[tuple[Memory, ...], Work]
     batch = min(run.batch, run.examples_per_window)
     work = run.pass_work(examples, batch) + run.forward * (2 * examples) + run.pass_work(examples / PASSES, batch, 2)
     return parts, work + _moved_by_step(run) * steps
-
-
-def step_work(run: Workload, examples: int) -> Work:
-    """The work of a step of training: passes of the dense model and, as of a gradient, of the pruned one.
-
-    It needs no covariance, and `carrying` its weights is left to the memory of the step.
-    """
-    passes = run.pass_work(examples, run.batch) + run.forward * ((4 if run.recompute else 3) * examples)
-    return passes + _moved_by_step(run)
 
 
 def _moved_by_step(run: Workload) -> Work:

@@ -189,7 +189,7 @@ def _row(session: Session, cell: Cell, run: Run) -> SweepRow:
         **vars(measurement),
         pattern=cell.pattern,
         minutes=cell.minutes,
-        bytes=model_bytes(session.weights.model, session.weights.plan.layers, patterns),
+        bytes=model_bytes(session.weights.model, session.weights.plan.outline.layers, patterns),
         layers=dict(sorted(Counter(map(str, patterns.values())).items())),
         kept=math.fsum(layer.kept for layer in layers) / len(layers),
         error=math.fsum(layer.error for layer in layers) / len(layers),

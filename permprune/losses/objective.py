@@ -78,7 +78,7 @@ class Loss(ABC):
         return self
 
     def for_training(self, task: Task) -> Loss:
-        """Return the loss for training weights, between the rounds of a search or after them; by default this loss."""
+        """Return the loss for training weights after a search; by default this loss."""
         return self
 
     def needs_teacher(self, task: Task) -> bool:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from permprune.permuters.base import TRAINING
 from permprune.permuters.block_tuning import train_blocks
 from permprune.permuters.iterate import Landscape
 from permprune.permuters.refinement import compensate, refine_masks
-from permprune.permuters.trust_region_state import TrustRegionState, Visit
-from permprune.permuters.tuning import Schedule, counted, first_ended, keep_if_better, timed, train_weights
+from permprune.permuters.trust_region_state import TrustRegionState
+from permprune.permuters.tuning import counted, first_ended, keep_if_better, timed, train_weights
 from permprune.system.progress import log, stage
 from permprune.system.search_state import Resumable
 
@@ -35,24 +34,20 @@ def after_rounds(
         saved = Resumable(checkpoint, f"{method.name}.refinement", state.number)
         limit, examples = method.time_limit(landscape.run), 2 * method.examples
         state = refine_masks(landscape, state, rounds=method.refine, examples=examples, limit=limit, saved=saved)
-    if method.compensate and (left := _time_left(landscape, state, "compensation")) > 0:
-        stage(method.stage("compensation"))
-        saved = Resumable(checkpoint, f"{method.name}.compensation", [len(state.curve), method.refine])
-        state = state.timed(partial(compensate, landscape, examples=4 * method.examples, limit=left, saved=saved))
-    if method.block_steps and (left := _time_left(landscape, state, "blocks")) > 0:
-        stage(method.stage("blocks"))
-        saved = Resumable(checkpoint, f"{method.name}.blocks", _stages_before(method, state))
-        state = state.timed(partial(train_blocks, landscape, steps=method.block_steps, limit=left, saved=saved))
-    bits = landscape.network.bits if method.refine or method.compensate else {}
-    if method.trains_at_end and (left := _time_left(landscape, state, "training")) > 0:
-        stage(method.stage("training"))
-        state = state.timed(partial(_train_at_end, method, landscape, left))
-    return state, bits
-
-
-def _stages_before(method: TrustRegion, state: TrustRegionState) -> list[int]:
-    """What the weights that a training starts from depend on: each follows more points of the curve."""
-    return [len(state.curve), method.refine, method.compensate, method.block_steps]
+    changes = (
+        ("compensation", method.compensate, partial(compensate, landscape, examples=4 * method.examples)),
+        ("blocks", method.block_steps, partial(train_blocks, landscape, steps=method.block_steps)),
+        ("training", method.trains_all, partial(_train_all, method, landscape)),
+    )
+    before = [method.refine]  # what the weights that a change starts from depend on, beside the points of the curve
+    for what, asked, change in changes:
+        before.append(asked)
+        if asked and (left := _time_left(landscape, state, what)) > 0:
+            stage(method.stage(what))
+            saved = Resumable(checkpoint, f"{method.name}.{what}", [len(state.curve), *before])
+            state = replace(state, seconds=state.seconds + saved.before)
+            state = state.timed(partial(change, limit=left, saved=saved))
+    return state, landscape.network.bits if method.refine or method.compensate else {}
 
 
 def _time_left(landscape: Landscape, state: TrustRegionState, what: str) -> float:
@@ -64,41 +59,20 @@ def _time_left(landscape: Landscape, state: TrustRegionState, what: str) -> floa
     return left
 
 
-def _train_at_end(method: TrustRegion, landscape: Landscape, left: float, state: TrustRegionState) -> TrustRegionState:
-    """Train the weights for the steps and the seconds that are `left`."""
+def _train_all(
+    method: TrustRegion, landscape: Landscape, state: TrustRegionState, *, limit: float, saved: Resumable
+) -> TrustRegionState:
+    """Train the weights that are kept for the steps of the method, or up to the limit (see `train_weights`)."""
     schedules = [counted(method.train_steps)] if method.train_steps else []
-    schedules += [] if left == math.inf else [timed(left)]
-    state, kept = train(method, landscape, state, first_ended(*schedules), first=0)
+    schedules += [] if limit == math.inf else [timed(limit)]
+    network, schedule, rate = landscape.network, first_ended(*schedules), method.rate
+    loss, examples = landscape.loss.for_training(network.task), method.step_examples
+    weights = train_weights(network, landscape.run, loss, schedule, examples=examples, rate=rate, saved=saved)
+    state, kept = keep_if_better(landscape, state, weights, "training")
     if not kept:
         log.warning(
             "training did not lower the held-out loss (%.4f): weights are as before; give a lower rate, as in "
             "%s:rate=%g",
-            state.best,
-            method.name,
-            state.rate / 4,
+            *(state.best, method.name, rate / 4),
         )
     return state
-
-
-def train(
-    method: TrustRegion,
-    landscape: Landscape,
-    state: TrustRegionState,
-    schedule: Schedule,
-    *,
-    first: int,
-) -> tuple[TrustRegionState, bool]:
-    """Train the remaining weights of a state (see `train_weights`), and keep them if the held-out loss falls.
-
-    Returns the state, with the loss of the trained weights on the curve, and whether they were kept: gradients at other
-    weights do not count any more then. The network shows the state.
-    """
-    network, loss = landscape.network, landscape.loss.for_training(landscape.network.task)
-    saved = Resumable(method.checkpoint(landscape.run), method.name + TRAINING, _stages_before(method, state))
-    state = replace(state, seconds=state.seconds + saved.before)
-    examples, rate = method.step_examples, state.rate
-    weights = train_weights(
-        network, landscape.run, loss, schedule, first=first, examples=examples, rate=rate, saved=saved
-    )
-    state, kept = keep_if_better(landscape, state, weights, "training")
-    return (replace(state, visits=(Visit(state.orders),), slopes={}) if kept else state), kept

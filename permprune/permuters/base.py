@@ -26,16 +26,13 @@ with on_first_use(globals()):
     from permprune.system.memory import release_freed_memory
     from permprune.system.search_state import Checkpoint, Journal
 
-TRAINING = ".training"
-"""What follows the name of a search in the name of the state of its training."""
-
 
 @dataclass(frozen=True)
 class CurvePoint:
     """One round of a search: its held-out loss, whether the round was kept, and the seconds of the search at its end.
 
     `stage` is "search", "refinement" of the masks, "compensation", the training of "blocks" one after the other, or
-    "training" for training between the rounds or after them.
+    "training" of all weights together.
     """
 
     round: int
@@ -257,7 +254,7 @@ class Permuter(ABC):
         solution = self.search(network, run)
         if not solution.stopped:
             checkpoint.save_object(file, SavedSolution(solution, limits))
-            checkpoint.remove(self.name + TRAINING)
+            checkpoint.remove(f"{self.name}.training")  # which the solution has
         return solution
 
 

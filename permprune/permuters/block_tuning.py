@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -80,7 +79,6 @@ def train_blocks(landscape: Landscape, state: S, *, steps: int, limit: float, sa
     if not going_on:
         log.warning("the model does not go on from one block to the next: its blocks are not trained one by one")
         return state
-    state = replace(state, seconds=state.seconds + saved.before)
     weights = trained_blocks(network, landscape.run, steps, saved, limit)
     return keep_if_better(landscape, state, weights, "blocks")[0]
 

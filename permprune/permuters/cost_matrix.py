@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from permprune.losses.objective import Loss, LossFunction, Objective
-from permprune.matching.schedule import Cosine, Epsilon, Geometric
 from permprune.options import Count, Natural, NonNegative
 from permprune.pattern import Pattern
 from permprune.permuters.base import Identity, Permuter
@@ -32,6 +31,9 @@ with on_first_use(globals()):
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """AdamW's betas and epsilon, those of PyTorch."""
+
+LAST_EPSILON = 0.1
+"""The entropy weight of the last step's matching; that of the first is 1."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,6 @@ class CostMatrixLearner(Iterative[CostMatrixState]):
     learning_rate: NonNegative = 0.1
     weight_decay: NonNegative = 0.01
     iterations: Count = 5
-    epsilon: Epsilon = Geometric(1.0, 0.1)
     noise: NonNegative = 0.0
     margin: NonNegative = 1.0
 
@@ -90,6 +91,10 @@ class CostMatrixLearner(Iterative[CostMatrixState]):
     @abstractmethod
     def relax(self, cost: Tensor, epsilon: float) -> Tensor:
         """Return doubly stochastic matrices (parts, channels, positions) for costs of that shape, differentiably."""
+
+    def epsilon(self, progress: float) -> float:
+        """The entropy weight of the matching after this share of the steps: it falls by a constant factor per step."""
+        return math.pow(LAST_EPSILON, progress)
 
     def keep(self, score: Tensor, pattern: Pattern) -> Tensor:
         """Return the mask of scores (..., width), which are in stored order."""
@@ -246,13 +251,17 @@ class PermLLM(CostMatrixLearner):
     objective: Loss | LossFunction = Objective(0.0, cosine=1.0)
     block: Count = 64
     learning_rate: NonNegative = 0.05
-    epsilon: Epsilon = Cosine(1.0, 0.1)
 
     def part_size(self, size: int, pattern: Pattern) -> int:
         return self.block if size % self.block == 0 and self.block % pattern.m == 0 else size
 
     def relax(self, cost: Tensor, epsilon: float) -> Tensor:
         return straight_through(cost, epsilon, self.iterations)
+
+    def epsilon(self, progress: float) -> float:
+        """The same, along half a cosine."""
+        high = (1 + math.cos(math.pi * progress)) / 2
+        return high + (1 - high) * LAST_EPSILON
 
     def keep(self, score: Tensor, pattern: Pattern) -> Tensor:
         soft = score.unflatten(-1, (-1, pattern.m)).softmax(-1).flatten(-2)

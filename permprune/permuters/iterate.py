@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from permprune.losses.objective import Loss, LossFunction, Objective, TeacherOutputs, as_loss
-from permprune.permuters.base import TRAINING, CurvePoint, Permuter, Round, Run, Solution
+from permprune.permuters.base import CurvePoint, Permuter, Round, Run, Solution
 from permprune.system.imports import on_first_use
 from permprune.system.progress import bar, log, stage
 
@@ -76,9 +76,8 @@ class SearchState:
         orders: The best orders so far.
         best: Their loss on the held-out examples, the lowest so far.
         weights: The weights that are masked, by layer, if the search trained them.
-        number: Rounds (or steps, if a round has several) made so far.
+        number: Rounds (or steps) made so far.
         moved: Number of orders that the last round changed.
-        midway: Whether the last round is not over: another step belongs to it.
         seconds: Seconds of the start and of all rounds so far, including those of interrupted runs.
         curve: The losses recorded so far.
     """
@@ -88,7 +87,6 @@ class SearchState:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     number: int = 0
     moved: int = 0
-    midway: bool = False
     seconds: float = 0.0
     curve: tuple[CurvePoint, ...] = ()
 
@@ -156,7 +154,7 @@ class Iterative(Permuter, Generic[S]):
     def done(self, landscape: Landscape, state: S) -> bool:
         """Whether no other step follows."""
         ended = state.number >= self.total or not landscape.network.problems
-        return not state.midway and (ended or state.seconds > self.time_limit(landscape.run))
+        return ended or state.seconds > self.time_limit(landscape.run)
 
     def finish(self, landscape: Landscape, state: S) -> Solution:
         """Return the solution, after what follows the last round."""
@@ -187,9 +185,6 @@ class Iterative(Permuter, Generic[S]):
             while not stopped and not self.done(landscape, state):
                 state = state.timed(partial(self.step, landscape))
                 checkpoint.save_object(self.name, state)
-                if state.midway:
-                    continue
-                checkpoint.remove(self.name + TRAINING)
                 advance(state.number, f"{self.name}: held-out loss {state.best:.4f}")
                 stopped = run.notify(self._round(landscape, state))
         if stopped:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from permprune.losses.objective import Loss, LossFunction, Objective
-from permprune.matching.schedule import Geometric
 from permprune.options import Count, Natural, NonNegative, Share
 from permprune.pattern import Pattern
 from permprune.permuters.quadratic import QuadraticModel
@@ -20,6 +19,9 @@ with on_first_use(globals()):
     from permprune.matching.assignment import assign
     from permprune.matching.sinkhorn import gumbel_noise, sinkhorn
 
+LAST_EPSILON = 0.02
+"""The entropy weight of the last pass of a round, in units of the mean absolute cost; that of the first is 1."""
+
 
 @dataclass(frozen=True)
 class Learned(TrustRegion):
@@ -29,9 +31,8 @@ class Learned(TrustRegion):
     the parts. A pass frees one slot of every group and trains C for these slots, where dLoss/dP has a closed form that
     accounts for the weights that a channel displaces (`placement_cost`). In the natural metric of an entropic plan that
     gradient is the step itself (mirror descent), so that C <- decay * C + dLoss/dP keeps its scale. The plan P is the
-    Sinkhorn matching of C plus Gumbel noise; epsilon is annealed over the round's passes, in units of the mean absolute
-    cost. The network always has a hard permutation: channels move by the exact assignment of P, as far as the quadratic
-    model predicts a lower loss.
+    Sinkhorn matching of C plus Gumbel noise, whose entropy weight falls over the round's passes. The network always has
+    a hard permutation: channels move by the exact assignment of P, as far as the quadratic model predicts a lower loss.
     """
 
     name: ClassVar[str] = "learned"
@@ -42,7 +43,6 @@ class Learned(TrustRegion):
     decay: Share = 0.5
     noise: NonNegative = 0.1
     iterations: Count = 20
-    epsilon: Geometric = Geometric(1.0, 0.02)
 
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor:
         count, m = model.groups.shape
@@ -66,6 +66,6 @@ class Learned(TrustRegion):
 
     def _match(self, cost: Tensor, progress: float, generator: torch.Generator) -> Tensor:
         """Return the column of each row in the permutation closest to the noisy Sinkhorn plan."""
-        epsilon = self.epsilon(progress) * max(float(cost.abs().mean()), 1e-30)
+        epsilon = LAST_EPSILON**progress * max(float(cost.abs().mean()), 1e-30)
         noise = gumbel_noise(cost.shape, self.noise * epsilon, generator)
         return assign(-sinkhorn(cost + noise, epsilon, self.iterations))

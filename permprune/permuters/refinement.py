@@ -206,7 +206,7 @@ def compensate(landscape: Landscape, state: S, *, examples: int, limit: float, s
     blocks that are not reached in `limit` seconds stay as they are. Returns the state with the loss on its curve and,
     if it fell, the new weights; the network then shows these, and keeps the masks that were chosen.
     """
-    network, state = landscape.network, replace(state, seconds=state.seconds + saved.before)
+    network = landscape.network
     before = network.bits
     with torch.no_grad(), network.shelf.room.without_reserved():
         ADMM().run(network, landscape.run.batch(0, examples), saved=saved, limit=limit)

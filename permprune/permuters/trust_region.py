@@ -21,9 +21,8 @@ with on_first_use(globals()):
     import torch
     from torch import Tensor
 
-    from permprune.permuters.after_rounds import after_rounds, train
+    from permprune.permuters.after_rounds import after_rounds
     from permprune.permuters.refinement import require_single_weights
-    from permprune.permuters.tuning import counted
     from permprune.pruning.gradients import Gradients
     from permprune.pruning.network import PrunedNetwork
     from permprune.pruning.problem import Problem
@@ -65,11 +64,6 @@ class TrustRegion(Iterative[TrustRegionState]):
     `objective` is the loss: an `Objective`, which is adapted to the data, or a function of model and batch. `start`
     finds the orders for the first round, which are used if they are better than the natural ones.
 
-    With `tune` orders and weights are optimised jointly. After each round but the first `wait`, the remaining weights
-    are trained for `tune` steps (see `train_weights`) of a quarter as many examples, on the objective and the KL
-    divergence from the dense model. The learning rate `rate`, which is relative to the weights of a layer, is halved
-    whenever the held-out loss does not fall. Pruned weights keep their values, so that a later order can restore them.
-
     With `refine` as many rounds follow in which masks change at the orders found (see `refinement`); each takes its
     gradient on twice as many examples.
 
@@ -77,9 +71,11 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     With `block_steps` each block's remaining weights are then trained for so many steps (see `block_tuning`).
 
-    With `train_steps` the remaining weights are trained once, in the same way, for so many steps after the last round.
-    With `train` they are trained until the time limit of the run is over; `train` is the share of that limit in which
-    no round begins (0.7 if only the steps are given). Given both, or steps and a limit, what ends first ends training.
+    With `train_steps` the remaining weights are then trained for so many steps (see `train_weights`) of a quarter as
+    many examples, on the objective and the KL divergence from the dense model, at a learning rate of up to `rate`
+    relative to the weights of a layer. With `train` they are trained until the time limit of the run is over; `train`
+    is the share of that limit in which no round begins (0.7 if only the steps are given). Given both, or steps and a
+    limit, what ends first ends training.
     """
 
     free: ClassVar[tuple[str, ...]] = ("rounds", "refine", "compensate", "block_steps", "train", "train_steps")
@@ -88,8 +84,6 @@ class TrustRegion(Iterative[TrustRegionState]):
     rounds: Natural = 16
     examples: Count = 8
     damping: Positive = 15.0
-    tune: Natural = 0
-    wait: Natural = 0
     refine: Natural = 0
     compensate: bool = False
     block_steps: Natural = 0
@@ -116,7 +110,7 @@ class TrustRegion(Iterative[TrustRegionState]):
     @property
     def stages(self) -> tuple[str, ...]:
         after = {"refinement": self.refine, "compensation": self.compensate, "blocks": self.block_steps}
-        after["training"] = self.trains_at_end
+        after["training"] = self.trains_all
         return (*super().stages, *(self.stage(what) for what, asked in after.items() if asked))
 
     @property
@@ -125,11 +119,11 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     @property
     def trains(self) -> bool:
-        return bool(self.tune or self.block_steps) or self.trains_at_end
+        return bool(self.block_steps) or self.trains_all
 
     @property
-    def trains_at_end(self) -> bool:
-        """Whether weights are trained after the last round."""
+    def trains_all(self) -> bool:
+        """Whether all weights are trained together at the end."""
         return bool(self.train or self.train_steps)
 
     @property
@@ -168,22 +162,14 @@ class TrustRegion(Iterative[TrustRegionState]):
             best=best,
             seconds=start.seconds,
             damping={problem.name: self.damping for problem in network.problems},
-            rate=self.rate,
             visits=(Visit(orders),),
         )
         return state.record(best, kept=True)
 
     def step(self, landscape: Landscape, state: TrustRegionState) -> TrustRegionState:
-        """Move channels or, in the second step of a round with training, train the weights."""
-        state.show(landscape.network)
-        if not state.midway:
-            return self._move(landscape, state)
-        state, kept = train(self, landscape, state, counted(self.tune), first=(state.number - 1) * self.tune)
-        return replace(state, midway=False, rate=state.rate if kept else state.rate / 2)
-
-    def _move(self, landscape: Landscape, state: TrustRegionState) -> TrustRegionState:
         """Propose new orders and keep those that lower the held-out loss."""
         network = landscape.network
+        state.show(network)
         gradients = self.gradients(landscape, state)
         visits = (*state.visits[:-1], Visit(state.orders, (*state.visits[-1].rounds, state.number)))
         if state.slopes:
@@ -196,8 +182,7 @@ class TrustRegion(Iterative[TrustRegionState]):
         result = f"{len(moved)} of {len(trial.proposals)} orders moved" if kept else "rejected"
         message = "%s round %d: held-out loss %.4f, %s; median damping %.1f"
         log.info(message, self.name, state.number, loss, result, median(damping.values()))
-        number = state.number + 1
-        state = state.record(loss, kept, number=number, damping=damping, midway=bool(self.tune) and number > self.wait)
+        state = state.record(loss, kept, number=state.number + 1, damping=damping)
         if not kept:
             network.set_orders(state.orders)
             landscape.mean = visits, gradients

@@ -25,14 +25,12 @@ class TrustRegionState(SearchState):
 
     Attributes:
         damping: A factor on the curvature of each problem's quadratic model; a larger one makes shorter steps.
-        rate: The learning rate of the next training.
-        visits: The orders since the weights last changed, with the rounds of each; the last are the current ones.
+        visits: The orders so far, with the rounds of each; the last are the current ones.
         slopes: If the last step was kept, the slopes of the loss along it at its start, by problem that moved.
         memory: What the proposals of each problem pass from round to round.
     """
 
     damping: dict[str, float]
-    rate: float
     visits: tuple[Visit, ...]
     slopes: dict[str, float] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Training of the remaining weights between the rounds of a search, or after them."""
+"""Training of the remaining weights after the rounds of a search."""
 
 from __future__ import annotations
 
@@ -227,21 +227,20 @@ def train_weights(
     loss: Loss,
     schedule: Schedule,
     *,
-    first: int,
     examples: int,
     rate: float,
     saved: Resumable,
 ) -> Shelf:
     """Train the network's weights with Adam at its current masks, as long as `schedule` does; returns them by layer.
 
-    The network itself keeps its weights. Step i uses batch `first` + i of `examples` training examples, at a learning
+    The network itself keeps its weights. Step i uses batch i of `examples` training examples, at a learning
     rate that rises to `rate` and falls to 0 as the places rise from 0 to 1 (`counted`, `timed`); it is relative to the
     weights of a layer (see `KeptWeights`). Pruned weights do not change. Adam's moments start from 0 in each call. The
     state is offered to `saved` after each step and saved at the end; training continues from the state found there.
     """
     before = network.trained
     before.put_aside()
-    kept = KeptWeights(network, run.generator(first, examples), saved.take())
+    kept = KeptWeights(network, run.generator(0, examples), saved.take())
     if kept.progress.steps:
         log.info("training resumes after step %d", kept.progress.steps)
     windows = len(run.train) // run.examples_per_window
@@ -251,13 +250,13 @@ def train_weights(
             steps = kept.progress.steps
             if (place := schedule(steps, distributed.mean(saved.seconds if steps else 0.0))) is None:
                 break
-            if run.passes * windows // examples == first + steps:
+            if run.passes * windows // examples == steps:
                 log.warning(
                     "training starts over after %d windows, which it fits better than other data from here on: "
                     "give more calibration data, or a larger --samples",
                     windows,
                 )
-            mean_loss = kept.step(batch_of(first + steps, examples), loss, rate * kept.progress.rate(place))
+            mean_loss = kept.step(batch_of(steps, examples), loss, rate * kept.progress.rate(place))
             advance(round(100 * place), f"training: loss {mean_loss:.4f}, % of the schedule")
             if len(kept.progress.losses) == LOGGED:
                 kept.follow(place)

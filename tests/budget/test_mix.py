@@ -98,7 +98,7 @@ def test_a_mix_keeps_to_its_budget_and_what_the_loss_feels(
     assert [point.keep for point in held.mix.curve] == sorted(point.keep for point in held.mix.curve)
     assert held.network.patterns == held.mix.patterns
     if mode == "fold" and share < 0.5:  # layers that share the order of the residual stream
-        problem = max(held.plan.problems, key=lambda one: len(one.parts))
+        problem = max(held.plan.outline.problems, key=lambda one: len(one.parts))
         assert len({held.network.patterns[part.layer] for part in problem.parts}) > 1
 
 

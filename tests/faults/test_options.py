@@ -70,7 +70,7 @@ def test_every_number_of_every_method_has_a_range(options: type) -> None:
             for text in ("6.7", "6.0", "-1", "true", '"3"', "1e400", "1e1", "", " 3", "1_0", "٣")
         ),
         *(f"newton:damping={text}" for text in ("-3", "0", "nan", "inf", "1e400", "true", "null", '"3"', "0x1", "")),
-        *(f"newton:{option}" for option in ("examples=0", "swaps=-1", "tune=-1", "wait=0.5", "rate=0", "task=-1")),
+        *(f"newton:{option}" for option in ("examples=0", "swaps=-1", "refine=0.5", "rate=0", "task=-1")),
         *(f"newton:rounds={'9' * digits}" for digits in (10, 25, 5000)),
         *(f"reconstruction:{option}=0" for option in ("candidates", "shares")),
         *(f"learned:{option}=0" for option in ("groups", "steps", "iterations", "examples")),

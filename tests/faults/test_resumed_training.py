@@ -38,8 +38,8 @@ def six_steps(_: float) -> Schedule:
 @pytest.mark.parametrize(
     ("dtype", "method", "place", "call"),
     [
-        ("fp32", "newton:rounds=2:tune=4:refine=2", ADAM, 6 * LAYERS + 5),  # in the third step of the second round
-        ("bf16", "newton:rounds=1:tune=3:train=0.5", ADAM, (3 + 4) * LAYERS + 5),  # in the fifth step after the rounds
+        ("fp32", "newton:rounds=2:refine=2:train_steps=8", ADAM, 6 * LAYERS + 5),  # in the seventh step
+        ("bf16", "newton:rounds=1:train=0.5", ADAM, 4 * LAYERS + 5),  # in the fifth of six steps
         ("bf16", "newton:start=ria:rounds=0:compensate=true:train_steps=6", ADAM, 4 * LAYERS + 5),
         ("bf16", "newton:start=ria:rounds=0:compensate=true:train_steps=2", ADMM, 10),  # in the second block
         ("fp32", "newton:rounds=0:block_steps=3:train_steps=2", ADAM, 3 * LAYERS // 2 + 5),  # in the second block

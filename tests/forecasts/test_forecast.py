@@ -162,21 +162,11 @@ def test_what_changes_weights_is_named(config_folder: Path, settings: dict[str, 
     assert forecast(config_folder, gpu="h100", **settings).changes == changes
 
 
-def test_rounds_before_training_are_not_counted_as_training(config_folder: Path) -> None:
-    def training(method: str) -> float:
-        found = forecast(config_folder, gpu="h100", permute=method)
-        return found.seconds["newton: training"] or 0.0
-
-    every = training("newton:rounds=4:tune=2")
-    assert 0 < training("newton:rounds=4:tune=2:wait=3") == pytest.approx(every / 4)
-    assert training("newton:rounds=4:tune=2:wait=9") == 0
-
-
 def test_training_holds_hidden_states_where_few_positions_have_labels(
     config_folder: Path, tiny_vit: Path, tiny_whisper: Path
 ) -> None:
     def parts(model: Path) -> dict[str, int]:
-        return bytes_of(forecast(model, permute="newton:tune=2"), "newton: training")
+        return bytes_of(forecast(model, permute="newton:train_steps=2"), "newton: training")
 
     assert "dense model's outputs" not in parts(config_folder)
     for model in (tiny_vit, tiny_whisper):
@@ -185,7 +175,7 @@ def test_training_holds_hidden_states_where_few_positions_have_labels(
 
 def test_only_gradients_of_the_search_need_the_covariance_of_rows(tiny_vit: Path) -> None:
     found = forecast(tiny_vit, permute="newton:rounds=1:train_steps=1")
-    searched, trained = (stage_of(found, f"newton: {what}").work for what in ("gradients", "training at the end"))
+    searched, trained = (stage_of(found, f"newton: {what}").work for what in ("gradients", "training"))
     assert searched and trained and searched.products_fp32 > 0
     assert trained.products_fp32 == 0 and searched.products > trained.products * 3 / 4  # without the dense model's pass
 
@@ -194,8 +184,8 @@ def test_training_holds_gradients_where_a_step_has_several_batches(config_folder
     """A step has a quarter of the 8 windows of a gradient; 8 images are a window, in a step as in a batch."""
     for model in (config_folder, tiny_vit):
         for batch, held in ((1, True), (2, False)):
-            parts = bytes_of(forecast(model, permute="newton:tune=2", batch=batch), "newton: training")
-            assert ("sums of gradients" in parts) == held and parts["gradients"] > 0  # those of the search
+            found = forecast(model, permute="newton:train_steps=2", batch=batch)
+            assert ("sums of gradients" in bytes_of(found, "newton: training")) == held
 
 
 def test_the_evaluation_counts_its_examples(tiny_vit: Path) -> None:
@@ -210,7 +200,7 @@ def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> N
     def seconds(method: str, minutes: float | None) -> tuple[float, float | None]:
         found = forecast(config_folder, gpu="h100", permute=method, minutes=minutes).seconds
         searched = [own or 0.0 for name, own in found.items() if name in ("newton: gradients", "newton: accept")]
-        return sum(searched), found.get("newton: training at the end")
+        return sum(searched), found.get("newton: training")
 
     free, none = seconds("newton:rounds=400", None)
     assert none is None
@@ -222,7 +212,7 @@ def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> N
     method = "newton:start=none:rounds=0:block_steps=400:train_steps=400"
     free, after = (
         forecast(config_folder, gpu="h100", permute=method).seconds[f"newton: {name}"]
-        for name in ("blocks", "training at the end")
+        for name in ("blocks", "training")
     )
     assert free and after
     for limit, expected in ((2 * free, free), (free / 2, free / 2)):
@@ -326,7 +316,7 @@ def test_processes_divide_weights_that_do_not_fit(config_folder: Path) -> None:
     for settings, fault in (
         ({"permute": "cp"}, "permuter cp needs all rows of a layer: choose one of none, random, ria"),
         ({"permute": "newton:train=0.5", "minutes": 9.0}, "permuter newton:train=0.5 needs .*, without training"),
-        ({"permute": "newton:tune=8"}, "permuter newton:tune=8 needs .*, without training"),
+        ({"permute": "newton:train_steps=8"}, "permuter newton:train_steps=8 needs .*, without training"),
         ({"update": "sparsegpt"}, "update sparsegpt needs all rows of a layer: choose none"),
         ({"pattern": "mixed"}, "leave --shard out"),
     ):
@@ -394,7 +384,7 @@ def test_what_travels_to_a_device_takes_time(config_folder: Path) -> None:
         forecast(config_folder, gpu="h100", permute=method, samples=192, offload=place).seconds
         for place in ("none", "host", "disk")
     )
-    for stage in ("calibrate", "newton: gradients", "newton: compensation", "newton: training at the end", "evaluate"):
+    for stage in ("calibrate", "newton: gradients", "newton: compensation", "newton: training", "evaluate"):
         assert (none[stage] or 0.0) < (host[stage] or 0.0) < (disk[stage] or 0.0)
     weights = 5 * (4 * 128**2 + 3 * 128 * 256)
     passes = (host["newton: accept"] - none["newton: accept"]) * BUS / (4 * weights)  # type: ignore[operator]
@@ -409,7 +399,7 @@ def test_what_rests_takes_what_is_left_of_the_device_and_the_host(config_folder:
     memory, limit = 3 * host.device // 2, host.host - host.program + 10 * 2**20
     shared = forecast(config_folder, memory=memory, offload=f"host:{host.program + limit}B", **settings)
     assert host.device < shared.device <= memory and shared.host <= host.program + limit
-    training = "newton: training at the end"
+    training = "newton: training"
     assert (shared.seconds[training] or 0.0) < (host.seconds[training] or 0.0)
     resting = {stage.name: stage.bytes("disk") for stage in host.stages}
     assert resting[training] > shared.peak("disk").bytes("disk")

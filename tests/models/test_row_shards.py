@@ -21,7 +21,7 @@ from permprune.models.row_shards import load_rows, require_divisible
 from permprune.permuters import kept
 from permprune.permuters.kept import RIAPermuter
 from permprune.permuters.trust_region import Newton
-from permprune.plan import plan_run
+from permprune.plan import Plan, plan_run
 from permprune.system import distributed
 
 from ..processes import in_processes
@@ -35,6 +35,12 @@ def divided(whole: LlamaForCausalLM) -> LlamaForCausalLM:
         model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer, persistent=False)
     load_rows(model, lambda name, rows: whole.get_parameter(name).data[rows].clone())
     return model
+
+
+def of_model(plan: Plan, model: LlamaForCausalLM) -> Plan:
+    """A plan with the layers of a copy of its model."""
+    layers = prunable_layers(model, plan.outline.pattern)
+    return dataclasses.replace(plan, outline=dataclasses.replace(plan.outline, layers=layers))
 
 
 @pytest.fixture
@@ -135,7 +141,7 @@ def test_orders_are_those_of_one_process(monkeypatch: pytest.MonkeyPatch) -> Non
     def run() -> list[Any]:
         """The orders that are found, the losses, the measures of the layers, and slopes."""
         model = divided(before) if distributed.shards() > 1 else whole
-        own = dataclasses.replace(plan, layers=prunable_layers(model, plan.pattern))
+        own = of_model(plan, model)
         own.run = dataclasses.replace(plan.run, solved={})
         network = measure(own, model, 0.0).network
         assigned = RIAPermuter().solve(network, own.run)
@@ -167,9 +173,7 @@ def test_divided_rows_follow_bf16_up_to_the_sums_of_gradients() -> None:
 
         def run() -> tuple[list[float], dict[str, Tensor]]:
             model = divided(whole) if distributed.shards() > 1 else copy.deepcopy(whole)
-            network = measure(
-                dataclasses.replace(plan, layers=prunable_layers(model, plan.pattern)), model, 0.0
-            ).network
+            network = measure(of_model(plan, model), model, 0.0).network
             with network.dense_weights():
                 losses = [network.loss(plan.run.held_out, Objective())]
             losses.append(network.loss(plan.run.held_out, Objective()))

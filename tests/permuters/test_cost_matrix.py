@@ -9,9 +9,8 @@ from transformers import LlamaForCausalLM
 from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.losses.objective import Objective
-from permprune.matching.schedule import Geometric
 from permprune.permuters.base import Random
-from permprune.permuters.cost_matrix import CostMatrixLearner, LearnedPaper, PermLLM
+from permprune.permuters.cost_matrix import LAST_EPSILON, CostMatrixLearner, LearnedPaper, PermLLM
 from permprune.permuters.iterate import Landscape
 from permprune.permuters.reconstruction import Reconstruction
 
@@ -24,11 +23,18 @@ def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
     return prepare(tiny_llama, None, settings, examples=WINDOWS)
 
 
-def test_the_gradient_of_a_cost_is_that_of_the_loss(prepared: Prepared) -> None:
+def test_the_entropy_weight_falls_to_its_last_value() -> None:
+    for method, half in ((LearnedPaper(), LAST_EPSILON**0.5), (PermLLM(), (1 + LAST_EPSILON) / 2)):
+        found = [method.epsilon(progress) for progress in (0.0, 0.5, 1.0)]
+        assert found == pytest.approx([1.0, half, LAST_EPSILON])
+
+
+def test_the_gradient_of_a_cost_is_that_of_the_loss(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a difference quotient of the relaxed network's loss; no mask changes over so small a step."""
     network, run = prepared.network, prepared.run
     still = LearnedPaper(noise=0.0, examples=4, learning_rate=0.0, objective=Objective())
-    method = dataclasses.replace(still, epsilon=Geometric(0.5, 0.5), margin=3.0)
+    monkeypatch.setattr(LearnedPaper, "epsilon", lambda method, progress: 0.5)
+    method = dataclasses.replace(still, margin=3.0)
     landscape = Landscape(network, run, Objective())
     state = method.init(landscape)
     name = network.problems[0].name
@@ -77,7 +83,7 @@ def test_the_fisher_information_of_the_calibration_is_read_by_the_start_alone(
 
 
 def test_widths_that_do_not_divide_are_one_part(prepared: Prepared) -> None:
-    pattern = prepared.pattern
+    pattern = prepared.outline.pattern
     assert LearnedPaper().part_size(64, pattern) == 16
     assert LearnedPaper().part_size(24, pattern) == 24
     assert PermLLM().part_size(128, pattern) == 64

@@ -22,7 +22,7 @@ from permprune.system.search_state import Checkpoint
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 METHODS = [
     Newton(rounds=3, examples=4),
-    Newton(rounds=3, examples=4, tune=2),
+    Newton(rounds=3, examples=4, train_steps=2),
     LearnedPaper(steps=5, check=2, examples=2, learning_rate=1.0),
 ]
 
@@ -55,7 +55,7 @@ def test_callbacks_are_told_of_every_round(prepared: Prepared, method: Permuter)
     assert {own.method for own in told} == {method.name} and told[-1].number == total
     assert [own.best for own in told] == sorted((own.best for own in told), reverse=True)
     assert told[0].moved == 0 and all(own.kept or not own.moved for own in told if method in METHODS[:1])
-    assert all(0 <= own.moved <= own.problems == len(prepared.problems) for own in told)
+    assert all(0 <= own.moved <= own.problems == len(prepared.outline.problems) for own in told)
     assert [own.seconds for own in told] == sorted(own.seconds for own in told)
     assert {own.seconds for own in told} <= {point.seconds for point in solution.curve}
     assert told[-1].best == pytest.approx(min(point.loss for point in solution.curve if point.kept))

@@ -141,7 +141,7 @@ def test_training_brings_hidden_states_close_to_the_dense_models(data: str) -> N
 
     def trained(loss: Objective) -> float:
         own, saved = (network, run, loss, counted(30)), Resumable(Checkpoint(None, {}), "training")
-        network.set_weights(train_weights(*own, first=0, examples=2, rate=5e-3, saved=saved))
+        network.set_weights(train_weights(*own, examples=2, rate=5e-3, saved=saved))
         found = network.loss(run.train, distance)
         network.set_weights(network.dense)
         return found

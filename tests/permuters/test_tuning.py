@@ -51,9 +51,10 @@ def train(
     saved: Resumable | None = None,
     loss: Loss | None = None,
 ) -> dict[str, torch.Tensor]:
-    saved = saved or Resumable(Checkpoint(None, {}), "training")
-    own = (prepared.network, prepared.run, loss or Objective(), schedule)
-    return train_weights(*own, first=first, examples=4, rate=rate, saved=saved)
+    """The weights of a training whose steps take batches from number `first` on."""
+    saved, train = saved or Resumable(Checkpoint(None, {}), "training"), prepared.run.train
+    run = dataclasses.replace(prepared.run, train=train[(torch.arange(len(train)) + 4 * first) % len(train)])
+    return train_weights(prepared.network, run, loss or Objective(), schedule, examples=4, rate=rate, saved=saved)
 
 
 def test_every_step_takes_the_gradient_where_the_last_one_ended(prepared: Prepared) -> None:
@@ -189,7 +190,7 @@ def test_the_time_of_an_interrupted_training_counts(
     train(prepared, schedule, saved=saved())
     assert [done for done, _ in told] == [0, 1, 2, 3, 3, 4, 5] and 0 < spent < told[4][1] < told[5][1]
     size = (tmp_path / "training.safetensors").stat().st_size
-    plain, tuning = (state_bytes(method, prepared.outline) for method in (Newton(), Newton(tune=1)))
+    plain, tuning = (state_bytes(method, prepared.outline) for method in (Newton(), Newton(train_steps=1)))
     weights = sum(weight.nbytes for weight in prepared.network.dense.values())
     assert tuning - plain == pytest.approx(2 * size + 3 * weights, abs=2.5 * 10**4)  # of headers
     assert saved().before > spent and Resumable(Checkpoint(tmp_path, {}), "training", key=4).take() is None

@@ -57,7 +57,7 @@ def test_random_orders_keep_the_outputs_and_leave_two_of_every_four(family: str,
     assert weights and len(weights) == 2 * sum("down_proj" in name for name in weights)
     for weight in weights.values():
         assert (weight.unflatten(-1, (-1, 4)).ne(0).sum(-1) == 2).all()
-    assert verify(pruned.model).layers == len(prepared.layers)
+    assert verify(pruned.model).layers == len(prepared.outline.layers)
     orders = {space: table for space, table in pruned.tables.items() if ".experts.down_proj" in space}
     assert orders and all(len(table) == (4 if family == "deepseek-v3" else 3) for table in orders.values())
     for table in orders.values():
@@ -192,7 +192,7 @@ def test_newton_loses_less_than_no_order(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ria", "reconstruction:candidates=1", "learned:rounds=2", "newton:rounds=1:tune=2"])
+@pytest.mark.parametrize("method", ["ria", "reconstruction:candidates=1", "learned:rounds=2", "newton:rounds=1"])
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_permuters_order_experts(method: str, mode: str) -> None:
     pruned = prune(make("mixtral"), permute=method, mode=mode, precision="fp32", examples=written_by("mixtral")[:24])

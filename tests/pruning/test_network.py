@@ -90,7 +90,7 @@ def test_orders_set_one_after_the_other_leave_no_trace(prepared: Prepared) -> No
 def test_a_layer_that_cannot_be_scored_is_named(prepared: Prepared) -> None:
     network = prepared.network
     moments = {site: -moments for site, moments in network.statistics.moments.items()}
-    wrong, first = Statistics(moments, {}, 1), prepared.layers[0].name
+    wrong, first = Statistics(moments, {}, 1), prepared.outline.layers[0].name
     with pytest.raises(PermpruneError, match=f"{first}: .* no Cholesky factor"):
         MaskedLayers(
             dataclasses.replace(prepared.outline, problems=[]),

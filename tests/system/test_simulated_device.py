@@ -136,7 +136,7 @@ def test_weights(saliency: str, update: str) -> None:
 
 def test_orders_masks_and_weights_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("permprune.permuters.refinement.DAMPING", 10.0)  # so that there are swaps
-    method = Newton(start=Identity(), rounds=1, tune=2, refine=1, examples=4)
+    method = Newton(start=Identity(), rounds=1, refine=1, train_steps=2, examples=4)
     one, other = (pruned_on(device, make_tiny_llama(), WINDOWS, permute=method) for device in DEVICES)
     torch.testing.assert_close(list(other.values()), list(one.values()))
 

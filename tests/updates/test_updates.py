@@ -125,7 +125,7 @@ def test_excluded_layers_and_blocks_stay_dense(tiny_llama: LlamaForCausalLM) -> 
     SparseGPT().run(prepared.network, prepared.measured)
     prepared.network.write()
     changed = {name for name, parameter in tiny_llama.named_parameters() if not torch.equal(parameter, dense[name])}
-    assert changed == {layer.parameter for layer in prepared.layers} and len(changed) == 6
+    assert changed == {layer.parameter for layer in prepared.outline.layers} and len(changed) == 6
 
 
 def test_a_layer_without_an_update_is_named(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
