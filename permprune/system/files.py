@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -11,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -64,26 +62,6 @@ def json_text(value: object) -> str:
 def write_json(path: Path, value: object) -> None:
     """Write a value as `json_text`. Raises `PermpruneError` if it cannot be written."""
     write_whole(path, lambda temporary: temporary.write_text(json_text(value), encoding="utf-8"))
-
-
-def write_sealed(path: Path, value: object) -> None:
-    """Write a value as JSON together with its digest. Raises `PermpruneError` if it cannot be written."""
-    plain = json.loads(json.dumps(_finite(value)))
-    write_json(path, {"digest": _seal(plain), "value": plain})
-
-
-def read_sealed(path: Path, advice: str) -> Any:
-    """Read what `write_sealed` wrote; infinities and NaN are None.
-
-    Raises `PermpruneError`, with a message that ends in `advice`, if the file is missing or damaged.
-    """
-    try:
-        sealed = json.loads(path.read_text(encoding="utf-8"))
-        if sealed["digest"] != _seal(sealed["value"]):
-            raise ValueError("the digest differs")
-    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise PermpruneError(f"{path} is damaged: {advice}") from error
-    return sealed["value"]
 
 
 @contextmanager
@@ -278,10 +256,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _seal(value: object) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _finite(value: object) -> object:
