@@ -101,7 +101,7 @@ class WorkFolder:
         folder with a state is kept, except for a `FinalError`. Under `torchrun` the first rank does all this for the
         others. Raises `PermpruneError` if another run has locked the folder; if it contains files that permprune did
         not write or the state of another job; if it contains the state of an interrupted run and `resume` is False; and
-        in the cases of `require_absent` and `require_writable`.
+        in the cases of `require_new`.
         """
         lock = FileLock(self.path / LOCK, timeout=0)  # from here on `Timeout` is imported as well
         distributed.on_first(lambda: self._open(lock, job, resume))
@@ -115,8 +115,7 @@ class WorkFolder:
         distributed.on_first(lambda: self._close(lock, keep=False))
 
     def _open(self, lock: FileLock, job: str, resume: bool) -> None:
-        require_absent(self.out)
-        require_writable(self.out)
+        require_new(self.out)
         with reported(self.path):
             self._require_ours()
             self.path.mkdir(exist_ok=True)
@@ -195,6 +194,12 @@ def require_absent(out: Path) -> None:
         raise PermpruneError(f"{out} exists already: remove it, or choose another --out")
     if not os.path.lexists(out.absolute().parent):
         raise PermpruneError(f"there is no folder {out.absolute().parent} to write into: create it")
+
+
+def require_new(out: Path) -> None:
+    """Raise `PermpruneError` unless a new file or folder can be written at `out`."""
+    require_absent(out)
+    require_writable(out)
 
 
 def require_writable(path: Path) -> None:
