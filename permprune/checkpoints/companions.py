@@ -95,7 +95,8 @@ def copy_companions(name: str, folder: Path) -> None:
     if source is None:
         return
     modules = _modules(source / MODULES)
-    files = [path.relative_to(source).as_posix() for path in _files(source)]
+    found = [path for path in sorted(source.rglob("*")) if path.is_file() or path.is_symlink()]
+    files = [path.relative_to(source).as_posix() for path in found]
     chosen, left = _choose(files, modules)
     left = [file for file in left if not (folder / file).exists()]  # custom code that was trusted is there already
     for module in modules:
@@ -125,15 +126,6 @@ def _folder_of(name: str) -> Path | None:
         with suppress(OSError):  # it is not in the cache
             folder = Path(snapshot_download(name, local_files_only=True))
     return folder if folder and (folder / "config.json").is_file() else None
-
-
-def _files(folder: Path) -> Iterable[Path]:
-    """Every file and link of a folder, in order; links to folders are not followed."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            yield from _files(path)
-        elif path.is_file() or path.is_symlink():
-            yield path
 
 
 def _modules(path: Path) -> list[str]:

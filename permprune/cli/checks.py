@@ -24,7 +24,7 @@ def require_text(options: Mapping[str, Any]) -> None:
 def require_files(options: Mapping[str, Any]) -> None:
     """Raise `PermpruneError` for models, data and folders that do not exist, and outputs that cannot be written."""
     from permprune.data.sources import require_source
-    from permprune.system.files import require_absent, require_writable
+    from permprune.system.files import require_new, require_writable
     from permprune.zoo.models import require_model
 
     try:
@@ -35,8 +35,8 @@ def require_files(options: Mapping[str, Any]) -> None:
         (("model", "teacher", "dense"), require_model),
         (("folder", "folders", "kv", "task_data"), _require_folder),
         (("data", "dev", "calibration"), require_source),
-        (("out", "fold"), require_absent),
-        (("out", "fold", "json"), require_writable),  # before hours of work, not after
+        (("out", "fold"), require_new),  # before hours of work, not after
+        (("json",), require_writable),
     )
     given = _given(options)
     for names, require in checks:

@@ -21,7 +21,6 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="test each space with a random permutation, in float64")
     ] = False,
-    each: Annotated[bool, typer.Option("--each", help="print a row for every space, not for every kind")] = False,
     trust_remote_code: cli.TrustRemoteCode = False,
 ) -> Iterator[None]:
     """List the channel spaces of MODEL: which channels can be reordered, and how many parameters move with them."""
@@ -32,7 +31,7 @@ def inspect(
 
     kinds: dict[tuple[str, ...], list[float]] = {}
     for space in run(model, verify=verify, trust_remote_code=trust_remote_code):
-        name = space.name if each else re.sub(r"\d+", "*", space.name)
+        name = re.sub(r"\d+", "*", space.name)
         kind = (name, str(space.size), _freedom(space), str(space.members), str(space.readers))
         kinds.setdefault(kind, []).append(space.difference or 0.0)
     table = Table(title=f"channel spaces of {model}")

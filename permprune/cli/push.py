@@ -15,7 +15,6 @@ def push(
     folder: cli.Folder,
     repo: Annotated[str, typer.Argument(help="repository on the hub, as NAMESPACE/NAME")],
     private: Annotated[bool, typer.Option("--private", help="make the repository private if it is new")] = False,
-    revision: Annotated[str | None, typer.Option(help="existing branch to upload to", show_default="main")] = None,
 ) -> Iterator[None]:
     """Upload all files of a pruned FOLDER to the Hugging Face hub (log in with `hf auth login` first)."""
 
@@ -23,4 +22,4 @@ def push(
 
     from permprune.pruning.folder import push_to_hub
 
-    print(f"uploaded to {push_to_hub(folder, repo, private=private or None, revision=revision)}")
+    print(f"uploaded to {push_to_hub(folder, repo, private=private or None)}")

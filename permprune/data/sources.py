@@ -48,16 +48,14 @@ def locate(source: str | Path, what: str) -> Path | None:
 
 def require_source(source: str) -> None:
     """Raise `PermpruneError` for a source that cannot be read, as far as its path tells: it is missing or empty."""
-    named = (Path(source), Path(parse_name(source, "calibration")[0]))
-    path = next((path for path in named if path.exists()), named[1])
     if not source.strip():
         raise PermpruneError("the name of the data is empty: give a file, a folder or the name of a hub data set")
-    if not path.exists():
-        if looks_like_path(source):
-            raise PermpruneError(f"no data at {path}: give an existing file or folder, or the name of a hub data set")
-    elif not os.access(path, os.R_OK):
+    path = locate(source, "data") or Path(parse_name(source, "calibration")[0])
+    if not path.exists():  # the name of a data set
+        return
+    if not os.access(path, os.R_OK):
         raise PermpruneError(f"cannot read {path}: {os.strerror(errno.EACCES)}")
-    elif path.is_dir():
+    if path.is_dir():
         if not any(path.iterdir()):
             raise PermpruneError(f"{path} is an empty folder: give one with data")
     elif not path.is_file():
@@ -90,7 +88,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     """
     match path.suffix.lower():
         case ".jsonl":
-            rows = [row for _, row in read_lines(path)]
+            rows = _json_lines(path)
         case ".json":
             rows = parse_json(read_text(path).removeprefix("\ufeff"), str(path))
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -131,19 +129,14 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Read the objects of a .jsonl file, each with its place for error messages: the file and the line.
-
-    Raises `PermpruneError` if a line is not a JSON object.
-    """
+def _json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
         if line.strip():
-            place = f"{path}, line {number}"
-            row = parse_json(line, place)
+            row = parse_json(line, f"{path}, line {number}")
             if not isinstance(row, dict):
-                raise PermpruneError(f"{place}: not a JSON object")
-            rows.append((place, row))
+                raise PermpruneError(f"{path}, line {number}: not a JSON object")
+            rows.append(row)
     return rows
 
 

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from permprune.data.sources import LABEL_COLUMNS, TABLES, dataset, locate, read_lines, read_table, read_text
+from permprune.data.sources import LABEL_COLUMNS, TABLES, dataset, locate, read_table, read_text
 from permprune.errors import PermpruneError
 from permprune.system.imports import on_first_use
 from permprune.system.progress import log
@@ -128,31 +128,22 @@ def _encode(document: str, tokenizer: PreTrainedTokenizerBase, wanted: int) -> l
 
 
 def _read_file(path: Path) -> list[str]:
-    suffix = path.suffix.lower()
-    return _read_lines(path) if suffix == ".jsonl" else _read_column(path) if suffix in TABLES else [read_text(path)]
+    """The documents of a file: those of a table are in its column "text", where null stands for an empty one.
 
-
-def _read_column(path: Path) -> list[str]:
-    """The column "text" of a table; a warning says so if the table has labels, which models of text have no use for."""
+    A warning says so if a table has labels, which models of text have no use for.
+    """
+    if path.suffix.lower() not in TABLES:
+        return [read_text(path)]
     rows = read_table(path)
     if FIELD not in rows[0]:
         held = ", ".join(map(str, rows[0]))
         raise PermpruneError(f'{path} has no column "{FIELD}": name one so among its columns, which are {held}')
     if any(column in rows[0] for column in LABEL_COLUMNS):
         log.warning('%s has labels, but the model takes none: only its column "%s" is read', path, FIELD)
-    texts = [row.get(FIELD) or "" for row in rows]
-    for number, text in enumerate(texts, 1):
-        if not isinstance(text, str):
+    for number, row in enumerate(rows, 1):
+        if FIELD not in row or not isinstance(row[FIELD], str | None):
             raise PermpruneError(f'{path}, row {number} has no text in its column "{FIELD}"')
-    return texts
-
-
-def _read_lines(path: Path) -> list[str]:
-    rows = read_lines(path)
-    for place, row in rows:
-        if not isinstance(row.get(FIELD), str):
-            raise PermpruneError(f'{place}: not a JSON object with a "{FIELD}" string')
-    return [row[FIELD] for _, row in rows]
+    return [row[FIELD] or "" for row in rows]
 
 
 def _read_dataset(source: str, part: Part) -> list[str]:

@@ -36,7 +36,7 @@ from permprune.permuters.registry import score_permuter
 from permprune.pruning.folder import write_model
 from permprune.pruning.problem import Part, Problem
 from permprune.system.failures import failures_reported
-from permprune.system.files import atomic_folder, require_absent, require_writable
+from permprune.system.files import atomic_folder, require_new
 from permprune.system.progress import CALIBRATE, MEASURE, READ, WRITE, stage, stages, track
 
 
@@ -148,8 +148,7 @@ def _require_folders(out: Path, fold: Path | None) -> None:
         raise PermpruneError(f"the cache and the folded model are both to be {out}: give --fold another folder")
     for folder in (out, fold):
         if folder is not None:
-            require_absent(folder)
-            require_writable(folder)
+            require_new(folder)
 
 
 def _windows(opened: OpenModel, search: KVSearch, apart: int) -> tuple[Examples, Examples]:

@@ -23,7 +23,7 @@ from permprune.pattern import DENSE
 from permprune.plan import calibration_examples
 from permprune.pruning.folder import require_probe, write_pruned
 from permprune.system.failures import failures_reported
-from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
+from permprune.system.files import atomic_folder, require_new, require_space
 from permprune.system.progress import PACK, READ, WRITE, log, stage, stages
 
 SLACK = 2.0
@@ -81,8 +81,7 @@ def pack_folder(
     the packed layers. Raises `PermpruneError`.
     """
     folder, out = Path(folder), Path(out)
-    require_absent(out)
-    require_writable(out)
+    require_new(out)
     record = read_record(folder)
     if PACKED in record.extra:
         raise PermpruneError(f"{folder} is packed already: unpack it first, or pack the folder that it was made from")
@@ -134,8 +133,7 @@ def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: boo
     `trust_remote_code` is as in `read_model`. Raises `PermpruneError`, for example if `folder` is not packed.
     """
     folder, out = Path(folder), Path(out)
-    require_absent(out)
-    require_writable(out)
+    require_new(out)
     record = read_record(folder)
     if PACKED not in record.extra:
         raise PermpruneError(f"{folder} is not packed: give a folder with packed weights")

@@ -17,7 +17,7 @@ from permprune.models.processors import Processor
 from permprune.options import Count, require
 from permprune.pruning.folder import require_probe, write_model
 from permprune.system.failures import failures_reported
-from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
+from permprune.system.files import atomic_folder, require_new, require_space
 from permprune.system.progress import READ, TRAIN, WRITE, stage, stages
 
 
@@ -42,8 +42,7 @@ def probe(
     """
     out = Path(out)
     require("windows", windows, Count)
-    require_absent(out)
-    require_writable(out)
+    require_new(out)
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)
     require_changeable(opened.model)
     require_space(out, weight_bytes(opened.model))

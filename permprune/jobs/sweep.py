@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from collections import Counter
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -23,7 +22,6 @@ from permprune.engine.held import Held
 from permprune.engine.measuring import Evaluation
 from permprune.engine.session import Session
 from permprune.engine.stages import stages_of_attempts
-from permprune.errors import PermpruneError
 from permprune.evaluation.result import TASK_SCORE, gap_closed
 from permprune.evaluation.size import model_bytes
 from permprune.forecasts.costs import state_bytes
@@ -37,24 +35,18 @@ from permprune.report.sweep import write_sweep
 from permprune.system import distributed
 from permprune.system.digests import CALIBRATION, CONFIG, WEIGHTS, versions
 from permprune.system.failures import failures_reported
-from permprune.system.files import WorkFolder, atomic_folder, read_sealed, require_space, write_json, write_sealed
+from permprune.system.files import WorkFolder, atomic_folder, require_space, write_json
 from permprune.system.progress import stages
-from permprune.system.search_state import Checkpoint, require_same
+from permprune.system.search_state import Checkpoint
 from permprune.zoo.models import note
 
-IDENTITY = "sweep.json"
-"""The file in the work folder with the settings of the sweep and digests of its model and data."""
-
-DENSE = "dense.json"
-"""The file in the work folder with the measurement of the dense model."""
-
-CELLS = "cells"
-"""The subfolder of the work folder with one file for the row of each finished cell."""
-
-AGAIN, ANEW = "remove it, and --resume measures it again", "remove its folder and start again"
+DENSE = "dense"
+"""The name under which the row of the dense model is saved in the work folder."""
 
 FREE = (*CELL_FIELDS, "batch", "recompute", "memory")
 """Fields of the config that differ between cells, or that may change before an interrupted sweep is resumed."""
+
+T = TypeVar("T")
 
 
 @failures_reported()
@@ -86,23 +78,21 @@ def sweep(
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
     config.require_no_limit("sweep")
     cells = plan_cells(patterns, methods, budgets)
-    asked = _asked(name_of(model), config, evaluation)
     with WorkFolder(Path(out)).held("sweep", resume) as work:
         _check(model, cells, config)
-        distributed.on_first(lambda: _require_sound(work.path, cells, asked))
-        missing = [cell for cell in cells if not _path(work.path, cell).exists()]
-        distributed.wait()  # until all processes have checked
+        unsaved = distributed.on_first(lambda: [cell for cell in cells if not _is_saved(cell, work.path)])
         unlimited = config.replace(minutes=None)
-        measured = missing or cells[:1]  # one cell checks that the data are the same
+        measured = unsaved or cells[:1]  # one cell checks that the data are the same
         groups = [list(group) for _, group in groupby(measured, lambda cell: cell.pattern)]
         methods_of = [[permuter(cell.method) for cell in group] for group in groups]
         with stages(*(name for group in methods_of for name in stages_of_attempts(group, unlimited))):
             for group in groups:
                 opened = partial(Held.open, model, of_pattern(unlimited, group[0].pattern), processor)
                 with Session(opened, dataclasses.replace(evaluation, shown=0)) as session:
-                    _measure_cells(session, group, work.path, asked)
+                    saved = Checkpoint(work.path, _settings(session, config))
+                    _measure_cells(session, group, saved, swept=cells, folder=work.path)
         distributed.wait()  # until the first process has written the last row
-        dense, rows = _rows(cells, work.path)
+        dense, rows = _rows(cells, saved)
         name = name_of(model)
         result = Sweep(model=name, note=note(name), config=config, evaluation=evaluation, dense=dense, rows=rows)
         announce(result)
@@ -128,56 +118,44 @@ def _check(model: ModelSource, cells: list[Cell], config: PruneConfig) -> None:
     dense_weights(skeleton, [layer.name for layer in block_linears(skeleton)]).warn()  # does not list excluded layers
 
 
-def _asked(name: str, config: PruneConfig, evaluation: Evaluation) -> dict[str, Any]:
-    fixed = {key: value for key, value in config.identity().items() if key not in FREE}
-    asked = {"model": name, **fixed, **{f"data {k}": v for k, v in dataclasses.asdict(evaluation).items()}}
-    return json.loads(json.dumps(asked))  # type: ignore[no-any-return] # tuples as lists
-
-
-def _require_sound(partial: Path, cells: list[Cell], asked: dict[str, Any]) -> None:
-    """Raise `PermpruneError` if the work folder belongs to another sweep or a file in it is damaged."""
-    if (path := partial / IDENTITY).exists():
-        require_same(path, read_sealed(path, ANEW)["asked"], asked)
-    elif (partial / CELLS).exists():
-        raise PermpruneError(f"{path} is missing: {ANEW}")
-    for path in (partial / DENSE, *(_path(partial, cell) for cell in cells)):
-        if path.exists():
-            read_sealed(path, AGAIN)
-
-
-def _agree(path: Path, asked: dict[str, Any], session: Session) -> None:
-    """Write the settings and the digests of the model and of all data to `path`.
-
-    If the file exists, raise `PermpruneError` unless its cells were measured on the same data.
-    """
+def _settings(session: Session, config: PruneConfig) -> dict[str, Any]:
+    """Return what all rows of a sweep depend on: settings that its cells share, the model, and all data."""
     plan, run = session.weights.plan, session.weights.plan.run
-    data = {name: run.checkpoint.settings[name] for name in (CONFIG, WEIGHTS, *versions())} | {
+    return {
+        **{name: value for name, value in config.identity().items() if name not in FREE},
+        **{name: run.checkpoint.settings[name] for name in (CONFIG, WEIGHTS, *versions())},
         CALIBRATION: [plan.measured.digest, run.train.digest, run.held_out.digest],
         "evaluation examples": session.measure.examples.digest,
+        **{f"data {name}": value for name, value in dataclasses.asdict(session.evaluation).items()},
     }
-    if path.exists():
-        require_same(path, read_sealed(path, ANEW)["data"], data)
-    else:
-        write_sealed(path, {"asked": asked, "data": data})
 
 
-def _path(partial: Path, cell: Cell) -> Path:
-    return partial / CELLS / f"{cell.name}.json"
+def _row_name(cell: Cell) -> str:
+    """The name under which the row of a cell is saved in the work folder."""
+    return f"cells/{cell.name}"
 
 
-def _measure_cells(session: Session, cells: list[Cell], partial: Path, asked: dict[str, Any]) -> None:
-    """Measure cells of one pattern one after the other and write each row as soon as it is measured."""
+def _is_saved(cell: Cell, folder: Path) -> bool:
+    return (folder / f"{_row_name(cell)}.safetensors").exists()
+
+
+def _measure_cells(session: Session, cells: list[Cell], saved: Checkpoint, *, swept: list[Cell], folder: Path) -> None:
+    """Measure cells of one pattern one after the other, and save each row as soon as it is measured.
+
+    Raises `PermpruneError` if the row of one that is `swept` is damaged, or was saved with other settings or data.
+    """
     run, outline = session.weights.plan.run, session.weights.plan.outline
-    require_space(partial, sum(state_bytes(permuter(cell.method), outline) for cell in cells))
-    distributed.on_first(lambda: _agree(partial / IDENTITY, asked, session))
-    _measure_dense(session, partial / DENSE)
+    require_space(folder, sum(state_bytes(permuter(cell.method), outline) for cell in cells))
+    names = [DENSE, *map(_row_name, swept)]
+    known = distributed.on_first(lambda: [name for name in names if saved.load(name)])
+    if DENSE not in known:
+        size = model_bytes(session.weights.model, [], {})
+        saved.save(DENSE, {}, encode(DenseRow(overlap=session.overlap, **vars(session.dense), bytes=size)))
     for cell in cells:
-        if _path(partial, cell).exists():
-            continue
-        checkpoint = Checkpoint(_states(partial, cell), run.checkpoint.settings)
-        row = _row(session, cell, dataclasses.replace(run, minutes=cell.minutes, checkpoint=checkpoint))
-        if not distributed.rank():
-            write_sealed(_path(partial, cell), encode(row))
+        if _row_name(cell) not in known:
+            checkpoint = Checkpoint(_states(folder, cell), run.checkpoint.settings)
+            row = _row(session, cell, dataclasses.replace(run, minutes=cell.minutes, checkpoint=checkpoint))
+            saved.save(_row_name(cell), {}, encode(row))
 
 
 def _row(session: Session, cell: Cell, run: Run) -> SweepRow:
@@ -195,18 +173,6 @@ def _row(session: Session, cell: Cell, run: Run) -> SweepRow:
         error=math.fsum(layer.error for layer in layers) / len(layers),
         curve=list(solution.curve),
     )
-
-
-def _measure_dense(session: Session, path: Path) -> None:
-    """Measure the dense model and write its row to `path`, unless the file exists."""
-    known = path.exists()
-    distributed.wait()  # until all processes have checked
-    if known:
-        return
-    size = model_bytes(session.weights.model, [], {})
-    row = DenseRow(overlap=session.overlap, **vars(session.dense), bytes=size)
-    if not distributed.rank():
-        write_sealed(path, encode(row))
 
 
 def _states(partial: Path, cell: Cell) -> Path:
@@ -228,13 +194,13 @@ def _minutes(states: Path) -> float:
     return float(states.name.rpartition(" ")[2])
 
 
-def _rows(cells: list[Cell], partial: Path) -> tuple[DenseRow, list[SweepRow]]:
+def _rows(cells: list[Cell], saved: Checkpoint) -> tuple[DenseRow, list[SweepRow]]:
     """Read the row of the dense model and those of the cells, in the order of `cells`.
 
     Sets the fields of the rows that depend on other rows: `gap_closed`, `size`, `front` and `score_front`.
     """
-    dense: DenseRow = decode(DenseRow, read_sealed(partial / DENSE, AGAIN))
-    rows = [_read(_path(partial, cell)) for cell in cells]
+    dense = _saved_row(DenseRow, saved, DENSE)
+    rows = [_saved_row(SweepRow, saved, _row_name(cell)) for cell in cells]
     metric, none = dense.result.metric, {row.pattern: row.result.value for row in rows if row.method == "none"}
     front = pareto([(row.bytes, row.result.value) for row in rows], metric)
     scores = [(row.bytes, row.score.value) for row in rows if row.score]
@@ -251,8 +217,8 @@ def _rows(cells: list[Cell], partial: Path) -> tuple[DenseRow, list[SweepRow]]:
     ]
 
 
-def _read(path: Path) -> SweepRow:
-    """Read a row; a value that is not finite is stored as null and becomes infinity."""
-    row: SweepRow = decode(SweepRow, read_sealed(path, AGAIN))
-    value = math.inf if math.isnan(row.result.value) else row.result.value
-    return dataclasses.replace(row, result=dataclasses.replace(row.result, value=value))
+def _saved_row(kind: type[T], saved: Checkpoint, name: str) -> T:
+    state = saved.load(name)
+    assert state is not None
+    row: T = decode(kind, state[1])
+    return row

@@ -116,7 +116,6 @@ def push_to_hub(
     private: bool | None = None,
     token: str | None = None,
     endpoint: str | None = None,
-    revision: str | None = None,
     message: str = MESSAGE,
 ) -> str:
     """Upload a folder that permprune wrote, the whole of it, as one commit; return the address of the repository.
@@ -125,8 +124,8 @@ def push_to_hub(
     If the record has absolute paths, the record and the report that are uploaded have only their last parts.
     The repository is created if it does not exist: `private` or public, or by the organisation's default if None.
     `token` and `endpoint` are those that huggingface_hub is set up with if None (`hf auth login`, `HF_TOKEN`,
-    `HF_ENDPOINT`). `revision` is a branch that exists, main by default; `message` is that of the commit. Raises
-    `PermpruneError` if the folder is none of permprune's, or if the hub cannot be reached or refuses.
+    `HF_ENDPOINT`). `message` is that of the commit. Raises `PermpruneError` if the folder is none of permprune's, or if
+    the hub cannot be reached or refuses.
     """
     folder = Path(folder)
     record = read_record(folder).to_json()
@@ -141,7 +140,7 @@ def push_to_hub(
     api = HfApi(endpoint=endpoint, token=token)
     with _reported(repo_id):
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.create_commit(repo.repo_id, adding, revision=revision, commit_message=message)
+        api.create_commit(repo.repo_id, adding, commit_message=message)
     return str(repo)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -112,10 +113,10 @@ def loading_code(record: Mapping[str, Any], config: Mapping[str, Any], source: s
 
 def next_steps(record: Mapping[str, Any], folder: Path) -> str:
     """Return what to do with a folder that was just written: commands, and the code that loads it."""
-    code = loading_code(record, _config(folder), str(folder)).replace("\n\n", "\n")
+    code, quoted = loading_code(record, _config(folder), str(folder)).replace("\n\n", "\n"), shlex.quote(str(folder))
     return (
-        f"permprune verify {folder}  # N:M in stored order, and the outputs of the masked model\n"
-        f"permprune bench {folder}   # speed, size and memory beside the dense model\n\n{code}"
+        f"permprune verify {quoted}  # N:M in stored order, and the outputs of the masked model\n"
+        f"permprune bench {quoted}   # speed, size and memory beside the dense model\n\n{code}"
     )
 
 

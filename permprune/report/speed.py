@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.table import Column, Table
 
 from permprune.report.style import BLUE, GRAY, WIDTH, figure, horizontal_bars, styled
-from permprune.report.words import columns, number
+from permprune.report.words import columns, count, number
 
 Figures = Mapping[str, Any]
 """A benchmark as JSON values (`Benchmark.to_json`)."""
@@ -22,7 +22,7 @@ READING = ("batch", "context", "items/s", "a batch")
 def bench_table(figures: Figures) -> Table:
     """Return a table for the terminal: speeds in tokens or inputs per second, times in milliseconds."""
     numbers = columns("MB", "resident MB", *(GENERATION if generates(figures["rows"][0]["speeds"]) else READING))
-    title = f"{figures['threads']} threads of the {figures['device']}"
+    title = f"{count(figures['threads'], 'thread')} of the {figures['device']}"
     table = Table(Column("model", overflow="fold"), *numbers, title=title)
     for row in figures["rows"]:
         table.add_section()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -11,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -66,26 +64,6 @@ def write_json(path: Path, value: object) -> None:
     write_whole(path, lambda temporary: temporary.write_text(json_text(value), encoding="utf-8"))
 
 
-def write_sealed(path: Path, value: object) -> None:
-    """Write a value as JSON together with its digest. Raises `PermpruneError` if it cannot be written."""
-    plain = json.loads(json.dumps(_finite(value)))
-    write_json(path, {"digest": _seal(plain), "value": plain})
-
-
-def read_sealed(path: Path, advice: str) -> Any:
-    """Read what `write_sealed` wrote; infinities and NaN are None.
-
-    Raises `PermpruneError`, with a message that ends in `advice`, if the file is missing or damaged.
-    """
-    try:
-        sealed = json.loads(path.read_text(encoding="utf-8"))
-        if sealed["digest"] != _seal(sealed["value"]):
-            raise ValueError("the digest differs")
-    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise PermpruneError(f"{path} is damaged: {advice}") from error
-    return sealed["value"]
-
-
 @contextmanager
 def atomic_folder(out: Path, within: Path | None = None, advice: str = ADVICE) -> Iterator[Path]:
     """A context that yields a new folder to fill; it is renamed to `out` at the end, or removed if the context raises.
@@ -123,7 +101,7 @@ class WorkFolder:
         folder with a state is kept, except for a `FinalError`. Under `torchrun` the first rank does all this for the
         others. Raises `PermpruneError` if another run has locked the folder; if it contains files that permprune did
         not write or the state of another job; if it contains the state of an interrupted run and `resume` is False; and
-        in the cases of `require_absent` and `require_writable`.
+        in the cases of `require_new`.
         """
         lock = FileLock(self.path / LOCK, timeout=0)  # from here on `Timeout` is imported as well
         distributed.on_first(lambda: self._open(lock, job, resume))
@@ -137,8 +115,7 @@ class WorkFolder:
         distributed.on_first(lambda: self._close(lock, keep=False))
 
     def _open(self, lock: FileLock, job: str, resume: bool) -> None:
-        require_absent(self.out)
-        require_writable(self.out)
+        require_new(self.out)
         with reported(self.path):
             self._require_ours()
             self.path.mkdir(exist_ok=True)
@@ -219,6 +196,12 @@ def require_absent(out: Path) -> None:
         raise PermpruneError(f"there is no folder {out.absolute().parent} to write into: create it")
 
 
+def require_new(out: Path) -> None:
+    """Raise `PermpruneError` unless a new file or folder can be written at `out`."""
+    require_absent(out)
+    require_writable(out)
+
+
 def require_writable(path: Path) -> None:
     """Raise `PermpruneError` unless `path` can be written; tests it with a temporary file of that name beside it."""
     with reported(path, "choose another place"):
@@ -278,10 +261,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _seal(value: object) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _finite(value: object) -> object:

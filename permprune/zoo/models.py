@@ -47,11 +47,6 @@ class ZooModel:
         """The license, as an SPDX identifier."""
         return next(iter(self.files)).license
 
-    @property
-    def size(self) -> int:
-        """Download size in megabytes."""
-        return sum(package.size for package in self.files)
-
 
 def convert_safetensors(files: Sequence[Path], folder: Path) -> None:
     """Write an encoder to `folder` in fp32, with its tokenizer.

@@ -37,12 +37,22 @@ def test_default_text_has_two_parts():
     assert not set(calibration) & set(evaluation)
 
 
-@pytest.mark.parametrize("line", ['{"txt": "x"}', '{"text": 3}', "[1]", "no json", "3"])
-def test_bad_line_is_named(tmp_path, line):
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [('{"txt": "x"}', "row 2"), ('{"text": 3}', "row 2"), ("[1]", "line 3"), ("no json", "line 3"), ("3", "line 3")],
+)
+def test_bad_line_is_named(tmp_path, line, place):
     file = _jsonl(tmp_path / "a.jsonl", "good")
     file.write_text(file.read_text() + "\n" + line)
-    with pytest.raises(PermpruneError, match="line 3"):
+    with pytest.raises(PermpruneError, match=place):
         load_documents(file, "calibration")
+
+
+def test_labels_of_a_jsonl_table_are_not_left_out_in_silence(tmp_path, caplog):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one", "label": 1}\n{"text": null, "label": 0}\n')
+    assert load_documents(file, "calibration") == ["one"]
+    assert 'has labels, but the model takes none: only its column "text" is read' in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "A.CSV"])
@@ -76,6 +86,13 @@ def test_json_and_parquet_are_tables(name: str, tmp_path: Path) -> None:
         load_documents(file, "calibration")
 
 
+def test_a_row_without_the_column_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('[{"text": "one"}, {"txt": "two"}]')
+    with pytest.raises(PermpruneError, match='row 2 has no text in its column "text"'):
+        load_documents(file, "calibration")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -92,10 +109,10 @@ def test_damaged_tables_are_named(name: str, content: str, message: str, tmp_pat
         load_documents(tmp_path / name, "calibration")
 
 
-@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
-def test_empty_text(tmp_path, name):
+@pytest.mark.parametrize(("name", "fault"), [("empty.txt", "holds no text"), ("empty.jsonl", "has no rows")])
+def test_empty_text(tmp_path, name, fault):
     (tmp_path / name).write_text(" \n")
-    with pytest.raises(PermpruneError, match=f"{name} holds no text"):
+    with pytest.raises(PermpruneError, match=f"{name} {fault}"):
         load_documents(tmp_path / name, "evaluation")
 
 

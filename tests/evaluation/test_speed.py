@@ -109,7 +109,9 @@ def test_speeds_of_inputs_are_shown_and_survive_json() -> None:
     assert decode(Benchmark, figures) == Benchmark(1, "CPU", rows)
     assert "2.00 at batch 1; 2.00 at batch 8" in summary(figures, figures["rows"][1])
     assert figures["rows"][1]["speeds"][1]["items"] == 10
-    assert bench_table(figures).row_count == 4 and "items/s at batch 8" in save(speed_bars(figures)).decode()
+    table = bench_table(figures)
+    assert table.row_count == 4 and table.title == "1 thread of the CPU"
+    assert "items/s at batch 8" in save(speed_bars(figures)).decode()
     with pytest.raises(Malformed):
         Benchmark(1, "CPU", [rows[0], BenchedModel("b", False, 1, 9, [Speed(1, 0, 1, 1), Speed(8, 0, 1, 1)])])
 

@@ -171,26 +171,13 @@ def test_a_damaged_file_of_a_sweep_is_named(source: list[str], tmp_path: Path, m
     command = ["sweep", *source, "--out", tmp_path / "out", "--patterns", "2:4", "--methods", "random"]
     with interrupted(Session, "attempt", 1, monkeypatch):
         assert run(*command)[0] == 130
-    for name in ("sweep.json", "dense.json", "cells/2-4 none.json"):
-        path = tmp_path / "out.partial" / name
-        whole = path.read_text()
-        damaged = [
-            "",
-            "{",
-            "[]",
-            "null",
-            "[" * 100_000,
-            '{"digest": 1, "value": {}}',
-            whole.replace("2", "3"),
-            whole[:-9],
-        ]
-        for text in damaged:
-            path.write_text(text)
+    for name in ("dense", "cells/2-4 none"):
+        path = tmp_path / "out.partial" / f"{name}.safetensors"
+        whole = path.read_bytes()
+        for content in (b"", b"{", whole.replace(b"2", b"3"), whole.replace(b"value", b"valve"), whole[:-9]):
+            path.write_bytes(content)
             assert f"{path} is damaged: remove" in fails(*command, "--resume")
-        path.unlink()
-        if name == "sweep.json":
-            assert f"{path} is missing: remove" in fails(*command, "--resume")
-        path.write_text(whole)
+        path.unlink()  # it is measured again
     assert run(*command, "--resume")[0] == 0
 
 

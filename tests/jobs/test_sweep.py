@@ -131,7 +131,7 @@ def test_an_interrupted_sweep_goes_on_without_doing_a_cell_twice(
     assert not out.exists() and len(list((tmp_path / "out.partial" / "cells").iterdir())) == 4
     with pytest.raises(PermpruneError, match="--resume"):
         run_sweep(setting, out, *asked)
-    with pytest.raises(PermpruneError, match="another seed"):
+    with pytest.raises(PermpruneError, match="another calibration examples, seed: use"):
         run_sweep((setting[0], setting[1].replace(seed=1), setting[2]), out, *asked, resume=True)
     assert done == ["none", "random", "newton", "none"]
     monkeypatch.setattr(Session, "attempt", lambda self, *args: done.append(args[0].name) or original(self, *args))  # type: ignore[func-returns-value]

@@ -94,4 +94,4 @@ def test_what_cannot_be_uploaded_is_one_line(
     assert not hub.files
     monkeypatch.setattr("permprune.pruning.folder.push_to_hub", lambda *args, **options: f"{args[1]} {options}")
     code, stdout, _ = run("push", folder, "a/b", "--private")
-    assert code == 0 and stdout == "uploaded to a/b {'private': True, 'revision': None}\n"
+    assert code == 0 and stdout == "uploaded to a/b {'private': True}\n"

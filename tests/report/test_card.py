@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import permprune
 from permprune.checkpoints.companions import base_model_of, licence_of
 from permprune.checkpoints.record import Record
-from permprune.report.card import hub_card, loading_code, render_card, write_card
+from permprune.report.card import hub_card, loading_code, next_steps, render_card, write_card
 
 from ..cli.running import run
 from ..faults.pruned import SETTINGS, WINDOWS, options, write_source
@@ -51,6 +52,14 @@ def test_a_run_writes_a_card(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: 
     assert run("pack", out, "--dtype", "fp32", "--out", tmp_path / "packed")[0] == 0
     packed = card_in(tmp_path / "packed")
     assert "import permprune  # with it, Transformers loads packed weights\nfrom transformers" in packed.text
+
+
+def test_commands_to_go_on_with_take_any_name_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "out of 2:4"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    said = next_steps(record_of().to_json(), folder)
+    assert shlex.split(said.splitlines()[0], comments=True) == ["permprune", "verify", str(folder)]
 
 
 def test_every_way_to_save_writes_a_card(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from permprune.cli import app
 from permprune.errors import PermpruneError
 from permprune.system import distributed
 from permprune.system.failures import OutOfMemory, failures_reported
-from permprune.system.files import WorkFolder, write_sealed
+from permprune.system.files import WorkFolder, write_whole
 
 from ..cli.running import run
 from ..forked import forked
@@ -79,12 +79,12 @@ def commands_of_rank(folder: Path) -> None:
 
     def write_late(*arguments: Any) -> None:
         time.sleep(0.5)
-        write_sealed(*arguments)
+        write_whole(*arguments)
 
     codes = []
     with distributed.processes(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("permprune.report.run._pictures", lambda _: {})
-        patch.setattr("permprune.jobs.sweep.write_sealed", write_late)  # while the other process goes on
+        patch.setattr("permprune.system.search_state.write_whole", write_late)  # while the other process goes on
         for arguments in json.loads((folder / "commands.json").read_text()):
             try:
                 app([argument.replace("{rank}", os.environ["RANK"]) for argument in arguments])

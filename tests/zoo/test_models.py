@@ -45,7 +45,7 @@ def test_every_entry_says_what_it_is(name):
     assert entry.files
     assert all(len(package.sha256) == 64 and members for package, members in entry.files.items())
     assert entry.license
-    assert entry.size == sum(package.size for package in entry.files) > 50
+    assert sum(package.size for package in entry.files) > 50
     assert entry.note
 
 
@@ -74,7 +74,6 @@ def test_files_of_several_packages_are_converted_in_order(parts, tmp_path):
     assert folder == tmp_path / "models/parts-1.0"
     assert [path.name for path in folder.iterdir()] == ["whole"]
     assert (folder / "whole").read_text() == "one a, one b, two c, "
-    assert MODELS["parts"].size == 2
     assert MODELS["parts"].license == "MIT"
 
 
