@@ -12,7 +12,6 @@ from torch import Tensor
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH, Layout
-from permprune.pattern import Pattern
 from permprune.system.device import INT4, processor_has
 
 Weights = Any
@@ -285,12 +284,3 @@ def unpack(weights: Weights, first: int, output: Tensor, kernels: str | None = N
     threads = library.threads(output.numel())
     status = functions.permprune_unpack(ctypes.byref(weights), first, first + rows, *written, index, threads)
     library.require_done(status, "unpacking a weight")
-
-
-def row_off_pattern(weights: Weights, pattern: Pattern) -> int | None:
-    """Return the first row of a packed weight whose codes do not keep the pattern, or None."""
-    functions, _ = library.require()
-    if weights.kind == _PLAIN:
-        raise PermpruneError("the codes of this weight cannot be checked by native kernels")
-    row: int = functions.permprune_check(ctypes.byref(weights), pattern.n, pattern.m)
-    return None if row < 0 else row
