@@ -225,7 +225,6 @@ def _declare(library: ctypes.CDLL) -> None:
         "unpack": (number, [pointer, size, size, pointer, number, number, number]),
         "activate": (number, [pointer, pointer, size, real, real, *[number] * 4]),
         "normalize": (number, [*[pointer] * 3, size, size, real, real, number, number, number]),
-        "check": (size, [pointer, number, number]),
         **dict.fromkeys(JOBS, (number, [pointer, number, number])),
     }
     for name, (result, arguments) in declared.items():

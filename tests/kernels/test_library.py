@@ -15,7 +15,6 @@ import torch
 from permprune.errors import PermpruneError
 from permprune.kernels import library, sources
 from permprune.kernels.product import native
-from permprune.pattern import Pattern
 from tests.kernels.product.test_linear import call
 from tests.kernels.product.weights import packed
 
@@ -156,15 +155,12 @@ def test_weights_that_contradict_themselves_are_refused(name: str) -> None:
         native.multiply(weights, torch.randn(2, 64))
     with pytest.raises(PermpruneError, match=r"contradict each other|cannot be unpacked"):
         native.unpack(weights, 0, torch.empty(8, 64))
-    assert native.row_off_pattern(weights, Pattern(2, 4)) == 0
 
 
-def test_a_plain_weight_has_no_codes_to_unpack_or_check() -> None:
+def test_a_plain_weight_has_no_codes_to_unpack() -> None:
     weights = native.describe_plain(torch.randn(8, 64))
     with pytest.raises(PermpruneError, match="unpacking a weight failed"):
         native.unpack(weights, 0, torch.empty(8, 64))
-    with pytest.raises(PermpruneError, match="cannot be checked"):
-        native.row_off_pattern(weights, Pattern(2, 4))
 
 
 PATTERN = {"n": 2, "m": 4}

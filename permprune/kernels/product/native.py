@@ -12,7 +12,6 @@ from torch import Tensor
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH, Layout
-from permprune.pattern import Pattern
 from permprune.system.device import INT4, processor_has
 
 Weights = Any
@@ -63,18 +62,14 @@ def describe(layout: Layout, blocks: Tensor, bias: Tensor | None = None, order: 
         if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
             raise PermpruneError("a packed weight has to be contiguous and on the CPU for native kernels")
     n, m = layout.pattern.n, layout.pattern.m
-    return library.structure(
-        "weights",
-        blocks=blocks,
-        bias=bias,
-        order=order,
-        rows=blocks.shape[0],
-        width=layout.width,
-        count=layout.count,
-        slots=layout.slots,
-        number=NUMBERS[layout.dtype],
-        bias_number=0 if bias is None else NUMBERS[bias.dtype],
+    return _structure(
+        blocks,
+        bias,
+        layout.dtype,
         kind=_POSITIONS if layout.positions else _MASK,
+        order=order,
+        width=layout.width,
+        slots=layout.slots,
         half=2 * n == m and BLOCK // 2 % m == 0,
     )
 
@@ -101,19 +96,7 @@ def describe_plain(values: Tensor, scale: Tensor | None = None, bias: Tensor | N
     if scale is not None and (scale.dtype != torch.float32 or tuple(scale.shape) != (rows, width // BLOCK)):
         raise PermpruneError(f"a plain weight has a scale of shape {tuple(scale.shape)} and type {scale.dtype}")
     _require_bias(bias, rows)
-    return library.structure(
-        "weights",
-        blocks=values,
-        bias=bias,
-        scale=scale,
-        rows=rows,
-        width=width,
-        count=width // BLOCK,
-        slots=BLOCK,
-        number=NUMBERS[values.dtype],
-        bias_number=0 if bias is None else NUMBERS[bias.dtype],
-        kind=_PLAIN,
-    )
+    return _structure(values, bias, values.dtype, kind=_PLAIN, scale=scale, width=width, slots=BLOCK)
 
 
 def describe_blocks(
@@ -126,20 +109,24 @@ def describe_blocks(
     Raises `PermpruneError` for a bias that is not (rows,), contiguous and on the CPU.
     """
     _require_bias(bias, rows)
-    return library.structure(
-        "weights",
-        blocks=blocks,
-        bias=bias,
-        order=order,
-        rows=rows,
-        width=width,
-        count=-(-width // BLOCK),
-        slots=BLOCK if order is None else BLOCK // 2,
-        number=NUMBERS[torch.float32 if order is None else torch.bfloat16],
-        bias_number=0 if bias is None else NUMBERS[bias.dtype],
-        kind=_MASK if order is None else _POSITIONS,
-        half=order is not None,
-    )
+    if order is None:
+        return _structure(blocks, bias, torch.float32, kind=_MASK, rows=rows, width=width, slots=BLOCK)
+    kept = {"kind": _POSITIONS, "order": order, "slots": BLOCK // 2, "half": True}
+    return _structure(blocks, bias, torch.bfloat16, rows=rows, width=width, **kept)
+
+
+def _structure(blocks: Tensor, bias: Tensor | None, dtype: torch.dtype, *, width: int, **members: Any) -> Weights:
+    """Return the structure of a weight whose values have a type; it has the rows of `blocks` unless `members` say."""
+    described = {
+        "blocks": blocks,
+        "bias": bias,
+        "rows": blocks.shape[0],
+        "width": width,
+        "count": -(-width // BLOCK),
+        "number": NUMBERS[dtype],
+        "bias_number": 0 if bias is None else NUMBERS[bias.dtype],
+    }
+    return library.structure("weights", **(described | members))
 
 
 def _require_bias(bias: Tensor | None, rows: int) -> None:
@@ -285,12 +272,3 @@ def unpack(weights: Weights, first: int, output: Tensor, kernels: str | None = N
     threads = library.threads(output.numel())
     status = functions.permprune_unpack(ctypes.byref(weights), first, first + rows, *written, index, threads)
     library.require_done(status, "unpacking a weight")
-
-
-def row_off_pattern(weights: Weights, pattern: Pattern) -> int | None:
-    """Return the first row of a packed weight whose codes do not keep the pattern, or None."""
-    functions, _ = library.require()
-    if weights.kind == _PLAIN:
-        raise PermpruneError("the codes of this weight cannot be checked by native kernels")
-    row: int = functions.permprune_check(ctypes.byref(weights), pattern.n, pattern.m)
-    return None if row < 0 else row

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels import library
 from permprune.kernels.product.int4 import (
     LARGEST,
     SMALLEST,
@@ -218,19 +217,13 @@ def _damages() -> dict[str, tuple[PackedWeight, str]]:
 
 
 @pytest.mark.parametrize("damage", _damages())
-@pytest.mark.parametrize("by", ["native", "torch"])
-def test_damage_is_found(damage: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if by == "torch":
-        monkeypatch.setattr(library, "available", lambda: False)
+def test_damage_is_found(damage: str) -> None:
     weight, words = _damages()[damage]
     with pytest.raises(PermpruneError, match=words):
         weight.check()
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("by", ["native", "torch"])
-def test_nothing_is_found_in_a_good_weight(pattern: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if by == "torch":
-        monkeypatch.setattr(library, "available", lambda: False)
+def test_nothing_is_found_in_a_good_weight(pattern: str) -> None:
     for groups in (1, 17, 64):
         packed(4, groups * Pattern.parse(pattern).m, pattern).check()
