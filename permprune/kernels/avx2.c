@@ -1,6 +1,5 @@
 /* AVX2 with FMA and F16C, as every x86-64 server and desktop since 2015 has them. */
 #if defined(__x86_64__)
-#include "attention/deposit.h"
 #include "library.h"
 #include "product/expand_table.h"
 #include "x86.h"

@@ -16,21 +16,9 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vn
 #include "elementwise/avx512.h"
 END_TARGET
 
-kernel avx512_pairs, avx512_dense_pairs, avx512_turn_pairs, avx512_many_pairs, avx512_lay_out_tiles, avx512_many_tiles,
-    avx512_attend_tiles;
-
-#define AVX512_KERNELS                                                                                                 \
-    ALL_KERNELS, .pairs_run_here = has_avx512_bf16, .pairs = avx512_pairs, .dense_pairs = avx512_dense_pairs,          \
-                 .turn_pairs = avx512_turn_pairs, .many_pairs = avx512_many_pairs
+#define AVX512_KERNELS ALL_KERNELS, .pairs_run_here = has_avx512_bf16, .pairs = &avx512_pairs
 
 const struct kernels avx512_kernels = {.name = "avx512", .runs_here = has_avx512, AVX512_KERNELS};
 
-const struct kernels amx_kernels = {
-    .name = "amx",
-    .runs_here = has_amx_bf16,
-    AVX512_KERNELS,
-    .lay_out_tiles = avx512_lay_out_tiles,
-    .many_tiles = avx512_many_tiles,
-    .attend_tiles = avx512_attend_tiles,
-};
+const struct kernels amx_kernels = {.name = "amx", .runs_here = has_amx_bf16, AVX512_KERNELS, .tiles = &amx_tiles};
 #endif

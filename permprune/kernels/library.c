@@ -84,7 +84,7 @@ static void take_pieces(void *data)
 
 void run_in_pieces(const void *job, kernel *function, int64_t count, int64_t unit, int32_t threads)
 {
-    if (threads <= 1 || !parallel) {
+    if (threads <= 1 || !parallel || count <= unit) {
         function(job, 0, count);
         return;
     }
@@ -98,7 +98,7 @@ EXPORT void permprune_use_threads_of(void *gomp_parallel) { parallel = (parallel
 int places_are_bad(const int64_t *places, int64_t count, int64_t limit)
 {
     uint64_t bad = 0;
-    if (LACKS(count, places))
+    if (LACKS(count, places) || limit < 0)
         return 1;
     for (int64_t i = 0; i < count; i++)
         bad |= (uint64_t)places[i] >= (uint64_t)limit;

@@ -15,13 +15,24 @@ enum status { DONE, NO_MEMORY, NO_KERNEL, BAD_ORDER, BAD_CODE, BAD_SIZE }; /* se
 /* Works on the items `first` to `last` of a job. */
 typedef void kernel(const void *job, int64_t first, int64_t last);
 
+/* Those of an instruction that multiplies pairs of bf16: `product` and `dense` multiply bf16 by bf16, and `many` many rows of
+ * activations by 2:4 weights of bf16 or integers, after `turn`. */
+struct pair_kernels {
+    kernel *product, *dense; /* of rows of the weight */
+    kernel *turn, *many;     /* of tiles of tokens; of (tiles, chunks of rows): see product/many_pairs.h */
+};
+
+/* Those of matrix units for bf16. */
+struct tile_kernels {
+    kernel *lay_out, *many; /* of groups of tokens; of shares of the rows: see product/many_tiles.h */
+    kernel *attend;         /* of (batch, heads of the queries) */
+};
+
 /* The kernels of one instruction set.
  *
  * Products are by the type of the weight: `products`; `dense`, the same for PLAIN weights; and `unpack`, which writes the
- * weight with its zeros, (rows, width). `pairs` multiplies bf16 by bf16 if there is such an instruction, else it is NULL.
- * `spread` and `many` multiply many rows of activations, and `many_pairs` those of bf16 by 2:4 weights of bf16 or integers where
- * `pairs` run; `many_tiles` those of bf16 on matrix units, else it is NULL. `stage_i8` rounds a row of activations for int8 weights
- * (product/family_i8.h). */
+ * weight with its zeros, (rows, width). `spread` and `many` multiply many rows of activations. `stage_i8` rounds a row of
+ * activations for int8 weights (product/family_i8.h). */
 struct kernels {
     const char *name;
     int (*runs_here)(void); /* NULL where they always do */
@@ -30,15 +41,13 @@ struct kernels {
     kernel *spread, *many; /* of tiles of tokens; of chunks of rows: see product/many.h */
     int64_t lanes, vectors; /* numbers of a vector, and the most vectors of a tile */
     int (*pairs_run_here)(void);
-    kernel *pairs, *dense_pairs;
-    kernel *turn_pairs, *many_pairs; /* of tiles of tokens; of (tiles, chunks of rows): see product/many_pairs.h */
-    kernel *lay_out_tiles, *many_tiles; /* of groups of tokens; of shares of the rows: see product/many_tiles.h */
+    const struct pair_kernels *pairs; /* NULL where there are no such instructions */
+    const struct tile_kernels *tiles; /* the same */
     kernel *mask, *keep, *apply, *step;         /* of rows */
     kernel *square;                             /* of blocks of channels */
     kernel *prune;                              /* of groups */
     int (*place)(const struct place *place);    /* 0 when there is no memory */
     kernel *attend;                             /* of (batch, heads, parts) */
-    kernel *attend_tiles;                       /* of (batch, heads of the queries), on matrix units, else NULL */
     kernel *combine, *unpack_states; /* of (batch, heads) */
     kernel *activate, *normalize; /* of blocks of numbers; of rows */
 };
@@ -56,6 +65,8 @@ struct kernels {
     .activate = activate_blocks, .normalize = normalize_rows
 
 extern const struct kernels amx_kernels, avx512_kernels, avx2_kernels, neon_kernels, portable_kernels;
+extern const struct pair_kernels avx512_pairs;
+extern const struct tile_kernels amx_tiles;
 
 /* Kernels number `index`, the best first; NULL if they do not run here, or do not exist. */
 const struct kernels *find_kernels(int32_t index);

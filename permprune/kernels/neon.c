@@ -1,6 +1,5 @@
 /* NEON, which every aarch64 processor has. */
 #if defined(__aarch64__)
-#include "attention/deposit.h"
 #include "library.h"
 #include "product/expand_table.h"
 #include <arm_neon.h>

@@ -1,5 +1,4 @@
 /* Plain C, for every processor. */
-#include "attention/deposit.h"
 #include "library.h"
 #include <float.h>
 #include <math.h>

@@ -7,7 +7,6 @@ processors with matrix units (AMX); there it takes up to three times as long for
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -81,8 +80,9 @@ def attention(
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = causal and attention_mask is None
         return attend_many(query, key, value, scaling=scaling, mask=attention_mask, causal=causal), None
-    keys, values = (Side(None, states, _natural(*states.shape[1::2])) for states in (key, value))
-    return attend(query, keys, values, packed=0, before=key.shape[2], scaling=scaling, mask=attention_mask), None
+    return attend(
+        query, Side(None, key), Side(None, value), packed=0, before=key.shape[2], scaling=scaling, mask=attention_mask
+    ), None
 
 
 def _is_native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
@@ -105,9 +105,3 @@ def _fits_tiles(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether matrix units read these states, of so many tokens that they are faster."""
     fits = value.shape == key.shape and query.shape[3] == key.shape[3] and query.shape[1] % key.shape[1] == 0
     return fits and 0 < key.shape[2] <= LONGEST
-
-
-@lru_cache
-def _natural(heads: int, width: int) -> Tensor:
-    """The order of channels that `Side` expects, int64 (heads, width)."""
-    return torch.arange(width, device="cpu").repeat(heads, 1)

@@ -163,6 +163,25 @@ def test_a_plain_weight_has_no_codes_to_unpack() -> None:
         native.unpack(weights, 0, torch.empty(8, 64))
 
 
+def test_sums_of_no_channels_are_not_read() -> None:
+    weights = native.describe_blocks(torch.empty(0, dtype=torch.uint8), None, rows=8, width=0)
+    with pytest.raises(PermpruneError, match="contradict each other"):
+        native.multiply(weights, torch.empty(256, 0), many=True)
+
+
+@pytest.mark.parametrize("limit", ["width", "channels"])
+def test_no_place_is_below_a_negative_limit(limit: str) -> None:
+    tensors = {name: torch.zeros(4) for name in ("score", "weight", "pruned")}
+    places, mask = torch.arange(4), torch.zeros(4, dtype=torch.uint8)
+    jobs: dict[str, tuple[str, dict[str, Any]]] = {
+        "width": ("mask", {"score": tensors["score"], "places": places, "mask": mask, "size": 4}),
+        "channels": ("prune", {**tensors, "groups": places, "count": 1}),
+    }
+    name, members = jobs[limit]
+    with pytest.raises(PermpruneError, match="channels that do not exist"):
+        library.run(name, **PATTERN, **members, rows=1, **{limit: -1})
+
+
 PATTERN = {"n": 2, "m": 4}
 JOBS: list[tuple[str, dict[str, Any]]] = [
     ("place", {**PATTERN, "count": -1}),

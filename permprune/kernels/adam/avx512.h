@@ -1,7 +1,5 @@
-/* The kernel of adam.h with AVX-512: LINE channels of a row at a time, with the same bits as a result. Channels that the
+/* The kernel of adam.h with AVX-512, after product/avx512.h: LINE channels of a row at a time, with the same bits as a result. Channels that the
  * mask does not keep are computed as well, and not written. */
-
-static ALWAYS_INLINE __m512i widened(__m256i halves) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16); }
 
 static ALWAYS_INLINE __m256i upper_halves(__m512i numbers)
 {
@@ -16,7 +14,7 @@ static ALWAYS_INLINE lanes read_lanes(const void *numbers, int64_t offset, __mma
     const __m256i *halves = (const __m256i *)((const uint16_t *)numbers + offset);
     if (number == F32)
         return (lanes)(whole ? _mm512_loadu_ps(floats) : _mm512_maskz_loadu_ps(there, floats));
-    return (lanes)widened(whole ? _mm256_loadu_si256(halves) : _mm256_maskz_loadu_epi16(there, halves));
+    return (lanes)widen_bf16(whole ? _mm256_loadu_si256(halves) : _mm256_maskz_loadu_epi16(there, halves));
 }
 
 /* Write the lanes in `keep`: of bf16 the upper halves. The others keep what they have; if LINE numbers are there, that is

@@ -45,7 +45,7 @@ STRUCTURE(states, {
  * last, in numbers. */
 STRUCTURE(attend, {
     struct states packed[2], whole[2]; /* tokens are batch * heads * those for which a head has memory */
-    const int64_t *order[2];           /* (heads, width): stored channel c is channel order[c] of queries and output */
+    const int64_t *order[2];           /* (heads, width): stored channel c is channel order[c] of queries and output; or NULL */
     const void *query;
     const uint8_t *mask; /* 1 where a query reads a token; NULL for all */
     const float *added;  /* added to the scores, or NULL */

@@ -76,4 +76,5 @@ static ALWAYS_INLINE uint64_t deposit(uint64_t bits, uint64_t places) { return _
 
 #define HAS_BLOCKS
 #define HAS_CODED
+#define HAS_DEPOSIT
 #include "attention/kernels.h"

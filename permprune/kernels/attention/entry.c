@@ -24,18 +24,19 @@ ENTRY(attend)
     const int64_t heads = copy.batch * copy.heads, whole = copy.length - copy.packed_tokens;
     int32_t bad = 0;
     copy.bad = &bad;
-    if (bad_size(copy.batch) || bad_size(copy.heads) || bad_size(heads) || bad_size(copy.group) || bad_size(copy.count) ||
-        bad_size(copy.length) || bad_size(copy.packed_tokens) || copy.before < 0 || copy.before > whole ||
+    if (bad_size(copy.batch) || bad_size(copy.heads) || bad_size(heads) || bad_size(copy.group) ||
+        bad_size(heads * copy.group) || bad_size(copy.count) || bad_size(copy.length) || bad_size(copy.packed_tokens) || copy.before < 0 || copy.before > whole ||
         copy.parts != (copy.length + PART_TOKENS - 1) / PART_TOKENS || !is_float(copy.number) ||
         LACKS(heads * copy.group * copy.count, copy.query, copy.output) ||
-        LACKS(heads * copy.group * copy.count * copy.parts, copy.partial))
+        (copy.parts && LACKS(heads * copy.group * copy.count, copy.partial)))
         return BAD_SIZE;
     for (int side = 0; side < 2; side++) {
-        const int64_t width = copy.packed[side].width;
-        if (copy.whole[side].width != width || states_are_bad(&copy.packed[side], heads * copy.packed_tokens) ||
-            states_are_bad(&copy.whole[side], heads * whole))
+        const struct states *packed = &copy.packed[side];
+        const int64_t width = copy.whole[side].width;
+        if (states_are_bad(&copy.whole[side], heads * whole) ||
+            (copy.packed_tokens && (packed->width != width || states_are_bad(packed, heads * copy.packed_tokens))))
             return BAD_SIZE;
-        for (int64_t head = 0; head < copy.heads; head++)
+        for (int64_t head = 0; copy.order[side] && head < copy.heads; head++)
             if (places_are_bad(copy.order[side] + head * width, width, width))
                 return BAD_ORDER;
     }
@@ -51,14 +52,14 @@ ENTRY(attend_many)
     const int64_t heads = copy.heads * copy.group;
     int32_t bad = 0;
     copy.bad = &bad;
-    if (!kernels->attend_tiles)
+    if (!kernels->tiles)
         return NO_KERNEL;
     if (bad_size(copy.batch) || bad_size(copy.heads) || bad_size(copy.group) || bad_size(heads) || bad_size(copy.batch * heads) ||
         bad_size(copy.count) || bad_size(copy.length) || copy.width < 1 || copy.width > WIDEST || !(copy.scaling >= 0.0f) ||
         LACKS(copy.batch * heads * copy.count, copy.query, copy.output) ||
         LACKS(copy.batch * heads * copy.length, copy.key, copy.value))
         return BAD_SIZE;
-    run_in_pieces(&copy, kernels->attend_tiles, copy.batch * heads, copy.group, threads);
+    run_in_pieces(&copy, kernels->tiles->attend, copy.batch * heads, copy.group, threads);
     return bad ? NO_MEMORY : DONE;
 }
 

@@ -104,14 +104,14 @@ static int64_t offset_of(const struct rows *rows, int64_t row, const int64_t *st
 static void start_rows(struct rows *rows)
 {
     const struct attend *job = rows->attention;
-    const int64_t width = job->packed[0].width, stride = lines_of(width);
-    const int64_t *order = job->order[0] + rows->head * width;
+    const int64_t width = job->whole[0].width, stride = lines_of(width);
+    const int64_t *order = job->order[0] ? job->order[0] + rows->head * width : NULL;
     memset(rows->query, 0, (size_t)(rows->count * stride) * sizeof(float));
-    memset(rows->sum, 0, (size_t)(rows->count * lines_of(job->packed[1].width)) * sizeof(float));
+    memset(rows->sum, 0, (size_t)(rows->count * lines_of(job->whole[1].width)) * sizeof(float));
     for (int64_t r = 0; r < rows->count; r++) {
         const int64_t from = offset_of(rows, rows->first + r, job->query_stride);
         for (int64_t c = 0; c < width; c++)
-            rows->query[r * stride + c] = read_number(job->query, from + order[c], job->number) * job->scaling;
+            rows->query[r * stride + c] = read_number(job->query, from + (order ? order[c] : c), job->number) * job->scaling;
         rows->largest[r] = -FLT_MAX;
         rows->total[r] = 0;
     }
@@ -218,7 +218,7 @@ static int64_t read_tokens(struct rows *rows, int64_t position, int64_t stop, in
 static void attend(const void *argument, int64_t first, int64_t last)
 {
     const struct attend *job = argument;
-    const int64_t height = job->group * job->count, width = job->packed[1].width, stride = lines_of(width);
+    const int64_t height = job->group * job->count, width = job->whole[1].width, stride = lines_of(width);
     struct rows rows;
     int good = 1;
     memset(rows.line, 0, sizeof rows.line); /* lines that are not written yet are multiplied, too */
@@ -249,7 +249,7 @@ static void attend(const void *argument, int64_t first, int64_t last)
 static void combine(const void *argument, int64_t first, int64_t last)
 {
     const struct attend *job = argument;
-    const int64_t height = job->group * job->count, width = job->packed[1].width, size = width + 2;
+    const int64_t height = job->group * job->count, width = job->whole[1].width, size = width + 2;
     float sum[WIDEST];
     for (int64_t task = first; task < last; task++)
         for (int64_t row = 0; row < height; row++) {
@@ -267,10 +267,11 @@ static void combine(const void *argument, int64_t first, int64_t last)
                     sum[c] += from[c] * factor;
             }
             const int64_t query = task / job->heads * job->count + row % job->count;
-            const int64_t to = (query * job->heads * job->group + head) * width, *order = job->order[1] + kv_head * width;
+            const int64_t to = (query * job->heads * job->group + head) * width;
+            const int64_t *order = job->order[1] ? job->order[1] + kv_head * width : NULL;
             const float inverse = 1.0f / (total < FLT_MIN ? FLT_MIN : total);
             for (int64_t c = 0; c < width; c++)
-                write_number(job->output, to + order[c], job->number, sum[c] * inverse);
+                write_number(job->output, to + (order ? order[c] : c), job->number, sum[c] * inverse);
         }
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,18 +24,18 @@ class Side:
     """The keys, or the values, that queries read: `packed` ones, if there are, and `whole` ones.
 
     `whole` is (batch, heads, tokens, width), in the stored order of channels. `order`, int64 (heads, width), has the
-    channel of queries or outputs for each stored one.
+    channel of queries or outputs for each stored one; None if it is the same.
     """
 
     packed: PackedStates | None
     whole: Tensor
-    order: Tensor
+    order: Tensor | None = None
 
     def fits(self, batch: int, heads: int, width: int, packed: int) -> bool:
         """Return whether this has these sizes, `width` channels, and at least `packed` packed tokens."""
         order, whole, states = self.order, self.whole, self.packed
         fits = whole.shape[:2] == (batch, heads) and whole.shape[3] == width <= WIDEST and whole.dtype in FLOATS
-        fits &= order.shape == (heads, width) and order.dtype == torch.int64 and is_reachable(order)
+        fits &= order is None or (order.shape == (heads, width) and is_reachable(order))
         if states is None:
             return fits and packed == 0
         return fits and states.shape[:2] == (batch, heads) and states.width == width and states.shape[2] >= packed
@@ -83,7 +82,7 @@ def attend(
     library.run(
         "attend",
         batch * all_heads * count * length * (width + value_width),
-        packed=tuple(side.packed.struct if side.packed else _no_states(side.whole.shape[3]) for side in (keys, values)),
+        packed=tuple(side.packed.struct if side.packed else {} for side in (keys, values)),
         whole=tuple(_whole_states(side) for side in (keys, values)),
         order=(keys.order, values.order),
         query=query,
@@ -152,11 +151,6 @@ def attend_many(
         causal=causal,
     )
     return output
-
-
-@lru_cache
-def _no_states(width: int) -> Any:
-    return library.structure("states", width=width, kept=width)
 
 
 def _whole_states(side: Side) -> dict[str, Any]:

@@ -11,8 +11,18 @@
  *     void unpack_coded(float *to, const uint64_t *planes, const int bits, int64_t lines)
  *         up to four lines of the numbers whose bits stand in planes; only where HAS_CODED is defined
  *     uint64_t deposit(uint64_t bits, uint64_t places)
- *         successive bits at the ones of `places`
+ *         successive bits at the ones of `places`; only where HAS_DEPOSIT is defined
  */
+#if !defined(HAS_DEPOSIT)
+static ALWAYS_INLINE uint64_t deposit(uint64_t bits, uint64_t places)
+{
+    uint64_t found = 0;
+    for (; bits && places; places &= places - 1, bits >>= 1)
+        found |= bits & 1 ? places & -places : 0;
+    return found;
+}
+#endif
+
 static ALWAYS_INLINE int64_t lines_of(int64_t width) { return (width + LINE - 1) / LINE * LINE; }
 
 /* Eight bytes from `from` on. Near the end of an array, `inside` is 0, and those after `end` are zero. */

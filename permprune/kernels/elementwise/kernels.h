@@ -1,16 +1,7 @@
-/* The kernels of elementwise.h, inside BEGIN_TARGET and END_TARGET, after attention/kernels.h. */
+/* The kernels of elementwise.h, inside BEGIN_TARGET and END_TARGET, after those of adam and attention. */
 
 typedef uint16_t half_lanes __attribute__((vector_size(LINE * sizeof(uint16_t))));
 typedef uint32_t uint_lanes __attribute__((vector_size(LINE * sizeof(uint32_t))));
-
-static ALWAYS_INLINE lanes load_numbers(const void *numbers, int64_t offset, const int32_t number)
-{
-    if (number == F32)
-        return load_line((const float *)numbers + offset);
-    half_lanes halves;
-    memcpy(&halves, (const uint16_t *)numbers + offset, sizeof halves);
-    return (lanes)(__builtin_convertvector(halves, uint_lanes) << 16);
-}
 
 static ALWAYS_INLINE void store_numbers(void *numbers, int64_t offset, lanes line, const int32_t number)
 {
@@ -83,7 +74,7 @@ static ALWAYS_INLINE void activate_block(const struct activate *job, int64_t i, 
     const float linear = job->linear * 1.44269504f, cubic = job->cubic * 1.44269504f;
     const int exact = number == F32;
     for (; i + LINE <= last; i += LINE)
-        store_numbers(job->y, i, activate_line(load_numbers(job->x, i, number), linear, cubic, form, exact), number);
+        store_numbers(job->y, i, activate_line(read_numbers(job->x, i, LINE, number), linear, cubic, form, exact), number);
     for (; i < last; i++) {
         const lanes x = spread(read_number(job->x, i, number));
         write_number(job->y, i, number, activate_line(x, linear, cubic, form, exact)[0]);
@@ -115,7 +106,7 @@ static ALWAYS_INLINE void normalize_row(const struct normalize *job, int64_t row
     const int64_t width = job->width, whole = width / LINE * LINE, first = row * width;
     lanes sums[2] = {{0}, {0}};
     for (int64_t i = 0; i < whole; i += LINE) {
-        const lanes x = load_numbers(job->x, first + i, number);
+        const lanes x = read_numbers(job->x, first + i, LINE, number);
         sums[i / LINE & 1] += x * x;
     }
     float total = 0;
@@ -127,8 +118,8 @@ static ALWAYS_INLINE void normalize_row(const struct normalize *job, int64_t row
     }
     const float scale = 1.0f / sqrtf(total / (float)width + job->least);
     for (int64_t i = 0; i < whole; i += LINE) {
-        const lanes weight = load_numbers(job->weight, i, number) + job->shift;
-        store_numbers(job->y, first + i, load_numbers(job->x, first + i, number) * scale * weight, number);
+        const lanes weight = read_numbers(job->weight, i, LINE, number) + job->shift;
+        store_numbers(job->y, first + i, read_numbers(job->x, first + i, LINE, number) * scale * weight, number);
     }
     for (int64_t i = whole; i < width; i++) {
         const float weight = read_number(job->weight, i, number) + job->shift;

@@ -1,4 +1,5 @@
 /* Products with AVX2. */
+#include "product/vectors_256.h"
 
 /* Moves successive lanes to the positions of the ones in `bits`, with those of `rest` between. */
 static ALWAYS_INLINE __m256 expand(__m256 kept, uint64_t bits, __m256 rest)
@@ -11,13 +12,6 @@ static ALWAYS_INLINE __m256 widen_bf16(const uint16_t *p)
 {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-
-static ALWAYS_INLINE float total(__m256 sum)
-{
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 static ALWAYS_INLINE float total_of_row(__m256 sum, int row)
@@ -61,8 +55,6 @@ static ALWAYS_INLINE __m256 alternate(__m256 first, __m256 second, int half)
     return _mm256_castpd_ps(half ? _mm256_permute2f128_pd(even, odd, 0x31) : _mm256_permute2f128_pd(even, odd, 0x20));
 }
 
-#include "product/turn_8.h"
-
 #define TWO_ROWS_FROM 1
 #define CODES two_codes
 #define TWO_CODES(first, second) read_codes(first, second)
@@ -81,7 +73,7 @@ static ALWAYS_INLINE __m256 alternate(__m256 first, __m256 second, int half)
 #define EXPAND(p, bits) expand(KEPT(p), bits, ZERO())
 #define ZERO() _mm256_setzero_ps()
 #define FMA(sum, w, x) _mm256_fmadd_ps(w, x, sum)
-#define TOTAL(sum) total(sum)
+#define TOTAL(sum) total_8(sum)
 
 #define KIND f32
 #define WEIGHT float
@@ -174,8 +166,6 @@ static ALWAYS_INLINE __m256 add_parts(__m256 sum, block_i8 w, block_i8 x, scales
 }
 
 /* ---- integers, two rows that keep half: in each lane of 128 bits, four groups of both ---- */
-
-#include "product/nibbles.h"
 
 typedef struct {
     __m256i w[2], index[2]; /* of the first and third, and of the second and fourth 16 channels */

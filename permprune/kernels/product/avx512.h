@@ -1,5 +1,6 @@
 /* Products with AVX-512. */
 #include "product/avx512_codes.h"
+#include "product/vectors_256.h"
 
 static ALWAYS_INLINE __m256i load_16(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
 
@@ -117,7 +118,6 @@ static void unpack_16(const struct product *job, int64_t first, int64_t last)
 #define WIDEN_F16(p) _mm512_cvtph_ps(load_16(p))
 #define SPREAD(p) _mm512_set1_ps(*(p))
 #define TURN_8(from, apart, to, to_apart) turn_8(from, apart, to, to_apart)
-#include "product/turn_8.h"
 #include "product/many.h"
 
 #undef VECTOR
@@ -128,8 +128,6 @@ static void unpack_16(const struct product *job, int64_t first, int64_t last)
 #undef TOTAL
 
 /* ---- integers, half of them kept, by the 32 channels that are picked: of eight bits unsigned |w| by signed x sign(w) ---- */
-
-#include "product/nibbles.h"
 
 typedef struct {
     __m256i w, index; /* index of the channel of each byte of w */
@@ -162,19 +160,12 @@ static ALWAYS_INLINE __m256i dot_half_i8(half_block half, __m512i x)
     return _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_abs_epi8(half.w), _mm256_sign_epi8(picked, half.w));
 }
 
-static ALWAYS_INLINE float total_half(__m256 sum)
-{
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
 #define VECTOR __m512i
 #define LOAD(p) _mm512_loadu_si512(p)
 
 #define SUM __m256
 #define ZERO() _mm256_setzero_ps()
-#define TOTAL(sum) total_half(sum)
+#define TOTAL(sum) total_8(sum)
 #define NAME half_i8
 #define SCALE_OF(weights, block, place) read_scale(block, I8, 0)
 #define SCALE(sum, count, w_scale, x_scale)                                                                            \

@@ -10,6 +10,7 @@
 BEGIN_TARGET(FEATURES)
 
 #include "product/avx512_codes.h"
+#include "product/vectors_256.h"
 
 /* The channels of the 32 kept ones: see `positions` in avx512.h. Only the lowest six bits count. */
 static ALWAYS_INLINE __m512i positions(uint64_t code)
@@ -82,20 +83,7 @@ BEGIN_TARGET(FEATURES ",amx-tile,amx-bf16")
 #include "attention/tiles.h"
 END_TARGET
 
-kernel avx512_pairs, avx512_dense_pairs, avx512_turn_pairs, avx512_many_pairs, avx512_lay_out_tiles, avx512_many_tiles,
-    avx512_attend_tiles;
+const struct pair_kernels avx512_pairs = {product_pairs, dense_pairs, turn_tiles, multiply_pairs};
 
-void avx512_pairs(const void *job, int64_t first, int64_t last) { product_pairs(job, first, last); }
-
-void avx512_dense_pairs(const void *job, int64_t first, int64_t last) { dense_pairs(job, first, last); }
-
-void avx512_turn_pairs(const void *job, int64_t first, int64_t last) { turn_tiles(job, first, last); }
-
-void avx512_many_pairs(const void *job, int64_t first, int64_t last) { multiply_pairs(job, first, last); }
-
-void avx512_lay_out_tiles(const void *job, int64_t first, int64_t last) { lay_out_tokens(job, first, last); }
-
-void avx512_many_tiles(const void *job, int64_t first, int64_t last) { multiply_tiles(job, first, last); }
-
-void avx512_attend_tiles(const void *job, int64_t first, int64_t last) { attend_tiles(job, first, last); }
+const struct tile_kernels amx_tiles = {lay_out_tokens, multiply_tiles, attend_tiles};
 #endif

@@ -106,7 +106,7 @@ void correct_nonfinite(const struct product *job, const void *activations, int32
 static kernel *choose_kernel(const struct kernels *kernels, int32_t number, int pairs, int dense)
 {
     if (pairs)
-        return dense ? kernels->dense_pairs : kernels->pairs;
+        return dense ? kernels->pairs->dense : kernels->pairs->product;
     return dense ? kernels->dense[number] : kernels->products[number];
 }
 

@@ -21,21 +21,23 @@
 #define STEPS (BLOCK / LANES)
 #define CHAINS (STEPS < 4 ? 2 : 4)
 
-static ALWAYS_INLINE void PASTE(expand_add_, KIND)(SUM sums[][TILE_BATCH][CHAINS], const char *const *block,
-                                                   int32_t kind, const char *end, const STAGED *x, int first,
-                                                   int chains, const int height, const int batch)
+/* Adds the products of a block of each row with all channels: of `plain` weights, or of what a code keeps, in its place. */
+static ALWAYS_INLINE void PASTE(add_whole_, KIND)(SUM sums[][TILE_BATCH][CHAINS], const char *const *block,
+                                                  int32_t kind, const char *end, const STAGED *x, int first, int chains,
+                                                  const int height, const int batch, const int plain)
 {
     uint64_t bits[TILE_ROWS];
     const WEIGHT *values[TILE_ROWS];
     WEIGHT room[TILE_ROWS][BLOCK];
-    UNROLLED for (int r = 0; r < height; r++) {
+    UNROLLED for (int r = 0; r < height && !plain; r++) {
         bits[r] = kept_channels(read_code(block[r]), kind);
         values[r] = readable(block[r] + CODE, end, room[r], BLOCK * sizeof(WEIGHT));
     }
     UNROLLED for (int step = 0; step < STEPS; step++) {
         VECTOR w[TILE_ROWS];
         UNROLLED for (int r = 0; r < height; r++)
-            w[r] = EXPAND(values[r] + __builtin_popcountll(before(bits[r], step * LANES)), bits[r] >> step * LANES);
+            w[r] = plain ? KEPT((const WEIGHT *)block[r] + step * LANES)
+                         : EXPAND(values[r] + __builtin_popcountll(before(bits[r], step * LANES)), bits[r] >> step * LANES);
         UNROLLED for (int b = 0; b < batch; b++) {
             VECTOR channels = LOAD(x + b * BLOCK + step * LANES);
             UNROLLED for (int r = 0; r < height; r++) {
@@ -49,31 +51,13 @@ static ALWAYS_INLINE void PASTE(expand_add_, KIND)(SUM sums[][TILE_BATCH][CHAINS
 #define NAME PASTE(expand_, KIND)
 #define HEADER CODE
 #define ADD(sums, block, weights, end, x, first, chains, height, batch)                                                \
-    PASTE(expand_add_, KIND)(sums, block, (weights)->kind, end, x, first, chains, height, batch)
+    PASTE(add_whole_, KIND)(sums, block, (weights)->kind, end, x, first, chains, height, batch, 0)
 #include "product/product.h"
-
-static ALWAYS_INLINE void PASTE(dense_add_, KIND)(SUM sums[][TILE_BATCH][CHAINS], const char *const *block,
-                                                  const STAGED *x, int first, int chains, const int height,
-                                                  const int batch)
-{
-    UNROLLED for (int step = 0; step < STEPS; step++) {
-        VECTOR w[TILE_ROWS];
-        UNROLLED for (int r = 0; r < height; r++)
-            w[r] = KEPT((const WEIGHT *)block[r] + step * LANES);
-        UNROLLED for (int b = 0; b < batch; b++) {
-            VECTOR channels = LOAD(x + b * BLOCK + step * LANES);
-            UNROLLED for (int r = 0; r < height; r++) {
-                SUM *sum = &sums[r][b][(first + step) % chains];
-                *sum = FMA(*sum, w[r], channels);
-            }
-        }
-    }
-}
 
 #define NAME PASTE(dense_, KIND)
 #define HEADER 0
 #define ADD(sums, block, weights, end, x, first, chains, height, batch)                                                \
-    ((void)(end), PASTE(dense_add_, KIND)(sums, block, x, first, chains, height, batch))
+    PASTE(add_whole_, KIND)(sums, block, PLAIN, end, x, first, chains, height, batch, 1)
 #include "product/product.h"
 
 #ifdef PICK

@@ -41,20 +41,17 @@ FIRST_ROWS = 64
 """The rows that tell first that a weight was not rounded before."""
 
 
-def search_scale(weights: Tensor, importance: Tensor | None = None, *, paired: bool) -> Tensor:
-    """Return the scales, bf16 (..., parts), with which rounding blocks of weights in fp32, (..., 64), costs least.
+def search_scale(weights: Tensor, *, paired: bool) -> Tensor:
+    """Return the scales, bf16 (..., parts), with the least squared error of rounding blocks of weights, fp32 (..., 64).
 
-    The cost is the sum of squared errors, each times its `importance`, (..., 64), by default one. `paired` is whether
-    the pattern is 2:4.
+    `paired` is whether the pattern is 2:4.
     """
     parts = weights.unflatten(-1, (-1, PART))
-    weighed = None if importance is None else importance.unflatten(-1, (-1, PART))
-    exponent = search_exponent(parts, weighed, paired=paired)
-    return search_part(parts, exponent.unsqueeze(-1), weighed, paired=paired)[0]
+    return search_part(parts, search_exponent(parts, paired=paired).unsqueeze(-1), paired=paired)[0]
 
 
 def search_exponent(parts: Tensor, importance: Tensor | None = None, *, paired: bool) -> Tensor:
-    """Return the exponents, int32 (...), of the scales of blocks, (..., parts, 16), for `search_scale`."""
+    """Return the exponents, int32 (...), of the scales of blocks, (..., parts, 16), for `search_part`."""
     first = _exponent(FROM * _least_scale(parts.abs().amax((-2, -1)), paired))
     second = (first + 1).clamp_(max=HIGHEST_EXPONENT)
     costs = [
@@ -68,8 +65,8 @@ def search_part(
 ) -> tuple[Tensor, Tensor]:
     """Return the scales, bf16 (...), with which rounding parts of weights, fp32 (..., 16), costs least, and the cost.
 
-    `exponent` (...) is that of their blocks, and the cost is that of `search_scale`. Of the levels, those are tried
-    that suit the largest weight, or `all_levels`.
+    `exponent` (...) is that of their blocks. The cost is the sum of squared errors, each times its `importance`, by
+    default one. Of the levels, those are tried that suit the largest weight, or `all_levels`.
     """
     power = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
     share = FROM * _least_scale(weights.abs().amax(-1), paired) / power

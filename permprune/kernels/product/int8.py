@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
-from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH
-from permprune.kernels.product.linear import bias_gradient, multiply_native, no_view, require_same_device, round_to_int8
+from permprune.kernels.product.layout import BLOCK, LARGEST_BATCH, require_activations
+from permprune.kernels.product.linear import bias_gradient, multiply_native, no_view, round_to_int8
 from permprune.kernels.product.module import dense_layer
 from permprune.kernels.product.packed import quantize
 
@@ -201,9 +201,8 @@ class TiedHead(nn.Module):
 
 def _require_fit(x: Tensor, values: Tensor, scale: Tensor) -> None:
     rows, width = values.shape
-    if x.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != width or scale.shape != (rows, width // BLOCK):
+    if scale.shape != (rows, width // BLOCK):
         raise PermpruneError(
-            f"activations of shape {tuple(x.shape)} and type {x.dtype} do not fit an int8 table of {width} channels: "
-            f"give (..., {width}) of fp32, bf16 or fp16"
+            f"{rows} rows of {width} channels in int8 do not have scales of shape {tuple(scale.shape)}"
         )
-    require_same_device(x, values)
+    require_activations(x, width, values)

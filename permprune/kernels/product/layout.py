@@ -132,6 +132,17 @@ def require_packable(pattern: Pattern, dtype: torch.dtype) -> None:
         raise PermpruneError(f"weights cannot be packed as {type_name(dtype)}: choose {choices}")
 
 
+def require_activations(x: Tensor, width: int, stored: Tensor) -> None:
+    """Raise `PermpruneError` unless x is (..., width) of one of `FLOATS`, on the device of `stored`, its factor."""
+    if x.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != width:
+        raise PermpruneError(
+            f"activations of shape {tuple(x.shape)} and type {x.dtype} do not fit a packed weight of {width} channels: "
+            f"give (..., {width}) of fp32, bf16 or fp16"
+        )
+    if x.device != stored.device:
+        raise PermpruneError(f"activations are on {x.device} and packed weights on {stored.device}: move them together")
+
+
 def type_name(dtype: torch.dtype) -> str:
     """Return the name of a type, without "torch."."""
     return str(dtype).removeprefix("torch.")

@@ -23,7 +23,7 @@ from torch import Tensor
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
-from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH, Layout
+from permprune.kernels.product.layout import BLOCK, LARGEST_BATCH, Layout, require_activations
 from permprune.kernels.product.packed import PackedWeight
 from permprune.pattern import Pattern
 
@@ -49,7 +49,8 @@ def packed_linear(
     shapes, types or devices do not match.
     """
     layout = Layout(Pattern(n, m), dtype, width)
-    _require_fit(layout, x, blocks, bias, order)
+    layout.require(blocks, bias, order)
+    require_activations(x, width, blocks)
     if library.available() and x.device.type == "cpu":
         y = multiply_native(native.describe(layout, blocks, bias, order), x, dtype, order, bias)
     else:
@@ -69,7 +70,8 @@ def _(x: Tensor, blocks: Tensor, bias: Tensor | None, order: Tensor | None, widt
     if torch.onnx.is_in_onnx_export():
         raise PermpruneError("packed layers have no ONNX form: export the model after permprune.unpack(model)")
     n, m, dtype = stored
-    _require_fit(Layout(Pattern(n, m), dtype, width), x, blocks, bias, order)
+    Layout(Pattern(n, m), dtype, width).require(blocks, bias, order)
+    require_activations(x, width, blocks)
     return x.new_empty(*x.shape[:-1], blocks.shape[0])
 
 
@@ -224,19 +226,3 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
     if not ((order >= 0) & (order < x.shape[1])).all():
         raise PermpruneError(f"a channel order names channels outside 0 to {x.shape[1] - 1}: pack the model again")
     return x.index_select(1, order)
-
-
-def _require_fit(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, order: Tensor | None) -> None:
-    if x.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != layout.width:
-        raise PermpruneError(
-            f"activations of shape {tuple(x.shape)} and type {x.dtype} do not fit a packed weight of {layout.width} "
-            f"channels: give (..., {layout.width}) of fp32, bf16 or fp16"
-        )
-    layout.require(blocks, bias, order)
-    require_same_device(x, blocks)
-
-
-def require_same_device(x: Tensor, stored: Tensor) -> None:
-    """Raise `PermpruneError` if activations are on another device than what they are multiplied with."""
-    if x.device != stored.device:
-        raise PermpruneError(f"activations are on {x.device} and packed weights on {stored.device}: move them together")

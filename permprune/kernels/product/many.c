@@ -10,7 +10,7 @@ static int are_bf16(const struct weights *weights, int32_t number)
 /* Whether many_pairs.h multiplies these. */
 static int are_pairs(const struct weights *weights, int32_t number, int32_t index)
 {
-    return are_bf16(weights, number) && weights->kind == POSITIONS && find_kernels(index)->many_pairs && runs_pairs(index);
+    return are_bf16(weights, number) && weights->kind == POSITIONS && runs_pairs(index);
 }
 
 /* Whether many_tiles.h multiplies these: floats, in parts of bf16, and integers, whose values are rounded to it, as the activations
@@ -18,7 +18,7 @@ static int are_pairs(const struct weights *weights, int32_t number, int32_t inde
 static int are_tiles(const struct weights *weights, int32_t number, int32_t index)
 {
     const int integers = are_integers(weights), fits = integers ? are_bf16(weights, number) : weights->kind != PLAIN;
-    return fits && weights->count > 0 && find_kernels(index)->many_tiles;
+    return fits && find_kernels(index)->tiles;
 }
 
 /* The numbers in bf16 of a token. */
@@ -82,29 +82,38 @@ static int shares_tokens(const struct weights *weights, int64_t batch, int32_t t
     return threads > 1 && batch >= threads * (FEW_TOKENS + 1) && weights->rows <= 4 * batch;
 }
 
+/* The product with `batch` of the tokens, from `first` on. */
+static struct many_pairs part_of(const struct many *job, int64_t first, int64_t batch, void *channels, int32_t *nonfinite)
+{
+    const struct weights *weights = job->product.weights;
+    const int32_t number = job->product.output_number;
+    const int64_t bytes = number == F32 ? 4 : 2;
+    return (struct many_pairs){
+        .weights = weights,
+        .activations = (const char *)job->activations + first * weights->width * bytes,
+        .channels = channels,
+        .output = (char *)job->product.output + first * weights->rows * bytes,
+        .number = number,
+        .nonfinite = nonfinite,
+        .batch = batch,
+    };
+}
+
 /* The products of `tokens` tokens from `first` on, in `memory`, with equal shares of the weight by `threads`. */
 static void multiply_in_memory(const struct many *job, const struct kernels *kernels, int64_t first, int64_t tokens, int32_t threads,
                             char *memory, int32_t *nonfinite)
 {
     const struct weights *weights = job->product.weights;
     const int32_t number = job->product.output_number;
-    const int64_t most = tokens_of_tiles(weights, number, tokens), bytes = number == F32 ? 4 : 2;
+    const int64_t most = tokens_of_tiles(weights, number, tokens);
     for (int64_t last = first + tokens; first < last; first += most) {
-        struct many_pairs part = {
-            .weights = weights,
-            .activations = (const char *)job->activations + first * weights->width * bytes,
-            .channels = (uint16_t *)memory,
-            .sums = (float *)(memory + bytes_of_tokens(weights, number, most)),
-            .output = (char *)job->product.output + first * weights->rows * bytes,
-            .number = number,
-            .nonfinite = nonfinite,
-            .batch = smaller(most, last - first),
-            .chunk = rows_of_tiles(weights, number, most),
-            .chunks = threads,
-            .blocks = blocks_of_tiles(weights, number, most),
-        };
-        run_in_pieces(&part, kernels->lay_out_tiles, (part.batch + 15) / 16, 1, threads);
-        run_in_pieces(&part, kernels->many_tiles, threads, 1, threads);
+        struct many_pairs part = part_of(job, first, smaller(most, last - first), memory, nonfinite);
+        part.sums = (float *)(memory + bytes_of_tokens(weights, number, most));
+        part.chunk = rows_of_tiles(weights, number, most);
+        part.chunks = threads;
+        part.blocks = blocks_of_tiles(weights, number, most);
+        run_in_pieces(&part, kernels->tiles->lay_out, (part.batch + 15) / 16, 1, threads);
+        run_in_pieces(&part, kernels->tiles->many, threads, 1, threads);
     }
 }
 
@@ -154,26 +163,16 @@ static int multiply_many_pairs(const struct many *job, const struct kernels *ker
     enum { AT_ONCE = TILES * 192 };
     const struct weights *weights = job->product.weights;
     const int64_t batch = job->product.staged->batch, least = (weights->rows + PAIR_CHUNK - 1) / PAIR_CHUNK;
-    const int32_t number = job->product.output_number;
-    const int64_t bytes = number == F32 ? 4 : 2;
     int32_t nonfinite = 0;
     for (int64_t first = 0; first < batch; first += AT_ONCE) {
-        struct many_pairs part = {
-            .weights = weights,
-            .activations = (const char *)job->activations + first * weights->width * bytes,
-            .channels = job->product.staged->values,
-            .output = (char *)job->product.output + first * weights->rows * bytes,
-            .number = number,
-            .nonfinite = &nonfinite,
-            .batch = smaller(AT_ONCE, batch - first),
-        };
+        struct many_pairs part = part_of(job, first, smaller(AT_ONCE, batch - first), job->product.staged->values, &nonfinite);
         part.tiles = (part.batch + PAIR_TOKENS - 1) / PAIR_TOKENS;
         const int64_t wanted = (threads + part.tiles - 1) / part.tiles; /* chunks, so that each thread has work */
         part.chunks = least < wanted ? wanted : least;
         part.chunk = ((weights->rows + part.chunks - 1) / part.chunks + 31) / 32 * 32;
         part.chunks = (weights->rows + part.chunk - 1) / part.chunk;
-        run_in_pieces(&part, kernels->turn_pairs, part.tiles, 1, threads);
-        run_in_pieces(&part, kernels->many_pairs, part.tiles * part.chunks, 1, threads);
+        run_in_pieces(&part, kernels->pairs->turn, part.tiles, 1, threads);
+        run_in_pieces(&part, kernels->pairs->many, part.tiles * part.chunks, 1, threads);
     }
     return !nonfinite;
 }
@@ -214,8 +213,8 @@ EXPORT int64_t permprune_many_bytes(const struct weights *weights, int32_t numbe
     return bytes_of_products(weights, number, batch, index, threads) + weights->count * BLOCK * (int64_t)sizeof(float);
 }
 
-/* The same for many rows of activations, in `memory` of `bytes` bytes, of which it needs those of `permprune_many_bytes`. PLAIN
- * weights have such a kernel for integers on matrix units. */
+/* The same for many rows of activations, and at least one channel, in `memory` of `bytes` bytes, of which it needs those of
+ * `permprune_many_bytes`. PLAIN weights have such a kernel for integers on matrix units. */
 EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void *activations, int32_t number,
                                        int64_t batch, void *output, void *memory, int64_t bytes, int32_t index,
                                        int32_t threads)
@@ -226,7 +225,8 @@ EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void
     const int32_t status = check_product(weights, activations, number, batch, output);
     if (status != DONE)
         return status;
-    if ((weights->kind == PLAIN && !are_tiles(weights, number, index)) || threads < 1 || LACKS(bytes, memory) || (uintptr_t)memory % 64 ||
+    if (!weights->count || (weights->kind == PLAIN && !are_tiles(weights, number, index)) || threads < 1 ||
+        LACKS(bytes, memory) || (uintptr_t)memory % 64 ||
         bytes < permprune_many_bytes(weights, number, batch, index, threads))
         return BAD_SIZE;
     struct staged staged = {memory, NULL, batch};

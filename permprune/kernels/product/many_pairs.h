@@ -9,8 +9,6 @@
  * The activations of a tile of tokens are turned first, so that any order of channels is one of rows. Then the tile is
  * multiplied by a chunk of rows, block by block of channels. Its lines stay in the level 1 cache, and are written again for
  * each chunk, which takes less time than reading them from another cache. Sums are in the level 2 cache. */
-#include "product/nibbles.h"
-
 enum { PLACES = 7, PAIR_LINES = BLOCK / 4 * PLACES + 3 };
 enum { PAIR_LANES = 16, PAIR_VECTORS = PAIR_TOKENS / PAIR_LANES }; /* the lines that are used take 24 KiB */
 enum { PAIR_ROWS = 4 };                                            /* enough sums to hide their latency */
@@ -263,55 +261,63 @@ static ALWAYS_INLINE __m512i pair_rows(const float *even, const float *odd, cons
     return _mm512_permutexvar_epi16(_mm512_load_si512(pairs), (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 
-/* Writes the sums of up to 32 rows, (rows, tokens), as bf16, (tokens, rows): whole lines of a cache. */
-static ALWAYS_INLINE void write_pairs(uint16_t *to, int64_t apart, __mmask32 some, int tokens, float (*sums)[PAIR_TOKENS],
-                                      const float bias[32])
+/* Writes 64 bytes, or those that `some` has, two at a time; past the caches, if they are `streamed` and whole lines. */
+static ALWAYS_INLINE void write_vector(void *to, __mmask32 some, __m512i vector, int streamed)
 {
-    for (int t = 0; t < tokens; t += 16) {
-        __m512i line[16];
+    if (streamed && some == UINT32_MAX && (uintptr_t)to % 64 == 0)
+        _mm512_stream_si512(to, vector);
+    else
+        _mm512_mask_storeu_epi16(to, some, vector);
+}
+
+/* Writes those of 16 floats that `some` has as fp32 or fp16. */
+static ALWAYS_INLINE void write_floats_16(const struct many_pairs *job, int64_t place, __mmask16 some, __m512 floats)
+{
+    if (job->number == F32)
+        _mm512_mask_storeu_ps((float *)job->output + place, some, floats);
+    else
+        _mm256_mask_storeu_epi16((uint16_t *)job->output + place, some, _mm512_cvtps_ph(floats, _MM_FROUND_TO_NEAREST_INT));
+}
+
+/* Writes the sums of up to 32 rows from `row` on, `stride` numbers from each other, and of 16 tokens, in the type of the
+ * activations. */
+static ALWAYS_INLINE void write_group(const struct many_pairs *job, int64_t row, int64_t rows, int64_t token, const float *sums,
+                                      const int64_t stride, const float bias[32], int streamed)
+{
+    const int64_t apart = job->weights->rows, tokens = smaller(16, job->batch - token), place = token * apart + row;
+    const __mmask32 some = (__mmask32)((1ull << rows) - 1);
+    __m512i line[16];
+    if (job->number == BF16) { /* whole lines of a cache */
         UNROLLED for (int i = 0; i < 16; i++)
-            line[i] = pair_rows(sums[2 * i] + t, sums[2 * i + 1] + t, bias + 2 * i);
+            line[i] = pair_rows(sums + 2 * i * stride, sums + (2 * i + 1) * stride, bias + 2 * i);
         turn_16(line);
         UNROLLED for (int i = 0; i < 16; i++)
-            if (t + i < tokens)
-                _mm512_mask_storeu_epi16(to + (t + i) * apart, some, line[i]);
+            if (i < tokens)
+                write_vector((uint16_t *)job->output + place + i * apart, some, line[i], streamed);
+        return;
+    }
+    for (int half = 0; half < 32; half += 16) {
+        UNROLLED for (int i = 0; i < 16; i++)
+            line[i] = (__m512i)_mm512_add_ps(_mm512_load_ps(sums + (half + i) * stride), _mm512_set1_ps(bias[half + i]));
+        turn_16(line);
+        UNROLLED for (int i = 0; i < 16; i++)
+            if (i < tokens)
+                write_floats_16(job, place + i * apart + half, (__mmask16)(some >> half), (__m512)line[i]);
     }
 }
 
-/* The same of up to 16 rows, as fp32. */
-static ALWAYS_INLINE void write_singles(float *to, int64_t apart, __mmask16 some, int tokens, float (*sums)[PAIR_TOKENS],
-                                        const float bias[16])
-{
-    for (int t = 0; t < tokens; t += 16) {
-        __m512i line[16];
-        UNROLLED for (int i = 0; i < 16; i++)
-            line[i] = (__m512i)_mm512_add_ps(_mm512_load_ps(sums[i] + t), _mm512_set1_ps(bias[i]));
-        turn_16(line);
-        UNROLLED for (int i = 0; i < 16; i++)
-            if (t + i < tokens)
-                _mm512_mask_storeu_ps(to + (t + i) * apart, some, (__m512)line[i]);
-    }
-}
-
-/* Writes sums in the type of the activations. There is room for sums of whole chunks. */
+/* Writes the sums of a tile of tokens. There is room for sums of whole chunks. */
 static void write_sums(const struct many_pairs *job, int64_t row, int rows, int64_t token, int tokens,
                        float (*sums)[PAIR_TOKENS])
 {
     const struct weights *weights = job->weights;
     for (int r = 0; r < rows; r += 32) {
         const int many = (int)smaller(32, rows - r);
-        const __mmask32 some = (__mmask32)((1ull << many) - 1);
-        const int64_t place = token * weights->rows + row + r;
         float bias[32] = {0};
         for (int i = 0; weights->bias && i < many; i++)
             bias[i] = read_number(weights->bias, row + r + i, weights->bias_number);
-        if (job->number == BF16) {
-            write_pairs((uint16_t *)job->output + place, weights->rows, some, tokens, sums + r, bias);
-            continue;
-        }
-        float *to = (float *)job->output + place;
-        write_singles(to, weights->rows, (__mmask16)some, tokens, sums + r, bias);
-        write_singles(to + 16, weights->rows, (__mmask16)(some >> 16), tokens, sums + r + 16, bias + 16);
+        for (int t = 0; t < tokens; t += 16)
+            write_group(job, row + r, many, token + t, sums[r] + t, PAIR_TOKENS, bias, 0);
     }
 }
 

@@ -145,51 +145,6 @@ static ALWAYS_INLINE void add_tiles(const uint16_t *weight, const uint16_t *toke
     }
 }
 
-/* Writes 64 bytes, or those that `some` has, two at a time; past the caches, if they are `streamed` and whole lines. */
-static ALWAYS_INLINE void write_vector(void *to, __mmask32 some, __m512i vector, int streamed)
-{
-    if (streamed && some == UINT32_MAX && (uintptr_t)to % 64 == 0)
-        _mm512_stream_si512(to, vector);
-    else
-        _mm512_mask_storeu_epi16(to, some, vector);
-}
-
-/* Writes those of 16 floats that `some` has as fp32 or fp16. */
-static ALWAYS_INLINE void write_floats_16(const struct many_pairs *job, int64_t place, __mmask16 some, __m512 floats)
-{
-    if (job->number == F32)
-        _mm512_mask_storeu_ps((float *)job->output + place, some, floats);
-    else
-        _mm256_mask_storeu_epi16((uint16_t *)job->output + place, some, _mm512_cvtps_ph(floats, _MM_FROUND_TO_NEAREST_INT));
-}
-
-/* Writes the sums of the first `rows` rows of a panel and of 16 tokens, in the type of the activations. */
-static ALWAYS_INLINE void write_group(const struct many_pairs *job, int64_t row, int64_t rows, int64_t token, const float *sums,
-                                      const float bias[TILE_PANEL])
-{
-    const int64_t apart = job->weights->rows, tokens = smaller(SIDE, job->batch - token), place = token * apart + row;
-    const __mmask32 some = (__mmask32)((1ull << rows) - 1);
-    const int streamed = job->batch * apart * 2 >= LARGE && job->weights->width >= STREAMED_WIDTH;
-    __m512i line[SIDE];
-    if (job->number == BF16) {
-        UNROLLED for (int i = 0; i < SIDE; i++)
-            line[i] = pair_rows(sums + 2 * i * SIDE, sums + (2 * i + 1) * SIDE, bias + 2 * i);
-        turn_16(line);
-        UNROLLED for (int i = 0; i < SIDE; i++)
-            if (i < tokens)
-                write_vector((uint16_t *)job->output + place + i * apart, some, line[i], streamed);
-        return;
-    }
-    for (int half = 0; half < TILE_PANEL; half += SIDE) {
-        UNROLLED for (int i = 0; i < SIDE; i++)
-            line[i] = (__m512i)_mm512_add_ps(_mm512_load_ps(sums + (half + i) * SIDE), _mm512_set1_ps(bias[half + i]));
-        turn_16(line);
-        UNROLLED for (int i = 0; i < SIDE; i++)
-            if (i < tokens)
-                write_floats_16(job, place + i * apart + half, (__mmask16)(some >> half), (__m512)line[i]);
-    }
-}
-
 /* Adds the products of all tokens with `count` blocks from number `n` on of a panel to its sums. If there is a `next`, some rows of
  * as many blocks are fetched from there for each 32 tokens. */
 static ALWAYS_INLINE void multiply_panel(const struct many_pairs *job, int64_t n, int64_t count, const uint16_t *tiles, float *sums,
@@ -211,12 +166,13 @@ static ALWAYS_INLINE void write_panels(const struct many_pairs *job, int64_t row
 {
     const struct weights *weights = job->weights;
     const int64_t apart = pairs_of_groups(job->batch) * PANEL_SUMS;
+    const int streamed = job->batch * weights->rows * 2 >= LARGE && weights->width >= STREAMED_WIDTH;
     float bias[TILE_PANELS * TILE_PANEL] = {0};
     for (int64_t r = 0; weights->bias && r < rows; r++)
         bias[r] = read_number(weights->bias, row + r, weights->bias_number);
     for (int64_t token = 0; token < job->batch; token += SIDE, sums += 2 * TILE_SUMS)
         for (int64_t r = 0; r < rows; r += TILE_PANEL)
-            write_group(job, row + r, smaller(TILE_PANEL, rows - r), token, sums + r / TILE_PANEL * apart, bias + r);
+            write_group(job, row + r, smaller(TILE_PANEL, rows - r), token, sums + r / TILE_PANEL * apart, SIDE, bias + r, streamed);
 }
 
 /* The products of all tokens with the panels of `rows` rows from `row` on. There is room for the sums of whole panels. */
