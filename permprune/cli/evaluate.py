@@ -48,8 +48,10 @@ def evaluate(
     pooling_asked(task)
     if kv is not None and (scored or evaluation.metric or dense or task):
         raise PermpruneError("--kv measures perplexity on text: leave out --tasks, --metric, --dense and the like")
-    if scored and (evaluation.metric or dense or task):
-        raise PermpruneError("--tasks scores language models: leave out --metric, --dense and --task")
+    if scored and (dense or task or dataclasses.replace(evaluation, source=None) != Evaluation()):
+        raise PermpruneError(
+            "--tasks scores language models: leave out --metric, --windows, --length, --dense and --task"
+        )
     yield
 
     from permprune.jobs.evaluate import evaluate_all

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.benchmark import BenchedModel, Benchmark
-from permprune.checkpoints.io import load, read_model
+from permprune.checkpoints.io import read_as_stored
 from permprune.checkpoints.offload import read_size
 from permprune.checkpoints.record import RECORD, read_record
 from permprune.errors import PermpruneError, first_line
@@ -103,7 +103,7 @@ def bench(
             raise PermpruneError(f"{name} is empty: give at least one number")
         for number in numbers or ():
             require(name, number, Count)
-    threads = threads or torch.get_num_threads()
+    threads = torch.get_num_threads() if threads is None else threads
     require("threads", threads, Count)
     reference = dense or _dense_of(folders)
     entries = [_Entry(reference, dtype, threads, trust_remote_code, reference=True) for dtype in TYPES]
@@ -237,18 +237,6 @@ def _receive(server: Connection) -> Any:
     return reply
 
 
-def _load(entry: _Entry) -> PreTrainedModel:
-    """Load a model in the data type of its entry, or in those that it is stored in."""
-    stored: torch.dtype | None = None
-    if not entry.reference and (Path(entry.source) / RECORD).exists():
-        model = load(entry.source, trust_remote_code=entry.trust_remote_code)
-        nn.Module.to(model, best_device())
-    else:
-        model, _, stored = read_model(entry.source, trust_remote_code=entry.trust_remote_code)
-    dtype = stored if entry.dtype is None else dtype_named(entry.dtype)
-    return model if dtype is None else nn.Module.to(model, dtype)
-
-
 def _serve(pipe: Connection, entry: _Entry) -> None:
     """Load a model and reply to requests (`_reply`): for its cells, its speed in one of them, and its memory.
 
@@ -260,7 +248,9 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
     torch.set_num_threads(entry.threads)
     keep_activations()  # of dense models, too
     try:
-        model = _load(entry)
+        model, _ = read_as_stored(entry.source, trust_remote_code=entry.trust_remote_code)
+        if entry.dtype is not None:
+            nn.Module.to(model, dtype_named(entry.dtype))
         size = read_size(entry.source, model, trust_remote_code=entry.trust_remote_code)
         if entry.engine is not None:
             _serve_engine(pipe, entry, model, size)

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from permprune.errors import PermpruneError
 from permprune.system.progress import log
 from permprune.zoo.packages import Package, cached, damaged, fetch
 
@@ -56,10 +55,8 @@ class Images:
 def load_images(part: ImagePart) -> Images:
     """Load one part of the images, in a fixed shuffled order; downloaded on first use.
 
-    Raises `PermpruneError` for an unknown part, if the download fails, or if the cache is damaged or cannot be written.
+    Raises `PermpruneError` if the download fails, or if the cache is damaged or cannot be written.
     """
-    if part not in SHARES:
-        raise PermpruneError(f'"{part}" is no part of the images: choose {", ".join(SHARES)}')
     folder = cached(ENTRY, _build)
     try:
         with (folder / f"{part}.npz").open("rb") as stored, np.load(stored) as file:

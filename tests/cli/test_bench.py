@@ -89,6 +89,8 @@ def test_numbers_and_folders_that_are_none_are_refused(tiny_checkpoint: Path) ->
     assert "holds no kv.json: give a folder that permprune kv wrote" in fails("bench", tiny_checkpoint, *missing)
     with pytest.raises(PermpruneError, match='folders is "pruned": give a list of folders'):
         bench("pruned")
+    with pytest.raises(PermpruneError, match="threads is 0"):
+        bench(["pruned"], dense="dense", threads=0)
 
 
 def test_what_cannot_be_packed_is_refused_before_the_work(tiny_checkpoint: Path, tmp_path: Path) -> None:

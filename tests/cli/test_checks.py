@@ -60,6 +60,7 @@ WRONG = {
     "evaluate smollm2-135m --tasks cb --limit 0": "limit is 0",
     "evaluate smollm2-135m --few-shot 2": "name some with --tasks",
     "evaluate smollm2-135m --tasks cb --metric f1": "leave out --metric",
+    "evaluate smollm2-135m --tasks cb --windows 4": "leave out --metric, --windows",
     "compare smollm2-135m --limit 100": "name some with --tasks",
     "sweep smollm2-135m --out out --task-data full": "name some with --tasks",
     "evaluate smollm2-135m --kv nowhere": "there is no folder nowhere",

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from permprune.errors import PermpruneError
 from permprune.zoo import images
 from permprune.zoo.images import CLASSES, SHARES, Images, load_images, read_task, split
 
@@ -63,11 +62,6 @@ def task(tmp_path):
 def test_reads_a_task(task):
     file, whole = task
     assert _keys(read_task(file)) == _keys(whole)
-
-
-def test_an_unknown_part_is_no_damage():
-    with pytest.raises(PermpruneError, match='"train" is no part of the images: choose probe, calibration, evaluation'):
-        load_images("train")
 
 
 def test_cached_parts_are_those_of_the_task(task, tmp_path, monkeypatch):
