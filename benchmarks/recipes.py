@@ -298,7 +298,7 @@ RECIPES = {
     "minilm-sst2": Recipe(
         model="minilm-sst2",
         prepare=sentiment,
-        prune="--calibration sentences.tsv --length 128 --permute newton:rounds=4:train_steps=100",
+        prune="--calibration sentences.tsv --length 128",
         data="--data other.tsv --windows 64",
         title="accuracy, other sentences",
         speed="sentences of 32 tokens",
