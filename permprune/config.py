@@ -12,7 +12,9 @@ from typing import Any, TypedDict, Unpack
 from permprune.budget.asked import CANDIDATES, KEPT, frame_of, parse_candidates, require_budget
 from permprune.errors import PermpruneError
 from permprune.options import (
+    HEADS,
     MODES,
+    PACKED,
     ROUNDED,
     Bytes,
     Count,
@@ -281,6 +283,20 @@ class PruneConfig:
         """Raise `PermpruneError` if the budget is a loss, for which `what` has no data."""
         if self.max_loss is not None:
             raise PermpruneError(f"{what} measures no loss to limit: give keep or bytes, or use permprune prune --data")
+
+    def packed_as(self, pack: str | None, head: str | None) -> PruneConfig:
+        """Return the config of a run that writes its weights packed, with this head, unless `pack` is None.
+
+        Raises `PermpruneError`.
+        """
+        if pack is None:
+            if head is not None:
+                raise PermpruneError(f"head is {head}, which is for packed weights: give pack too, such as int8")
+            return self
+        require_choice("pack", pack, PACKED)
+        if head is not None:
+            require_choice("head", head, HEADS)
+        return self.replace(packed=pack, packed_head=head)
 
     def reads(self, source: str) -> bool:
         """Whether this is a source of the calibration data, however its path is written."""

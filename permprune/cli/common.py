@@ -31,7 +31,7 @@ from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.evaluation.lm_tasks import TaskList
-from permprune.options import HEADS, PACKED, Number, require_choice
+from permprune.options import Number
 from permprune.system.failures import interruptible
 from permprune.system.imports import called_later
 from permprune.system.progress import console, log, quiet_libraries, working
@@ -233,18 +233,6 @@ def beside(
     """Return the config and the evaluation of a run (`Evaluation.beside`), with the tasks if there are any."""
     tasks = tasks if tasks and are_named(tasks) else None
     return dataclasses.replace(evaluation, tasks=tasks).beside(config)
-
-
-def packed(config: PruneConfig, pack: str | None, head: str | None) -> PruneConfig:
-    """Return the config of a run that packs its weights, if that is asked for. Raises `PermpruneError`."""
-    if pack is None:
-        if head is not None:
-            raise PermpruneError("--head is for packed weights: give --pack too, such as int8")
-        return config
-    require_choice("pack", pack, PACKED)
-    if head is not None:
-        require_choice("head", head, HEADS)
-    return config.replace(packed=pack, packed_head=head)
 
 
 def are_named(tasks: TaskList) -> bool:

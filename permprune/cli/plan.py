@@ -40,7 +40,7 @@ def plan(
     """
 
     config.require_one_choice()
-    config = cli.packed(config, pack, head)
+    config = config.packed_as(pack, head)
     from permprune.forecasts.machine import GPUS
 
     if gpu is not None:

@@ -38,8 +38,8 @@ def probe(
     """Fit a linear classifier on what MODEL computes of images or sentences; its other weights do not change."""
 
     names = [] if classes is None else parts(classes)
-    if classes is not None and len(names) < 2:
-        raise PermpruneError(f"--classes has {len(names)} of them: give two or more, separated by commas")
+    if classes is not None and len({name.casefold() for name in names}) < max(2, len(names)):
+        raise PermpruneError(f'--classes is "{classes}": give two or more names, all different, separated by commas')
     yield
 
     from permprune.jobs.probe import probe as run

@@ -32,7 +32,7 @@ def prune(
     config.require_one_choice()
     require_data(config, evaluation)
     config, evaluation = cli.beside(config, evaluation)
-    config = cli.packed(config, pack, head)
+    config.packed_as(pack, head)  # raises
     yield
 
     from permprune.jobs.prune import prune_to_folder

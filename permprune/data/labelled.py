@@ -112,10 +112,9 @@ def load_labelled_text(
     (count, tokens), truncated to `length` tokens and padded to the longest. If the model takes labels, also `labels`
     (count,): int64 for classes, fp32 for scores.
 
-    `source` is a table with columns of texts and labels (e.g. of GLUE), or a `datasets` name or
-    folder as in `load_documents`. If the parts share a source, equal texts are in the same half. Raises
-    `PermpruneError` if the source cannot be read, a label is unknown to the model, or the tokenizer has no padding
-    token.
+    `source` is a table with columns of texts and labels (e.g. of GLUE), or a `datasets` name or folder as in
+    `load_documents`. If the parts share a source, equal texts are in the same half. Raises `PermpruneError` if the
+    source cannot be read, a label is unknown to the model, or the tokenizer has no padding token.
     """
     taken = argument_names(model)
     labels = Labels(model.config) if "labels" in taken else None

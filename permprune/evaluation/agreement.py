@@ -72,9 +72,8 @@ def agreement(model: nn.Module, examples: Examples, dense: nn.Module | DenseOutp
 
     Predictions are those of every example, or of every token that is not padding. For a model without a head, the
     result is the mean squared distance of the features, relative to their variance, and for a sentence encoder that of
-    `embedding_agreement`. `dense` is the dense model, or its
-    `dense_outputs` if both are the same module with other weights. Raises `PermpruneError` if no task fits the
-    examples.
+    `embedding_agreement`. `dense` is the dense model, or its `dense_outputs` if both are the same module with other
+    weights. Raises `PermpruneError` if no task fits the examples.
     """
     if not isinstance(dense, DenseOutputs):
         dense = dense_outputs(dense, examples, batch)

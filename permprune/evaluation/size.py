@@ -1,4 +1,4 @@
-"""The theoretical size of a pruned model in memory."""
+"""The bytes of models: of their weights in a checkpoint, of all tensors, and of pruned weights in theory."""
 
 from __future__ import annotations
 

@@ -77,11 +77,9 @@ def prune_to_folder(
     called with the forecast of the run before the calibration, and `announce` with the record before anything is
     written to `out`. Returns the record. Raises `PermpruneError`.
     """
-    config, evaluation = config or PruneConfig(), evaluation or Evaluation()
-    if head is not None and pack is None:
-        raise PermpruneError(f"head is {head}, which is for packed weights: give pack too, such as int8")
+    config, evaluation = (config or PruneConfig()).packed_as(pack, head), evaluation or Evaluation()
     require_data(config, evaluation)
-    job = _Job(model, config, evaluation, processor, pack, head, tuple(callbacks), begin, announce)
+    job = _Job(model, config, evaluation, processor, pack, tuple(callbacks), begin, announce)
     with stages() as shown:
         with WorkFolder(Path(out)).held("prune", resume) as work:
             record, runs = job.run(work, shown)
@@ -100,7 +98,6 @@ class _Job:
     evaluation: Evaluation
     processor: Processor | None
     pack: str | None
-    head: str | None
     callbacks: tuple[Callback, ...]
     begin: Callable[[Forecast], None]
     announce: Callable[[Record], None]
@@ -116,7 +113,7 @@ class _Job:
         Returns the record, and whether the models run in the memory of one process.
         """
         name, asked = name_of(self.model), {**self.config.to_json(), **vars(self.evaluation)}
-        distributed.require_same({"model": name, **asked, "pack": self.pack, "head": self.head})
+        distributed.require_same({"model": name, **asked, "pack": self.pack, "head": self.config.packed_head})
         reset_peak_memory()
         started = time.monotonic()
         config, fitted, crowded = self.fitted()
@@ -147,7 +144,7 @@ class _Job:
             seconds = {**record.seconds, "total": time.monotonic() - started}
             record = dataclasses.replace(record, seconds=seconds, peak_memory_mb=peak_memory_mb())
             self.announce(record)
-            write = partial(write_pruned_weights, weights, pruned, record, work, pack=self.pack, head=self.head)
+            write = partial(write_pruned_weights, weights, pruned, record, work, pack=self.pack)
             distributed.on_first(write, others=weights.serve)
             if self.pack is not None and distributed.world() == 1:
                 record = self.measured_packed(session, work.out)
@@ -175,9 +172,8 @@ class _Job:
         config = self.config
         if self.pack is not None:
             require_packable(config.parsed_pattern, packed_type(self.pack))
-            config = config.replace(packed=self.pack, packed_head=self.head)
         shapes, stored, size = self.shapes()
-        head_names(shapes, self.head)  # raises
+        head_names(shapes, config.packed_head)  # raises
         config = resolve(shapes, config, size)
         name, windows = str(self.model), self.evaluation.windows
         fitted = None if self.in_memory else fit_memory(name, config, windows)
@@ -235,13 +231,7 @@ class _Job:
 
 
 def write_pruned_weights(
-    weights: Held,
-    pruned: Pruned,
-    record: Record,
-    work: WorkFolder,
-    *,
-    pack: str | None = None,
-    head: str | None = None,
+    weights: Held, pruned: Pruned, record: Record, work: WorkFolder, *, pack: str | None = None
 ) -> None:
     """Write the output folder; with `pack`, write the unpacked checkpoint to the work folder first and pack that.
 
@@ -258,7 +248,7 @@ def write_pruned_weights(
         out,
         work.out,
         dtype=pack,
-        head=head,
+        head=config.packed_head,
         calibration=config if pack == "int4" else None,
         trust_remote_code=config.trust_remote_code,
     ).warn()

@@ -77,8 +77,8 @@ def teacher_of(options: FineTuning, model: PreTrainedModel, examples: Examples, 
     """Return the teacher with its channels in the stored order of the pruned model; None if there is no teacher.
 
     One that is read holds weights that are stored in bf16 as they are, as long as the result is referenced. A teacher
-    in memory is copied instead of changed. Raises `PermpruneError` if the shape of its outputs, or its
-    channels, differ from those of the model.
+    in memory is copied instead of changed. Raises `PermpruneError` if the shape of its outputs, or its channels, differ
+    from those of the model.
     """
     if options.teacher is None:
         return None

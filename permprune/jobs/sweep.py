@@ -40,8 +40,8 @@ from permprune.system.progress import stages
 from permprune.system.search_state import Checkpoint
 from permprune.zoo.models import note
 
-DENSE = "dense"
-"""The name under which the row of the dense model is saved in the work folder."""
+DENSE, CELLS = "dense", "cells"
+"""The name under which the row of the dense model is saved in the work folder, and the subfolder of the cells' rows."""
 
 FREE = (*CELL_FIELDS, "batch", "recompute", "memory")
 """Fields of the config that differ between cells, or that may change before an interrupted sweep is resumed."""
@@ -80,9 +80,11 @@ def sweep(
     cells = plan_cells(patterns, methods, budgets)
     with WorkFolder(Path(out)).held("sweep", resume) as work:
         _check(model, cells, config)
-        unsaved = distributed.on_first(lambda: [cell for cell in cells if not _is_saved(cell, work.path)])
+        done = distributed.on_first(lambda: Checkpoint(work.path / CELLS, {}).names(""))
         unlimited = config.replace(minutes=None)
-        measured = unsaved or cells[:1]  # one cell checks that the data are the same
+        measured = [cell for cell in cells if cell.name not in done] or cells[
+            :1
+        ]  # one checks that the data are the same
         groups = [list(group) for _, group in groupby(measured, lambda cell: cell.pattern)]
         methods_of = [[permuter(cell.method) for cell in group] for group in groups]
         with stages(*(name for group in methods_of for name in stages_of_attempts(group, unlimited))):
@@ -132,11 +134,7 @@ def _settings(session: Session, config: PruneConfig) -> dict[str, Any]:
 
 def _row_name(cell: Cell) -> str:
     """The name under which the row of a cell is saved in the work folder."""
-    return f"cells/{cell.name}"
-
-
-def _is_saved(cell: Cell, folder: Path) -> bool:
-    return (folder / f"{_row_name(cell)}.safetensors").exists()
+    return f"{CELLS}/{cell.name}"
 
 
 def _measure_cells(session: Session, cells: list[Cell], saved: Checkpoint, *, swept: list[Cell], folder: Path) -> None:

@@ -65,17 +65,13 @@ def side_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
-def comparison_title(result: Mapping[str, Any]) -> str:
-    """Return a title that lists what the rows of a comparison have in common."""
-    title = f"{result['model']}, {result['pattern']}, {result['saliency']} masks, {result['mode']} mode"
-    return title if result["update"] == NONE else f"{title}, {result['update']} update"
-
-
 def comparison_table(result: dict[str, Any]) -> Table:
-    """Return a table of a comparison's contents, as of `Comparison.to_json`."""
+    """Return a table of a comparison's contents, as of `Comparison.to_json`; its title is what the rows share."""
+    title = f"{result['model']}, {result['pattern']}, {result['saliency']} masks, {result['mode']} mode"
+    title += "" if result["update"] == NONE else f", {result['update']} update"
     scored, note = "score" in result["rows"][0], overlap_note(result["overlap"])
     numbers = columns(result["metric"], "gap closed", *(["task score"] if scored else []), "seconds", "peak MiB")
-    table = Table("method", *numbers, title=comparison_title(result), caption=note, caption_justify="left")
+    table = Table("method", *numbers, title=title, caption=note, caption_justify="left")
     for row in result["rows"]:
         closed = "" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}"
         score = [with_error(row["score"], row["score_stderr"])] if scored else []

@@ -1,4 +1,4 @@
-"""Saved states, from which interrupted searches and trainings are resumed."""
+"""Saved states, from which interrupted searches, trainings and sweeps are resumed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ T = TypeVar("T")
 
 
 class Checkpoint:
-    """Saves the states of searches in `folder`, one file each; if it is None, nothing is saved.
+    """Saves states in `folder`, such as those of searches, one file each; if it is None, nothing is saved.
 
-    `settings` are what the searches depend on. A state with other settings is refused, because resuming from it would
-    give the result of neither run.
+    `settings` are what the states depend on. One with other settings is refused, because resuming from it would give
+    the result of neither run.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:

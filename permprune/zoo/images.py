@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import json
-import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -88,10 +87,8 @@ def read_task(file: Path) -> Images:
 
 
 def _build(folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        member = "bigbench-1.0.0/bigbench/benchmark_tasks/cifar10_classification/base64/task.json"
-        (file,) = fetch(BIGBENCH, [member], Path(temporary))
-        log.info("decoding the images")
-        images = read_task(file)
-    for part, chosen in split(images).items():
+    member = "bigbench-1.0.0/bigbench/benchmark_tasks/cifar10_classification/base64/task.json"
+    (file,) = fetch(BIGBENCH, [member], folder.parent)
+    log.info("decoding the images")
+    for part, chosen in split(read_task(file)).items():
         np.savez_compressed(folder / f"{part}.npz", pixels=chosen.pixels, labels=chosen.labels)

