@@ -131,7 +131,7 @@ def _folder_of(name: str) -> Path | None:
 def _modules(path: Path) -> list[str]:
     """The subfolders that a list of modules names; none if it is missing or damaged."""
     with suppress(OSError, ValueError, TypeError, AttributeError):
-        named = [str(module.get("path")) for module in json.loads(path.read_text(encoding="utf-8"))]
+        named = [str(module.get("path") or "") for module in json.loads(path.read_text(encoding="utf-8"))]
         relative = [name for name in named if name not in ("", ".") and not {"..", "/"} & {*PurePosixPath(name).parts}]
         return [name for name in relative if not (path.parent / name).is_symlink()]
     return []

@@ -39,7 +39,7 @@ def sentence_encoder(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, ti
     save_file(DENSE, folder / "2_Dense" / "model.safetensors")
     torch.save(DENSE, folder / "3_Dense" / "pytorch_model.bin")
     listed = [{"idx": place, "name": str(place), "path": path, "type": "a"} for place, path in enumerate(MODULES)]
-    (folder / "modules.json").write_text(json.dumps([*listed, {"path": "../outside"}, {"path": "/tmp"}]))
+    (folder / "modules.json").write_text(json.dumps([*listed, {"path": "../outside"}, {"path": "/tmp"}, {"type": "a"}]))
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 12}')
     (folder / "config_sentence_transformers.json").write_text('{"prompts": {"query": "q: "}}')
     for name in ("onnx", "checkpoint-5", "assets"):
@@ -63,7 +63,7 @@ COPIED = {
 }  # fmt: skip
 LEFT = {
     "onnx", "checkpoint-5", "pytorch_model.bin", ".env", "custom.py", "1_Pooling/state.pkl", "secret.txt",
-    "assets/home", "3_Dense/pytorch_model.bin",
+    "assets/home", "3_Dense/pytorch_model.bin", "None",
 }  # fmt: skip
 
 
