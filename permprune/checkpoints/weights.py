@@ -144,8 +144,9 @@ class ModelFiles:
                 ) from error
 
     def _from_pretrained(self, **options: Any) -> Any:
-        options = {"config": self.config, "dtype": "auto", "trust_remote_code": self.trust_remote_code, **options}
-        return self.architecture.from_pretrained(self.source, **options)
+        given = {"config": self.config, "dtype": "auto", "trust_remote_code": self.trust_remote_code}
+        # Kernels of the Hub are downloaded, and neither traced on the meta device nor differentiated twice.
+        return self.architecture.from_pretrained(self.source, **{**given, "use_kernels": False, **options})
 
 
 def _require_fit(

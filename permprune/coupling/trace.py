@@ -21,7 +21,7 @@ from permprune.coupling.axes import Label, freeze
 from permprune.coupling.walk import ParameterView, Walk, fresh, place, writes
 from permprune.errors import PermpruneError, first_line
 from permprune.models.experts import BATCHED, implementation
-from permprune.models.forward import forward_arguments, inference, main_outputs, side_outputs
+from permprune.models.forward import forward_arguments, inference, main_outputs, side_outputs, without_hub_kernels
 from permprune.models.layers import canonical_names
 
 
@@ -72,7 +72,7 @@ def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
     copies = {name: tensor.clone() for name, tensor in example.items()}  # the model may write into its inputs
     closed = constants.constant_inputs(model, forward_arguments(model, copies))
     quiet = contextlib.redirect_stderr(io.StringIO())  # where a failed export prints the graph
-    with inference(model), batched, closed, quiet, warnings.catch_warnings():
+    with inference(model), without_hub_kernels(model), batched, closed, quiet, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The tensor attribute.* assigned during export")  # it restores them
         try:
             return torch.export.export(model, (), strict=False)

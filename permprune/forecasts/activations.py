@@ -20,7 +20,7 @@ from transformers import masking_utils
 from permprune.forecasts.resources import Memory, Part
 from permprune.models.activation_checkpointing import recomputed
 from permprune.models.experts import EVENLY, implementation
-from permprune.models.forward import frozen
+from permprune.models.forward import frozen, without_hub_kernels
 from permprune.models.hooks import attached
 from permprune.models.layers import block_linears, blocks
 from permprune.models.narrow_weights import NarrowWeights, holdable_ends
@@ -83,7 +83,7 @@ def count_activations(
     copies of them in the `dtype` of the activations are. Blocks that `lists` leaves out do not run: each counts as the
     one that it equals. Tokens are spread evenly over experts.
     """
-    with shortened(model, lists):
+    with shortened(model, lists), without_hub_kernels(model):
         parameters = {id(one): nn.Parameter(one.detach().to("meta"), one.requires_grad) for one in model.parameters()}
         fake = copy.deepcopy(model, {**parameters, **{id(one): one.to("meta") for one in model.buffers()}})
     with frozen(fake), implementation(EVENLY, fake.modules()), _without_packed_sequences():

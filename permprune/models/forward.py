@@ -31,8 +31,9 @@ DECODER_TEXTS = {"decoder_input_ids": 0, "decoder_attention_mask": 0, "labels": 
 def evaluating(model: nn.Module) -> Iterator[None]:
     """A context in which all modules are in evaluation mode; the mode of each is restored afterwards."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        for module in training:  # model.eval() may also exchange its kernels
+            module.training = False
         yield
     finally:
         for module in training:
@@ -64,6 +65,19 @@ def inference(model: nn.Module) -> Iterator[None]:
     """A context of evaluation mode, without gradients and without key/value caches; restored afterwards."""
     with without_caches(model), evaluating(model), torch.no_grad():
         yield
+
+
+@contextmanager
+def without_hub_kernels(model: nn.Module) -> Iterator[None]:
+    """A context without the kernels of the Hub that Transformers uses, which cannot be traced; restored afterwards."""
+    if (mode := getattr(model, "kernels_mode", None)) is None:
+        yield
+        return
+    model.reset_kernels()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_use_kernels(True, mode=mode)  # type: ignore[operator]
 
 
 @contextmanager

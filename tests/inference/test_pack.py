@@ -26,6 +26,7 @@ from transformers import (
     WhisperForConditionalGeneration,
     pipeline,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import permprune
 from permprune.checkpoints.gathers import Gather, attach_gathers
@@ -34,6 +35,7 @@ from permprune.checkpoints.weights import PACKED_WEIGHTS
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes
 from permprune.inference.pack import layer_bytes, other_bytes, pack, unpack
+from permprune.kernels.elementwise.module import NativeLayer
 from permprune.kernels.product.int8 import Int8Linear, Int8Table
 from permprune.kernels.product.module import PackedLinear
 from permprune.kernels.product.packed import PackedWeight
@@ -90,6 +92,15 @@ def test_a_packed_model_says_what_the_pruned_one_says(tiny_llama: LlamaForCausal
     assert torch.equal(
         say(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), input_ids=TOKENS), say(loaded, input_ids=TOKENS)
     )
+
+
+def test_layers_are_native_after_loading_and_training(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    pack(tiny_llama, prune_to(tiny_llama), dtype="fp32")
+    tiny_llama.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for model in (tiny_llama, loaded, loaded.train(), loaded.eval()):
+        norms = [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
+        assert norms and all(isinstance(norm, NativeLayer) and "forward" not in vars(norm) for norm in norms)
 
 
 def test_greedy_continuations_and_pipelines(tiny_llama: LlamaForCausalLM, tiny_tokenizer: Any, tmp_path: Path) -> None:

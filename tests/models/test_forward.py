@@ -4,10 +4,12 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import permprune
+from permprune.coupling.discovery import discover
 from permprune.examples import Examples
 from permprune.models.forward import evaluating, frozen, inference, short_inputs, typed_inputs
 
@@ -65,3 +67,40 @@ def test_the_short_inputs_of_padded_text_are_as_short(tiny_llama: LlamaForCausal
     for examples in (padded, Examples.of(ids)):
         inputs = short_inputs(tiny_llama, examples)
         assert inputs.keys() == {"input_ids"} and torch.equal(inputs["input_ids"], ids[:2, :16])
+
+
+class HubNorm(nn.Module):
+    """A kernel for RMS norms, as the Hub has them; it can be run and not traced."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.from_numpy(LlamaRMSNorm.forward(self, hidden_states).numpy())  # type: ignore[arg-type]
+
+
+class HubNorms:
+    """What stands for a repository of the Hub."""
+
+    def load(self) -> type[nn.Module]:
+        return HubNorm
+
+
+@pytest.mark.skipif(not hasattr(PreTrainedModel, "kernels_mode"), reason="uses kernels on request only")
+def test_kernels_of_the_hub_are_used_again_after_tracing(tiny_llama: LlamaForCausalLM) -> None:
+    from kernels import Mode, use_kernel_mapping
+
+    example = {"input_ids": torch.randint(128, (2, 8), generator=torch.Generator().manual_seed(1))}
+    expected = [space.name for space in discover(tiny_llama, example).spaces]
+    with use_kernel_mapping({"RMSNorm": {"cpu": HubNorms()}}, inherit_mapping=False):
+        tiny_llama.set_use_kernels(True)
+        norms = [module for module in tiny_llama.modules() if isinstance(module, LlamaRMSNorm)]
+        assert norms and all(norm.forward.__func__ is HubNorm.forward for norm in norms)
+        assert [space.name for space in discover(tiny_llama, example).spaces] == expected
+        assert all(norm.forward.__func__ is HubNorm.forward for norm in norms)
+        assert tiny_llama.kernels_mode == Mode.INFERENCE
+
+
+def test_evaluating_does_not_exchange_kernels(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedModel, "train", lambda *_: pytest.fail("kernels may be exchanged"))
+    tiny_llama.training = tiny_llama.lm_head.training = True
+    with evaluating(tiny_llama):
+        assert not tiny_llama.lm_head.training
+    assert tiny_llama.lm_head.training

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,24 @@ SHIFTS = 0.0, 1.0
 """What is added to the weight of an RMS norm: Gemma's are centred at 0."""
 
 
+class NativeLayer(nn.Module):
+    """A layer that computes natively: the first base of a class whose second is what the layer was.
+
+    It is a class, not a `forward` of the instance, as Transformers removes those wherever it looks for kernels.
+    """
+
+    _native: ClassVar[tuple[type[nn.Module], Callable[..., Tensor], tuple[float, ...]]]
+    """What the layer was, the function that computes it, and the function's numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs for activations x, of the same shape."""
+        _, compute, form = self._native
+        return compute(self, *form, x)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank, self._native, self.__dict__
+
+
 def use_native_layers(model: nn.Module) -> None:
     """Compute the activation functions and RMS norms of a model natively, in place; parameters, hooks and names stay.
 
@@ -51,27 +69,40 @@ def use_native_layers(model: nn.Module) -> None:
     """
     shifts: dict[tuple[Any, ...], float | None] = {}
     for module in model.modules():
+        kind: Any = type(module)
+        if issubclass(kind, NativeLayer):
+            continue
         if (form := _form_of(module)) is not None:
-            module.forward = partial(_activate, module, *form)  # type: ignore[method-assign]
+            module.__class__ = _native_kind(kind, _activate, form)
         elif (epsilon := _epsilon_of(module)) is not None:
-            kind = type(module), epsilon
-            if kind not in shifts:
-                shifts[kind] = next(_shifts_of(module, epsilon), None)
-            if (shift := shifts[kind]) is not None:
-                module.forward = partial(_normalize, module, epsilon, shift)  # type: ignore[method-assign]
+            if (kind, epsilon) not in shifts:
+                shifts[kind, epsilon] = next(_shifts_of(module, epsilon), None)
+            if (shift := shifts[kind, epsilon]) is not None:
+                module.__class__ = _native_kind(kind, _normalize, (epsilon, shift))
 
 
 def restore_layers(model: nn.Module) -> None:
     """Undo `use_native_layers`."""
     for module in model.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, partial) and forward.func in (_activate, _normalize):
-            del module.forward
+        if isinstance(module, NativeLayer):
+            module.__class__ = module._native[0]  # type: ignore[assignment]
 
 
-def _activate(module: nn.Module, linear: float, cubic: float, normal: int, x: Tensor) -> Tensor:
+@cache
+def _native_kind(kind: Any, compute: Callable[..., Tensor], form: tuple[float, ...]) -> type[Any]:
+    named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (NativeLayer, kind), {**named, "_native": (kind, compute, form)})
+
+
+def _blank(*native: Any) -> nn.Module:
+    """Return a native layer without its attributes, to unpickle or copy one."""
+    layer: nn.Module = object.__new__(_native_kind(*native))
+    return layer
+
+
+def _activate(module: Any, linear: float, cubic: float, normal: int, x: Tensor) -> Tensor:
     if not _is_native(x) or (normal and x.dtype != torch.bfloat16):
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
+        return super(NativeLayer, module).forward(x)  # type: ignore[no-any-return]
     functions, index = library.require()
     y, count = torch.empty_like(x), x.numel()
     number, threads = library.NUMBERS[x.dtype], library.threads(count)
@@ -80,10 +111,10 @@ def _activate(module: nn.Module, linear: float, cubic: float, normal: int, x: Te
     return y
 
 
-def _normalize(module: nn.Module, epsilon: float, shift: float, x: Tensor) -> Tensor:
-    weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+def _normalize(module: Any, epsilon: float, shift: float, x: Tensor) -> Tensor:
+    weight: Tensor = module._parameters["weight"]
     if not (_is_native(x) and _is_weight(weight, x)):
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
+        return super(NativeLayer, module).forward(x)  # type: ignore[no-any-return]
     functions, index = library.require()
     y, count = torch.empty_like(x), x.numel()
     sizes, number, threads = (count // len(weight), len(weight)), library.NUMBERS[x.dtype], library.threads(count)

@@ -18,7 +18,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from permprune.kernels import library
-from permprune.kernels.elementwise.module import ACTIVATIONS, restore_layers, use_native_layers
+from permprune.kernels.elementwise.module import ACTIVATIONS, NativeLayer, restore_layers, use_native_layers
 
 GELUS = nn.GELU, activations.GELUActivation
 KINDS: list[Callable[[], nn.Module]] = [*ACTIVATIONS, nn.GELU, partial(nn.GELU, "tanh")]
@@ -31,7 +31,7 @@ small = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], ma
 
 def native(made: nn.Module) -> nn.Module:
     use_native_layers(made)
-    assert "forward" in vars(made)
+    assert isinstance(made, NativeLayer)
     return made
 
 
@@ -146,17 +146,19 @@ class Squared(nn.Module):
 )
 def test_other_modules_stay_as_they_are(other: nn.Module) -> None:
     use_native_layers(other)
-    assert "forward" not in vars(other)
+    assert not isinstance(other, NativeLayer)
 
 
 def test_a_model_keeps_its_modules_and_gets_them_back() -> None:
     model: Any = nn.Sequential(normal(LlamaRMSNorm, 8), nn.SiLU(), normal(GemmaRMSNorm, 8, seed=1))
     parts, x, called = [*model], drawn(3, 8), []
     model[1].register_forward_hook(lambda *_: called.append(1))
-    expected = model(x)
+    expected, shown, kinds = model(x), repr(model), [type(part) for part in model]
     native(model[0])
     use_native_layers(model)
-    assert [*model] == parts and sum("forward" in vars(part) for part in model) == 3
+    use_native_layers(model)
+    assert [*model] == parts and all(isinstance(part, NativeLayer) for part in model)
+    assert repr(model) == shown and isinstance(model[0], LlamaRMSNorm)
     copied = copy.deepcopy(model)
     model[0].weight.data.zero_()
     read = pickle.loads(pickle.dumps(copied[0]))
@@ -166,7 +168,7 @@ def test_a_model_keeps_its_modules_and_gets_them_back() -> None:
         assert not model[0](x).any()
     assert len(called) == 2  # a copy has no less of the hooks
     restore_layers(model)
-    assert not any("forward" in vars(part) for part in model)
+    assert [type(part) for part in model] == kinds
 
 
 def test_the_library_checks_what_it_gets() -> None:
