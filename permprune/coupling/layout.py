@@ -13,6 +13,7 @@ from permprune.coupling.stack import stacked
 from permprune.coupling.walk import (
     IDENTITIES,
     MOVES,
+    VIEWS,
     ParameterView,
     Walk,
     arguments,
@@ -40,7 +41,7 @@ def _identity(walk: Walk, node: Node) -> Any:
     return walk.label(source)
 
 
-@coupling_rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten")
+@coupling_rule(*VIEWS)
 def _view(walk: Walk, node: Node) -> Any:
     source: Any = node.args[0]
     label, shape = walk.label(source) or (), shape_of(node)

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 
 from permprune.coupling import arithmetic, constants, layout  # noqa: F401 - some for the rules that they register
 from permprune.coupling.axes import Label, freeze
-from permprune.coupling.walk import ParameterView, Walk, fresh, place, writes
+from permprune.coupling.walk import VIEWS, ParameterView, Walk, fresh, op_name, place, writes
 from permprune.errors import PermpruneError, first_line
 from permprune.models.experts import BATCHED, implementation
 from permprune.models.forward import forward_arguments, inference, main_outputs, side_outputs, without_hub_kernels
@@ -47,6 +47,7 @@ def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]
     walk, canonical = Walk(), canonical_names(model)
     rebuilt = {canonical.get(name, name) for name in getattr(model, "_keys_to_ignore_on_save", None) or ()}
     inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    _compose_views(program.graph)
     live = _live(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -88,6 +89,13 @@ def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
             raise Untraceable(
                 f"cannot trace the model on {', '.join(example)} ({first_line(error)} at {line})"
             ) from error
+
+
+def _compose_views(graph: Graph) -> None:
+    """Let views of views read the first tensor: the shapes between do not tie its indices to each other."""
+    for node in graph.nodes:
+        while op_name(node) in VIEWS and op_name(source := node.args[0]) in VIEWS:
+            node.replace_input_with(source, source.args[0])
 
 
 def _live(graph: Graph) -> set[Node]:

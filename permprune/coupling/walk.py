@@ -38,6 +38,9 @@ MOVES = frozenset(
 )
 """Ops that only move dimensions (`moved_dims`)."""
 
+VIEWS = frozenset({"view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten"})
+"""Ops that only regroup the indices of their first argument."""
+
 _WITHOUT_VALUE = re.compile(r"_assert_\w+|sym_\w+|_check\w*")
 
 

@@ -265,14 +265,15 @@ def test_attention_with_shared_key_value_heads(causal):
     assert (spaces["heads_in_group"].size, spaces["heads_in_group"].blocks) == (2, 3)
 
 
-def test_what_one_projection_stacks_is_told_apart():
+@pytest.mark.parametrize("between", [(48,), (12, 4), (3, 16)])
+def test_what_one_projection_stacks_is_told_apart(between):
     class Fused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.qkv, self.o = nn.Linear(6, 48), nn.Linear(16, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            q, k, v = self.qkv(x).view(3, 4, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = self.qkv(x).view(3, 4, *between).view(3, 4, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
             turned = q * torch.linspace(1, 2, 4, dtype=q.dtype)  # the order of the query's channels counts
             return self.o(F.scaled_dot_product_attention(turned, k, v).transpose(1, 2).flatten(2))
 
