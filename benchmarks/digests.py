@@ -34,7 +34,7 @@ METHODS = (
     "newton:rounds=1:refine=2",
     "learned:rounds=3",
 )
-REAL = ("smollm2-135m", "gemma-3-270m")
+REAL = ("smollm2-135m",)
 SHAPE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from zoo import folder_of
 
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
@@ -93,9 +94,8 @@ def measure(name: str, options: argparse.Namespace, watch: Watch) -> list[str]:
     forecasts: list[Forecast] = []
     watch.spent.clear()
     with tempfile.TemporaryDirectory() as folder, suppress(Measured):
-        prune_to_folder(
-            name, Path(folder) / "out", config, evaluation=evaluation, begin=forecasts.append, announce=stop
-        )
+        out = Path(folder) / "out"
+        prune_to_folder(folder_of(name), out, config, evaluation=evaluation, begin=forecasts.append, announce=stop)
     expected = {stage: seconds for stage, seconds in forecasts[0].seconds.items() if seconds and stage in STAGES}
     rows = [(stage, seconds, watch.spent[stage]) for stage, seconds in expected.items()]
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
@@ -110,7 +110,7 @@ SMALL = PruneConfig(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS), help="names of the zoo, separated by commas")
+    parser.add_argument("--models", default=",".join(MODELS), help="models, separated by commas")
     parser.add_argument("--effort", help="measure this preset in place of a small run")
     parser.add_argument("--speech", type=Path, help="folder of clips; without it no Whisper is measured")
     options = parser.parse_args()

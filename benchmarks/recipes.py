@@ -5,9 +5,9 @@ well, and a `permprune pack`. The packed model is measured by `permprune evaluat
 bench`. Commands run on one thread; minutes are processor time, child processes included. A command that has run is not
 run again, so that an interrupted recipe goes on with the command that was interrupted.
 
-Models and images come from the zoo. --data is a folder with the other data: c4/c4_sample_700.jsonl,
-wikitext-2/wiki.test.raw, glue/SST-2 and glue/STS-B (train.tsv, dev.tsv), librispeech/ with one chapter of LibriSpeech,
-and ljspeech/ with clips of LJ Speech.
+Models come from the zoo and from benchmarks/zoo.py, images from benchmarks/cifar10.py. --data is a folder with the
+other data: c4/c4_sample_700.jsonl, wikitext-2/wiki.test.raw, glue/SST-2 and glue/STS-B (train.tsv, dev.tsv),
+librispeech/ with one chapter of LibriSpeech, and ljspeech/ with clips of LJ Speech.
 
 python benchmarks/recipes.py --data DATA --work WORK --rows docs/results/recipes.jsonl --only minilm-l6
 """
@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import rows
+from cifar10 import CLASSES, write
 from join_speech import join
 from vision_language import build
+from zoo import folder_of
 
 from permprune.evaluation.result import EXACT_MATCH, NEAREST, NEAREST_TEN, SIMILARITIES
 
@@ -90,7 +92,7 @@ class Measure:
 class Recipe:
     """How a model is pruned and measured.
 
-    `model` is a name of the zoo, or the folder that `prepare` leaves in the recipe's folder. `prune` are the options of
+    `model` is a name of the zoo, or a folder that `prepare` leaves in the recipe's folder. `prune` are the options of
     `permprune prune` and `pack` those of `permprune pack`, without the output; `data` are those for the evaluation, and
     `title` and `unit` say what they measure. `evaluate` are the options of `permprune evaluate`, if not the same.
     `speed` tells what `permprune bench`, with the options `bench`, counts.
@@ -212,12 +214,23 @@ def sentiment(place: Workplace) -> None:
 
 
 def probed(model: str, windows: int) -> Callable[[Workplace], None]:
-    """A linear classifier of CIFAR-10 on the features of a model."""
-    return lambda place: place.model(f"{model}-cifar10", "probe", model, "--windows", str(windows))
+    """Images of CIFAR-10, and a linear classifier of them on the features of a model."""
+    options = ["--data", "train", "--classes", ",".join(CLASSES), "--windows", str(windows)]
+
+    def prepare(place: Workplace) -> None:
+        write(place.work)
+        place.model(f"{model}-cifar10", "probe", folder_of(model), *options)
+
+    return prepare
 
 
 def speech(place: Workplace) -> None:
-    """Half of the clips of LibriSpeech, and those of LJ Speech, joined to 300 sounds; the other half with texts."""
+    """Whisper; sounds to calibrate on, and clips with texts to measure on.
+
+    300 sounds are joined of half of the clips of LibriSpeech and those of LJ Speech; the other half has texts.
+    """
+    if not (place.work / "whisper-tiny-en").exists():
+        shutil.copytree(folder_of("whisper-tiny-en"), place.work / "whisper-tiny-en")
     source = place.data / "librispeech"
     clips = sorted(source.rglob("*.flac"))
     for folder, chosen in (("clips", clips[::2]), ("other", clips[1::2])):
@@ -307,8 +320,8 @@ RECIPES = {
     "vit-s14": Recipe(
         model="vit-s14-cifar10",
         prepare=probed("vit-s14", 24),
-        prune="--permute newton:start=ria:rounds=0:compensate=true:train_steps=200 --samples 250",
-        data="--windows 24",
+        prune="--permute newton:start=ria:rounds=0:compensate=true:train_steps=200 --samples 250 --calibration photos",
+        data="--data other --windows 24",
         title="top-1 accuracy",
         pack="--dtype int8",
         speed="images",
@@ -317,8 +330,9 @@ RECIPES = {
     "clip-vit-b16": Recipe(
         model="clip-vit-b16-cifar10",
         prepare=probed("clip-vit-b16", 40),
-        prune="--permute newton:start=ria:rounds=0:compensate=true:train_steps=60:rate=0.0004 --samples 250",
-        data="--windows 12",
+        prune="--permute newton:start=ria:rounds=0:compensate=true:train_steps=60:rate=0.0004 --samples 250 "
+        "--calibration photos",
+        data="--data other --windows 12",
         title="top-1 accuracy",
         pack="--dtype int8",
         speed="images",

@@ -1,4 +1,4 @@
-"""A small vision-language model of two models of the zoo, and images with questions and answers for it.
+"""A small vision-language model of two others, and images with questions and answers for it.
 
 CLIP ViT-B/16's patch features take the place of image tokens of SmolLM2-135M, as in LLaVA (Liu et al. 2023, arXiv
 2304.08485). The projector between them alone is trained, as in its first stage, on images of CIFAR-10, each with one of
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from cifar10 import images
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from zoo import folder_of
 
 from permprune import read_model
 from permprune.data.load import load_examples
-from permprune.zoo.images import CLASSES, ImagePart, load_images
 
 IMAGE = "<image>"
 """The token that stands for a part of an image."""
@@ -39,12 +39,8 @@ SIZE = 112
 
 VEHICLES = {"airplane", "automobile", "ship", "truck"}
 
-PARTS: dict[str, tuple[ImagePart, int]] = {
-    "train": ("probe", 2400),
-    "photos": ("calibration", 800),
-    "other": ("evaluation", 400),
-}
-"""The parts of CIFAR-10 in each folder, and how many of their images."""
+COUNTS = {"train": 2400, "photos": 800, "other": 400}
+"""The parts of CIFAR-10, and how many of their images are in the folder of the same name."""
 
 
 def main() -> None:
@@ -59,8 +55,8 @@ def main() -> None:
 
 def build(out: Path, *, batch: int = 8, rate: float = 1e-3, seed: int = 0) -> None:
     """Write the images, and the model with a projector trained in one pass over those of train/."""
-    for folder, (part, count) in PARTS.items():
-        write_images(out / folder, part, count, seed)
+    for part, count in COUNTS.items():
+        write_images(out / part, part, count, seed)
     torch.manual_seed(seed)
     model, processor = joined()
     train(model, processor, out / "train", batch=batch, rate=rate, seed=seed)
@@ -68,23 +64,23 @@ def build(out: Path, *, batch: int = 8, rate: float = 1e-3, seed: int = 0) -> No
     processor.save_pretrained(out / "model")
 
 
-def write_images(folder: Path, part: ImagePart, count: int, seed: int) -> None:
+def write_images(folder: Path, part: str, count: int, seed: int) -> None:
     """Write images of a part of CIFAR-10, each with a question and its answer."""
-    images, draw, rows = load_images(part), random.Random(seed), []
+    draw, rows = random.Random(seed), []
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        name = CLASSES[images.labels[number]]
+    for number, (png, name) in enumerate(images(part)[:count]):
         kind = "a vehicle" if name in VEHICLES else "an animal"
         article = "an" if name[0] in "aeiou" else "a"
         question, answer = draw.choice([("What is this?", f"{article} {name}"), ("An animal or a vehicle?", kind)])
-        Image.fromarray(images.pixels[number]).save(folder / f"{number}.png")
+        (folder / f"{number}.png").write_bytes(png)
         rows.append(json.dumps({"file_name": f"{number}.png", "question": question, "answer": answer}))
     (folder / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
 
 
 def joined() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The two models in one, with a projector that is random, and their processor."""
-    (tower, images, *_), (writer, tokenizer, *_) = read_model("clip-vit-b16"), read_model("smollm2-135m")
+    tower, pictures, _ = read_model(folder_of("clip-vit-b16"))
+    writer, tokenizer, _ = read_model("smollm2-135m")
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     writer.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     config = LlavaConfig(
@@ -98,9 +94,9 @@ def joined() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     weights[POSITIONS] = smaller(weights[POSITIONS], SIZE // tower.config.patch_size)
     model.model.vision_tower.load_state_dict(weights)
     model.model.language_model.load_state_dict(writer.model.state_dict())
-    images.size, images.crop_size = {"shortest_edge": SIZE}, {"height": SIZE, "width": SIZE}
+    pictures.size, pictures.crop_size = {"shortest_edge": SIZE}, {"height": SIZE, "width": SIZE}
     processor = LlavaProcessor(
-        images,
+        pictures,
         tokenizer,
         patch_size=tower.config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -122,7 +118,7 @@ def train(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, source: Path, *, batch: int, rate: float, seed: int
 ) -> None:
     """Train the projector with Adam on the answers, in one pass, at a rate that rises and falls to 0."""
-    count = PARTS["train"][1]
+    count = COUNTS["train"]
     shown = load_examples(str(source), model, processor, part="calibration", count=count, seed=seed).split(batch)
     projector = model.requires_grad_(False).model.multi_modal_projector.requires_grad_(True)
     optimizer = torch.optim.Adam(projector.parameters())

