@@ -10,7 +10,7 @@ again. "seconds" are those of the search by the clock, "core-seconds" its proces
 --windows and --limit measure on less, and --bf16 with activations in bfloat16. With --at the texts are measured after
 these rounds of a search as well, and a second table has the share of the gap that is closed by then.
 
-python benchmarks/protocol.py --calibration c4.jsonl --data tasks/ --rows protocol.jsonl --methods ria newton
+python benchmarks/protocol.py --calibration c4.jsonl --wikitext wiki.test.raw --rows protocol.jsonl --methods ria newton
 """
 
 import argparse
@@ -28,10 +28,9 @@ from quality import data_name, mean_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permprune import Examples, PruneConfig, Result, TaskList, read_model
-from permprune.data.benchmarks import wikitext2
 from permprune.data.text import load_documents, tokenize
 from permprune.engine.held import Held, prepare
-from permprune.evaluation.lm_tasks import WIKITEXT, WINDOW, average, cut
+from permprune.evaluation.lm_tasks import WIKITEXT, WIKITEXT_ID, WINDOW, average, cut
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import TASK_ACCURACY, gap_closed, metric_named
 from permprune.models.processors import tokenizer_of
@@ -63,11 +62,8 @@ def main() -> None:
     parser.add_argument("--update", default=PruneConfig.update)
     parser.add_argument("--calibration", help="documents, the last of which are held back (default: the default text)")
     parser.add_argument("--held-back", type=int, default=100, help="documents kept from the calibration")
-    parser.add_argument(
-        "--data", help="folder with WikiText-2 and the tasks' files, see docs/tasks.md (default: the hub)"
-    )
+    parser.add_argument("--wikitext", type=Path, help="file of WikiText-2's raw test text (default: the hub)")
     parser.add_argument("--tasks", nargs="*", default=[], help="tasks of lm-eval")
-    parser.add_argument("--few-shot", type=int, help="solved examples in each prompt")
     parser.add_argument("--limit", type=int, help="examples per task (default: all)")
     parser.add_argument("--windows", type=int, help="windows of each text (default: all)")
     parser.add_argument("--minutes", type=float, help="time limit of a search")
@@ -109,7 +105,7 @@ def rows_of(options: argparse.Namespace, config: PruneConfig, known: list[Row]) 
 
 def cells_of(options: argparse.Namespace, config: PruneConfig) -> dict[str, Row]:
     """What the figures of each method depend on: neither the dense model nor no permutation depends on the mode."""
-    asked = ("model", "held_back", "windows", "tasks", "few_shot", "limit")
+    asked = ("model", "held_back", "windows", "tasks", "limit")
     dense = {name: getattr(options, name) for name in asked} | {
         "calibration": data_name(options.calibration),
         "precision": "bf16" if options.bf16 else "fp32",
@@ -172,12 +168,10 @@ def scorer(
     options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: list[str]
 ) -> Callable[..., Row]:
     """A function that measures the model with its current weights: on each text and, unless `texts_only`, each task."""
-    folder = Path(options.data) if options.data else None
-    texts = {WIKITEXT: cut(wikitext2(folder), tokenizer, WINDOW)[: options.windows]}
+    texts = {WIKITEXT: cut(wikitext2(options.wikitext), tokenizer, WINDOW)[: options.windows]}
     if kept:
         texts[HELD_BACK] = tokenize(kept, tokenizer, WINDOW, options.windows or MOST, fewer=True)
-    asked = {"data": options.data, "limit": options.limit, "few_shot": options.few_shot}
-    tasks = TaskList(tuple(options.tasks), **asked).load() if options.tasks else None
+    tasks = TaskList(tuple(options.tasks), limit=options.limit).load() if options.tasks else None
 
     def score(texts_only: bool = False) -> Row:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16):
@@ -186,6 +180,14 @@ def scorer(
             return {"texts": results, "results": [row_of(own) for own in found]}
 
     return score
+
+
+def wikitext2(file: Path | None) -> str:
+    """The test part of WikiText-2, its lines joined by blank lines as in GPTQ, SparseGPT and Wanda."""
+    if file is None:
+        return load_documents(WIKITEXT_ID, "evaluation")[0]
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return "\n\n".join(f"{line}\n" if line.strip() else "" for line in lines)
 
 
 def row_of(result: Result) -> Row:

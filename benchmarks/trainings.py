@@ -5,7 +5,7 @@ and each of the others differs from it as its function says. "blocks first" begi
 of the time, if this run has them, and counts that time. The texts are those of protocol.py, on the first --windows of
 2048 tokens of each; shares are of the gap between the dense model and no permutation.
 
-python benchmarks/trainings.py --calibration c4.jsonl --data tasks/ --start none --seconds 300 600 1200
+python benchmarks/trainings.py --calibration c4.jsonl --wikitext wiki.test.raw --start none --seconds 300 600 1200
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--trainings", nargs="*", choices=TRAININGS, default=list(TRAININGS))
     parser.add_argument("--mode", default="fold")
     parser.add_argument("--calibration", required=True, help="documents, the last 100 of which are held back")
-    parser.add_argument("--data", help="folder with WikiText-2, see docs/tasks.md (default: the hub)")
+    parser.add_argument("--wikitext", type=Path, help="file of WikiText-2's raw test text (default: the hub)")
     parser.add_argument("--windows", type=int, default=12, help="windows of 2048 tokens of each text to measure on")
     parser.add_argument("--samples", type=int, default=768)
     parser.add_argument("--measured", type=int, default=64, help="windows of the calibration")
@@ -112,7 +112,7 @@ def prepared(options: argparse.Namespace) -> tuple[Held, Callable[[], dict[str, 
     model, processor, _ = read_model(options.model)
     tokenizer = tokenizer_of(processor)
     documents = load_documents(options.calibration, "calibration")
-    asked = argparse.Namespace(**vars(options), tasks=[], limit=None, few_shot=None, bf16=True)
+    asked = argparse.Namespace(**vars(options), tasks=[], limit=None, bf16=True)
     measured = scorer(asked, model, tokenizer, documents[-100:])
     *others, _ = config.shares(config.samples)
     length, samples, seed = config.length, config.samples, config.seed

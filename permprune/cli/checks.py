@@ -33,7 +33,7 @@ def require_files(options: Mapping[str, Any]) -> None:
         raise PermpruneError("the working directory does not exist any more: change to another one") from error
     checks = (
         (("model", "teacher", "dense"), require_model),
-        (("folder", "folders", "kv", "task_data"), _require_folder),
+        (("folder", "folders", "kv"), _require_folder),
         (("data", "dev", "calibration"), require_source),
         (("out", "fold"), require_new),  # before hours of work, not after
         (("json",), require_writable),

@@ -17,7 +17,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.lm_tasks import TaskList
 
 
-@partial(cli.command, without=("effort", "permute", "max_loss", "offload", "shard", "few_shot"))
+@partial(cli.command, without=("effort", "permute", "max_loss", "offload", "shard"))
 def compare(
     model: cli.Model,
     config: PruneConfig,

@@ -23,7 +23,7 @@ with on_first_use(globals()):
     from permprune.report.words import columns, result_text, with_error
 
 
-@partial(cli.command, without=("task_data", "examples"))
+@partial(cli.command, without=("examples",))
 def evaluate(
     model: cli.Model,
     evaluation: Evaluation,
@@ -40,17 +40,16 @@ def evaluate(
 ) -> Iterator[None]:
     """Measure perplexity, accuracy or word error rate of MODEL, dense or pruned, or with --tasks its scores on tasks.
 
-    With --dense a model is compared with another: a sentence encoder by embeddings, neighbours and similarities. With
-    --tasks, --data is a folder with local files of the tasks.
+    With --dense a model is compared with another: a sentence encoder by embeddings, neighbours and similarities.
     """
 
     scored = cli.are_named(tasks)
     pooling_asked(task)
     if kv is not None and (scored or evaluation.metric or dense or task):
         raise PermpruneError("--kv measures perplexity on text: leave out --tasks, --metric, --dense and the like")
-    if scored and (dense or task or dataclasses.replace(evaluation, source=None) != Evaluation()):
+    if scored and (dense or task or evaluation != Evaluation()):
         raise PermpruneError(
-            "--tasks scores language models: leave out --metric, --windows, --length, --dense and --task"
+            "--tasks scores language models: leave out --data, --metric, --windows, --length, --dense and --task"
         )
     yield
 
@@ -58,7 +57,6 @@ def evaluate(
     from permprune.jobs.kv import evaluate_kv
 
     if scored:
-        tasks = dataclasses.replace(tasks, data=evaluation.source)
         results = evaluate_tasks(model, tasks, trust_remote_code=trust_remote_code)
         figures = {"model": model, **dataclasses.asdict(tasks), "results": [result.to_json() for result in results]}
         cli.show(_table(model, results))

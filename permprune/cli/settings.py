@@ -28,7 +28,6 @@ RENAMED = {
     ("Evaluation", "source"): "data",
     ("Evaluation", "shown"): "examples",
     ("TaskList", "names"): "tasks",
-    ("TaskList", "data"): "task_data",
     ("TaskList", "files"): "task_file",
     ("KVSearch", "budget"): "bytes",
 }
@@ -40,7 +39,7 @@ PYTHON_ONLY = ("measured", "held_out", "shared", "tasks", "packed", "packed_head
 PANELS = {
     "A mix of patterns": ("candidates", "keep", "bytes", "max_loss"),
     "Data": ("samples", "length", "windows", "metric", "examples", "seed"),
-    "Tasks": ("tasks", "task_file", "task_data", "limit", "few_shot"),
+    "Tasks": ("tasks", "task_file", "limit"),
     "Memory and speed": ("memory", "batch", "recompute", "precision", "offload", "shard"),
     "Model and output": ("exclude", "task", "trust_remote_code", "pack", "head", "json"),
 }

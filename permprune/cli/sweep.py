@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @partial(
     cli.command,
-    without=(*MIX_FIELDS, "effort", "permute", "pattern", "minutes", "offload", "shard", "few_shot", "examples"),
+    without=(*MIX_FIELDS, "effort", "permute", "pattern", "minutes", "offload", "shard", "examples"),
 )
 def sweep(
     model: cli.Model,

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from permprune.checkpoints.source import ModelSource, open_model
-from permprune.data.benchmarks import SOURCES, wikitext2
 from permprune.data.sources import read_text
+from permprune.data.text import load_documents
 from permprune.errors import PermpruneError, first_line
 from permprune.evaluation.result import TASK_ACCURACY, Metric, Result
 from permprune.models.modality import EVALUATION_BATCH
-from permprune.options import Count, Natural, require_fields
+from permprune.options import Count, require_fields
 from permprune.system.failures import failures_reported
 from permprune.system.imports import on_first_use
-from permprune.system.progress import console, log
+from permprune.system.progress import console
 
 with on_first_use(globals()):
     from torch import Tensor
@@ -38,11 +38,10 @@ with on_first_use(globals()):
 WIKITEXT = "wikitext2"
 """The task that permprune implements itself."""
 
+WIKITEXT_ID = "Salesforce/wikitext:wikitext-2-raw-v1@test"
+
 WINDOW = 2048
 """Number of tokens in a window of WikiText-2, or fewer if the model can read fewer."""
-
-LOCAL = Path(__file__).parent / "local_tasks"
-"""lm-eval's tasks, reading local files; the folder can also be given to lm-eval itself as --include_path."""
 
 _FILE = re.compile(r"[/\\]|\.ya?ml$", re.IGNORECASE)
 """Matches file names; the names of tasks have no path separator and do not end in .yaml."""
@@ -59,18 +58,10 @@ class TaskList:
 
     _: dataclasses.KW_ONLY
 
-    data: str | None = None
-    """A folder with local files of the tasks (docs/tasks.md); by default they come from the hub.
-
-    "wikitext2" and the tasks of `permprune.data.benchmarks` are read from it."""
-
     limit: Count | None = None
     """Examples of each task, by default all.
 
     Windows of "wikitext2"."""
-
-    few_shot: Natural | None = None
-    """Solved examples in each prompt of the tasks, by default as many as each task defines, usually none."""
 
     files: tuple[str, ...] = ()
     """YAML file of a task or a group of tasks, in the form of lm-eval; the code that it names runs.
@@ -90,13 +81,9 @@ class TaskList:
             )
         if missing := next((file for file in self.files if not Path(file).is_file()), None):
             raise PermpruneError(f"there is no task file {missing}: give lm-eval's YAML of a task or a group")
-        if self.data is not None and not Path(self.data).is_dir():
-            raise PermpruneError(
-                f"there is no folder {self.data}: give one with the files that docs/tasks.md describes"
-            )
         if distributed.world() > 1:
             raise PermpruneError("tasks can only be measured by one process: evaluate without torchrun")
-        text = wikitext2(Path(self.data) if self.data else None) if WIKITEXT in self.names else None
+        text = load_documents(WIKITEXT_ID, "evaluation")[0] if WIKITEXT in self.names else None
         defined = {WIKITEXT, *(name for file in self.files for _, name in _definitions(file))}
         known = [name for name in dict.fromkeys(self.names) if name not in defined]
         return LoadedTasks(self, text, self._load(known) if known or self.files else [])
@@ -107,32 +94,19 @@ class TaskList:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise PermpruneError(f"tasks need lm-eval ({error}): pip install 'permprune[tasks]'") from error
-        local = self.data is not None
-        known = set(names) <= SOURCES.keys() if local else not names
         has_group = any(kind == "group" for file in self.files for kind, _ in _definitions(file))
         try:
             with _quiet():
-                manager = TaskManager(
-                    include_path=str(LOCAL) if local else None,
-                    include_defaults=not known or has_group,  # takes half a minute
-                    metadata={"data": self.data, "few_shot": self.few_shot or 0} if local else None,
-                )
+                manager = TaskManager(include_defaults=bool(names) or has_group)  # takes half a minute
                 if unknown := [name for name in names if name not in manager.all_tasks]:  # else taken as paths
                     raise PermpruneError(
                         f"{', '.join(unknown)}: lm-eval has no such task; `lm_eval ls tasks` lists them"
                     )
-                loaded: dict[str, Any] = manager.load([*names, *self.files])["tasks"]
+                return list(manager.load([*names, *self.files])["tasks"].values())
         except PermpruneError:
             raise
         except Exception as error:  # lm-eval and datasets raise whatever their readers and the network raise
-            raise PermpruneError(
-                f"{', '.join([*names, *self.files])}: {first_line(error)}; "
-                "--data FOLDER reads local files of some tasks"
-            ) from error
-        for task in loaded.values():
-            if self.few_shot and task.get_config("num_fewshot") == 0:
-                log.warning("%s is defined without solved examples, and --few-shot leaves it so", task.task_name)
-        return list(loaded.values())
+            raise PermpruneError(f"{', '.join([*names, *self.files])}: {first_line(error)}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +129,14 @@ class LoadedTasks:
             )
         tokenizer, limit, results = tokenizer_of(processor), self.chosen.limit, list[Result]()
         if self.tasks:
+            from lm_eval.defaults import DEFAULT_OTHER_SEED
             from lm_eval.evaluator import evaluate
             from lm_eval.models.huggingface import HFLM
 
-            tasks = {task.task_name: _with_shots(task, self.chosen.few_shot) for task in self.tasks}
+            for task in self.tasks:  # as lm-eval's command line does
+                task.set_config(key="num_fewshot", value=task.get_config("num_fewshot") or 0)
+                task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+            tasks = {task.task_name: task for task in self.tasks}
             with _quiet(), evaluating(model):
                 wrapped = HFLM(model, backend="causal", tokenizer=deepcopy(tokenizer), batch_size=EVALUATION_BATCH)
                 figures: Any = evaluate(wrapped, {"tasks": tasks, "groups": {}}, limit=limit, log_samples=False)
@@ -240,21 +218,6 @@ def _results(task: str, returned: Mapping[str, Any]) -> Iterator[Result]:
             named = Metric(name, higher_is_better=directions.get(metric) is not False)
             stderr = error if isinstance(error, float) else None
             yield Result(task, named, float(value), count=count, stderr=stderr)
-
-
-def _with_shots(task: Any, few_shot: int | None) -> Any:
-    """Set the number of solved examples in each prompt of an lm-eval task, and their seed; returns the task.
-
-    As on lm-eval's command line, a task that is defined with 0 examples keeps 0, and None stands for the number that
-    the task is defined with.
-    """
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
-
-    defined = task.get_config("num_fewshot")
-    if defined != 0:
-        task.set_config(key="num_fewshot", value=few_shot if few_shot is not None else defined or 0)
-    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    return task
 
 
 @contextmanager

@@ -1,42 +1,49 @@
-import functools
+"""Tasks of lm-eval and WikiText-2, from Python and on the command line."""
+
+import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-import datasets
 import lm_eval
 import pytest
 import torch
 import torch.nn.functional as F
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import permprune
 from permprune import PermpruneError, Result, TaskList, evaluate_tasks
 from permprune.config import PruneConfig
-from permprune.data.benchmarks import SOURCES
-from permprune.evaluation.lm_tasks import LOCAL, LoadedTasks, average, cut
+from permprune.evaluation import lm_tasks
+from permprune.evaluation.lm_tasks import LoadedTasks, average, cut
 from permprune.evaluation.result import TASK_ACCURACY
+from permprune.report.words import with_error
 from permprune.system.progress import console
 
-from ..task_files import ROWS, WIKITEXT, write_task_files
+from ..cli.running import fails, run
+from .task_files import ROWS, WIKITEXT, write_task
 
 CHOICES = ("sol1", "sol2")
-OWN = {"boolq": "super_glue/boolq/default", "cb": "super_glue/cb/default", "wic": "super_glue/wic/default"} | {
-    "arc_easy": "arc/arc_easy", "arc_challenge": "arc/arc_challenge", "rte": "glue/rte/default",
-    "hellaswag": "hellaswag/hellaswag", "piqa": "piqa/piqa",
-}  # fmt: skip
-"""Where lm-eval keeps its own tasks."""
+
+
+@pytest.fixture(autouse=True)
+def wikitext(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short text in place of WikiText-2, which is on the hub."""
+    monkeypatch.setattr(lm_tasks, "load_documents", lambda *_: [WIKITEXT])
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Path:
-    return write_task_files(tmp_path / "files")
+def file(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "task"
+    yield write_task(folder)
+    for name in [name for name in sys.modules if name.startswith(str(folder))]:  # lm-eval keeps them by path
+        del sys.modules[name]
 
 
 @pytest.fixture
@@ -52,92 +59,34 @@ def pruned(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> Callable[[
     return prune
 
 
-@pytest.mark.parametrize("task", SOURCES)
-def test_prompts_and_metrics_are_those_of_lm_eval(task: str) -> None:
-    ours, theirs = (
-        load_yaml(LOCAL / f"{task}.yaml"),
-        load_yaml(Path(lm_eval.__file__).parent / f"tasks/{OWN[task]}.yaml"),
-    )
-    source = {"custom_dataset", "dataset_kwargs", "dataset_path", "dataset_name", "tag"}
-    parts = {"training_split", "validation_split", "test_split", "process_docs"}
-    for config in (ours, theirs):
-        for metric in config["metric_list"]:
-            metric["aggregation"] = getattr(metric.get("aggregation"), "__name__", metric.get("aggregation"))
-        for key in [*config]:
-            if key in source | parts or "decontaminat" in key:
-                del config[key]
-    assert ours == theirs
-
-
-def test_hellaswag_rows_are_those_that_lm_eval_makes() -> None:
-    process = load_yaml(Path(lm_eval.__file__).parent / "tasks/hellaswag/hellaswag.yaml")["process_docs"]
-    released = [
-        ("Text", "It is short.", "the words"),
-        ("Order", "[header] keep the weights.", ""),
-        ("Text", "It has (four) words.", "but"),
-    ]
-    rows = [
-        {"activity_label": label, "ctx_a": a, "ctx_b": b, "endings": row["choices"], "label": str(row["label"])}
-        for (label, a, b), row in zip(released, ROWS["hellaswag"], strict=True)
-    ]
-    for made, row in zip(process(datasets.Dataset.from_list(rows)), ROWS["hellaswag"], strict=True):
-        assert (made["query"], made["choices"], made["gold"]) == (row["query"], row["choices"], row["label"])
-
-
 @pytest.mark.slow
-def test_a_saved_folder_scores_as_lm_eval_by_hand_says(pruned: Callable[[str], Path], files: Path) -> None:
+def test_a_saved_folder_scores_as_lm_eval_by_hand_says(pruned: Callable[[str], Path], file: Path) -> None:
     folder = pruned("fold")
-    found = evaluate_tasks(str(folder), TaskList(tuple(SOURCES), data=str(files)))
-    by_hand = _by_hand(folder, list(SOURCES), {"data": str(files)})
-    own = [result for result in found if result.task != "average"]
-    assert {(result.task, result.metric.name) for result in own} == {
-        (task, metric)
-        for task in SOURCES
-        for metric in (
-            "acc",
-            *(["f1"] if task == "cb" else ["acc_norm"] if task not in ("boolq", "rte", "wic") else []),
-        )
-    }
-    assert all(result.metric.higher_is_better for result in own)
-    for result in own:
-        figures = by_hand["results"][result.task]
-        assert result.value == pytest.approx(figures[f"{result.metric.name},none"], abs=1e-12)
-        stderr = figures[f"{result.metric.name}_stderr,none"]
-        assert result.stderr == (None if stderr == "N/A" else pytest.approx(stderr, abs=1e-12))
-        assert result.count == len(ROWS[result.task])
-    assert len({result.value for result in own}) > 2
-
-
-def _by_hand(folder: Path, tasks: list[str], metadata: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """What `lm_eval --model hf --model_args pretrained=FOLDER --include_path ... --metadata ...` gives."""
-    manager = TaskManager(include_path=str(LOCAL), include_defaults=False, metadata=metadata)
+    found = evaluate_tasks(str(folder), TaskList(files=(str(file),)))
     arguments = {"pretrained": str(folder), "dtype": "float32"}
-    found: dict[str, Any] = lm_eval.simple_evaluate(
-        "hf", arguments, tasks, device="cpu", task_manager=manager, **options
-    )
-    return found
+    manager = TaskManager(include_defaults=False)
+    by_hand = lm_eval.simple_evaluate("hf", arguments, [str(file)], device="cpu", task_manager=manager)
+    assert [result.metric.name for result in found] == ["acc", "acc_norm"]
+    for result in found:
+        figures = by_hand["results"]["own"]
+        assert result.value == pytest.approx(figures[f"{result.metric.name},none"], abs=1e-12)
+        assert result.stderr == pytest.approx(figures[f"{result.metric.name}_stderr,none"], abs=1e-12)
+        assert result.count == len(ROWS) and result.metric.higher_is_better
 
 
-def test_a_gathered_folder_scores_by_its_own_likelihoods(pruned: Callable[[str], Path], files: Path) -> None:
+def test_a_gathered_folder_scores_by_its_own_likelihoods(pruned: Callable[[str], Path], file: Path) -> None:
     folder = pruned("gather")
-    tasks = TaskList(("piqa",), data=str(files)).load()
+    tasks = TaskList(files=(str(file),)).load()
     acc, acc_norm = tasks(*permprune.read_model(str(folder))[:2])
     model, tokenizer = permprune.load(folder), AutoTokenizer.from_pretrained(folder)
-    scores = torch.tensor(
-        [
-            [_log_likelihood(model, tokenizer, f"Question: {row['goal']}\nAnswer:", f" {row[key]}") for key in CHOICES]
-            for row in ROWS["piqa"]
-        ]
-    )
-    lengths = torch.tensor([[len(row[key]) for key in CHOICES] for row in ROWS["piqa"]])
-    right = torch.tensor([row["label"] for row in ROWS["piqa"]])
+    likelihood = partial(_log_likelihood, model, tokenizer)
+    rows = [[likelihood(f"Question: {row['goal']}\nAnswer:", f" {row[key]}") for key in CHOICES] for row in ROWS]
+    scores, lengths = torch.tensor(rows), torch.tensor([[len(row[key]) for key in CHOICES] for row in ROWS])
+    right = torch.tensor([row["label"] for row in ROWS])
     said = torch.tensor([instance.resps[0][0] for instance in tasks.tasks[0].instances]).view_as(scores)
     torch.testing.assert_close(said, scores)
-    assert (acc.metric.name, acc.value) == ("acc", (scores.argmax(1) == right).double().mean())
-    assert (acc_norm.metric.name, acc_norm.value) == (
-        "acc_norm",
-        ((scores / lengths).argmax(1) == right).double().mean(),
-    )
+    assert acc.value == (scores.argmax(1) == right).double().mean()
+    assert acc_norm.value == ((scores / lengths).argmax(1) == right).double().mean()
 
 
 @torch.inference_mode()
@@ -148,14 +97,13 @@ def _log_likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> flo
 
 
 @pytest.mark.parametrize("begins", [False, True])
-def test_wikitext2_is_what_the_recipe_of_wanda_gives(begins: bool, tiny_checkpoint: Path, files: Path) -> None:
+def test_wikitext2_is_what_the_recipe_of_wanda_gives(begins: bool, tiny_checkpoint: Path) -> None:
     model, tokenizer, _ = permprune.read_model(str(tiny_checkpoint))
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     if begins:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    (result,) = TaskList(("wikitext2",), data=str(files)).load()(model, tokenizer)
-    rows = [f"{line}\n" if line.strip() else "" for line in WIKITEXT.split("\n")[:-1]]
-    ids = tokenizer("\n\n".join(rows), return_tensors="pt").input_ids
+    (result,) = TaskList(("wikitext2",)).load()(model, tokenizer)
+    ids = tokenizer(WIKITEXT, return_tensors="pt").input_ids
     assert ids.eq(1).sum() == begins
     length, losses = 128, []
     count = ids.numel() // length
@@ -172,29 +120,10 @@ def test_wikitext2_is_what_the_recipe_of_wanda_gives(begins: bool, tiny_checkpoi
     assert result.value == pytest.approx(expected, rel=1e-5)
 
 
-def test_limit_and_few_shot(tiny_checkpoint: Path, files: Path) -> None:
-    found = evaluate_tasks(str(tiny_checkpoint), TaskList(("boolq", "rte", "wikitext2"), data=str(files), limit=1))
-    counts = {result.task: result.count for result in found}
-    assert counts == {"boolq": 1, "rte": 1, "wikitext2": 127, "average": 2}
+def test_a_limit_leaves_the_first_examples(tiny_checkpoint: Path, file: Path) -> None:
+    found = evaluate_tasks(str(tiny_checkpoint), TaskList(("wikitext2",), files=(str(file),), limit=1))
+    assert {result.task: result.count for result in found} == {"own": 1, "wikitext2": 127}
     assert all(result.stderr is None for result in found)
-    loaded = TaskList(("rte",), data=str(files), few_shot=1).load()
-    loaded(*permprune.read_model(str(tiny_checkpoint))[:2])
-    prompts = [instance.args[0] for instance in loaded.tasks[0].instances]
-    assert all(prompt.count("True or False?") == 2 for prompt in prompts)
-    by_hand = _by_hand(tiny_checkpoint, ["rte"], {"data": str(files), "few_shot": 1}, num_fewshot=1)
-    assert {sample["arguments"][0][0] for sample in by_hand["samples"]["rte"]} == set(prompts)
-
-
-def test_few_shot_does_not_apply_to_tasks_without_examples(
-    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    zero = tmp_path / "zero.yaml"
-    zero.write_text((LOCAL / "rte.yaml").read_text().replace("task: rte", "task: zero\nnum_fewshot: 0"))
-    for few_shot in (None, 0, 2):
-        assert not caplog.records
-        TaskList(("rte",), data=str(files), few_shot=few_shot, files=(str(zero),)).load()
-    (record,) = caplog.records
-    assert record.message == "zero is defined without solved examples, and --few-shot leaves it so"
 
 
 def test_what_is_shown_while_tasks_run_is_not_redirected(
@@ -211,10 +140,10 @@ def test_what_is_shown_while_tasks_run_is_not_redirected(
     assert capsys.readouterr().err == "still running\nover\n"
 
 
-def test_the_model_and_its_tokenizer_are_left_alone(tiny_llama: Any, tiny_tokenizer: Any, files: Path) -> None:
+def test_the_model_and_its_tokenizer_are_left_alone(tiny_llama: Any, tiny_tokenizer: Any, file: Path) -> None:
     tiny_llama.train()
     before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
-    TaskList(("cb", "wikitext2"), data=str(files)).load()(tiny_llama, tiny_tokenizer)
+    TaskList(("wikitext2",), files=(str(file),)).load()(tiny_llama, tiny_tokenizer)
     assert tiny_llama.training
     assert tiny_tokenizer.pad_token is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_llama.state_dict().items())
@@ -233,30 +162,118 @@ def test_average_weighs_tasks_alike() -> None:
 
 
 def test_what_cannot_be_measured(
-    tiny_bert: Path, files: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any
+    tiny_bert: Path, file: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any
 ) -> None:
     with pytest.raises(PermpruneError, match="is not a language model"):
-        evaluate_tasks(str(tiny_bert), TaskList(("cb",), data=str(files)))
-    manager = functools.partial(TaskManager, include_defaults=False)
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: manager(include_path=options["include_path"]))
+        evaluate_tasks(str(tiny_bert), TaskList(files=(str(file),)))
+    manager = partial(TaskManager, include_defaults=False)  # the list of all tasks takes half a minute
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager())
     with pytest.raises(PermpruneError, match=r"nosuch: lm-eval has no such task; `lm_eval ls tasks`"):
-        TaskList(("nosuch", "cb"), data=str(files)).load()
-    with pytest.raises(PermpruneError, match=r"cannot read .*wiki\.test\.raw: No such file"):
-        TaskList(("wikitext2",), data=str(files / "glue")).load()
-    with pytest.raises(PermpruneError, match="there is no folder"):
-        TaskList(("cb",), data=str(files / "none")).load()
+        TaskList(("nosuch",)).load()
     with pytest.raises(PermpruneError, match="names no task"):
-        TaskList((), data=str(files)).load()
+        TaskList(()).load()
     with pytest.raises(PermpruneError, match="a window needs 64"):
         cut("the text", tiny_tokenizer, 64)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(PermpruneError, match=r"pip install 'permprune\[tasks\]'"):
-        TaskList(("cb",), data=str(files)).load()
+        TaskList(("cb",)).load()
 
 
 def test_a_perplexity_alone_needs_no_lm_eval(
-    tiny_llama: Any, tiny_tokenizer: Any, files: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    (result,) = TaskList(("wikitext2",), data=str(files)).load()(tiny_llama, tiny_tokenizer)
+    (result,) = TaskList(("wikitext2",)).load()(tiny_llama, tiny_tokenizer)
     assert math.isfinite(result.value)
+
+
+def test_evaluate_writes_a_row_for_each_metric(
+    tiny_checkpoint: Path,
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)  # outside a repository
+    figures, other = tmp_path / "figures.json", write_task(file.parent, "other")
+    tasks = ["--tasks", "own, wikitext2", "--task-file", file, "--task-file", other]
+    code, stdout, stderr = run("evaluate", tiny_checkpoint, *tasks, "--json", figures)
+    assert code == 0 and not stderr.strip()
+    assert not capfd.readouterr().err.strip(), "programs that lm-eval calls are silent as well"
+    found = json.loads(figures.read_text())
+    assert (found["names"], found["limit"], found["files"]) == (["own", "wikitext2"], None, [str(file), str(other)])
+    rows = {(row["task"], row["metric"]): row for row in found["results"]}
+    metrics = [(task, metric) for task in ("own", "other") for metric in ("acc", "acc_norm")]
+    assert list(rows) == [*metrics, ("wikitext2", "perplexity"), ("average", "acc")]
+    assert rows["own", "acc"]["examples"] == len(ROWS) and rows["average", "acc"]["tasks"] == 2
+    lines = [line.split() for line in stdout.splitlines() if "│" in line]
+    assert [line[1] for line in lines] == [task for task, _ in rows]
+    for line, row in zip(lines, rows.values(), strict=True):
+        assert ("±" in line) is (row["stderr"] is not None)
+
+
+@pytest.mark.slow
+def test_compare_and_sweep_score_each_method(
+    tiny_checkpoint: Path, tiny_text: Path, file: Path, tmp_path: Path
+) -> None:
+    figures = tmp_path / "figures.json"
+    texts = ["--calibration", tiny_text, "--data", tiny_text, "--length", "16", "--samples", "24", "--windows", "4"]
+    tasks = ["--task-file", file, "--methods", "ria"]
+    code, stdout, _ = run("compare", tiny_checkpoint, *texts, *tasks, "--json", figures)
+    assert code == 0 and "task score" in stdout
+    dense, none, ria = json.loads(figures.read_text())["rows"]
+    code, _, _ = run("evaluate", tiny_checkpoint, *tasks[:2], "--json", figures)
+    assert code == 0 and dense["tasks"] == json.loads(figures.read_text())["results"]
+    assert with_error(ria["score"], ria["score_stderr"]) in stdout
+    out = tmp_path / "sweep"
+    code, stdout, _ = run("sweep", tiny_checkpoint, *texts, *tasks, "--patterns", "2:4", "--out", out)
+    assert code == 0 and "task score" in stdout
+    swept = json.loads((out / "figures.json").read_text())
+    assert swept["dense"]["tasks"] == dense["tasks"]
+    assert [row["tasks"] for row in swept["rows"]] == [none["tasks"], ria["tasks"]]
+
+
+@pytest.mark.parametrize("name", ["own.yaml", "./own.yaml", "OWN.YML", "../task/own.yaml", "/tmp/own", "a\\own", "own"])
+@pytest.mark.parametrize("command", ["evaluate", "compare", "sweep"])
+def test_tasks_are_names_and_run_nothing(
+    command: str, name: str, file: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    file.with_name("own").write_bytes(file.read_bytes())
+    out = ["--out", tmp_path / "out"] if command == "sweep" else []
+    expected = f"give --task-file {name}, which runs"
+    if name == "own":  # a name like any other, and a file here
+        manager = partial(TaskManager, include_defaults=False)
+        monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager())
+        expected = "lm-eval has no such task"
+    assert expected in fails(command, tiny_checkpoint, "--tasks", name, *out)
+    assert not (file.parent / "ran").exists()
+
+
+def test_a_group_may_name_tasks_of_lm_eval(file: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def manager(**options: object) -> object:
+        asked.append(options["include_defaults"])
+        raise ValueError("enough")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
+    group = file.with_name("group.yaml")
+    group.write_text("task: [piqa]\ngroup: several\n")
+    for one in (file, group):
+        assert "enough" in fails("evaluate", tiny_checkpoint, "--task-file", one)
+    assert asked == [False, True]
+
+
+def test_task_files_that_are_none(file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert "there is no task file" in fails("evaluate", tiny_checkpoint, "--task-file", tmp_path / "none.yaml")
+    file.with_name("rows.py").write_text("raise ValueError('broken')\n")
+    assert "broken" in fails("evaluate", tiny_checkpoint, "--task-file", file)
+    for content in (b"{" * 2000, b"\xff\xfe", b"[1, 2]"):
+        file.write_bytes(content)
+        fails("evaluate", tiny_checkpoint, "--task-file", file)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "sweep"])
+def test_the_help_says_that_code_runs(command: str) -> None:
+    assert "code that it names runs" in " ".join(run(command, "--help")[1].replace("│", " ").split())

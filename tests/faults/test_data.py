@@ -9,7 +9,6 @@ import pytest
 from permprune.zoo import texts
 
 from ..cli.running import fails, run
-from ..task_files import write_task_files
 
 DEEP = "[" * 100_000 + "]" * 100_000
 GOOD = '{"text": "the order of the channels", "label": "yes"}\n'
@@ -47,17 +46,6 @@ def test_a_row_of_answers(message: str, place: int, tiny_checkpoint: Path, tmp_p
     (tmp_path / "bad.jsonl").write_text("".join(rows))
     line = fails("evaluate", tiny_checkpoint, "--data", tmp_path / "bad.jsonl", "--length", "16")
     assert f"bad.jsonl, line {place}: {message}" in line
-
-
-@pytest.mark.parametrize("message", LINES)
-def test_a_file_of_tasks(message: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    files = write_task_files(tmp_path / "files")
-    (files / "zeroshot/ARC-Easy.test.json").write_text("[" + LINES[message] + "]")
-    line = fails("evaluate", tiny_checkpoint, "--tasks", "arc_easy", "--data", files)
-    assert "ARC-Easy.test.json" in line
-    (files / "superglue/CB/val.jsonl").write_text(LINES[message])
-    line = fails("evaluate", tiny_checkpoint, "--tasks", "cb", "--data", files)
-    assert "val.jsonl, line 1: " + message in line
 
 
 def test_whole_pairs_of_surrogates_are_characters(tiny_checkpoint: Path, tmp_path: Path) -> None:
