@@ -16,6 +16,7 @@ python benchmarks/glue.py --data DATA --work WORK --rows glue.jsonl --tasks cb r
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ import torch
 
 from permprune import Evaluation, PruneConfig, prune_to_folder
 from permprune.data.labelled import read_labelled_text
+from permprune.data.sources import read_table
 from permprune.jobs.evaluate import evaluate
 from permprune.jobs.finetune import FineTuning, finetune
 from permprune.system.files import write_whole
@@ -35,6 +37,9 @@ Row = dict[str, Any]
 FINETUNE = "+finetune"
 LENGTH, BATCH = 128, 16
 """Tokens of an example at most, and examples of a step of training."""
+
+WORD_IN_TEXT = re.compile(r"Word: (?P<word>.+?)\. Sentence 1: (?P<sentence1>.+?) Sentence 2: (?P<sentence2>.+)", re.S)
+"""A row of WiC written as one text."""
 
 HIDDEN = 1e-3
 """The weight of the blocks' outputs in the training after pruning."""
@@ -199,11 +204,27 @@ def splits(options: argparse.Namespace, name: str) -> Files:
 
 
 def read(data: Path, files: tuple[str, ...]) -> Iterator[Row]:
+    """Yield the rows of files, with the columns sentence, or sentence1 and sentence2, and label."""
     for file in files:
+        if "CoLA" in file:  # its files have no header
+            for line in (data / file).read_text(encoding="utf-8").splitlines():
+                _, label, _, sentence = line.split("\t")
+                yield {"sentence": sentence, "label": label}
+            continue
+        if "WiC" in file:
+            yield from map(in_context, read_table(data / file))
+            continue
         table = read_labelled_text(data / file, "calibration")
         for *texts, label in zip(*table.texts, table.labels, strict=True):
             names = ("sentence",) if len(texts) == 1 else ("sentence1", "sentence2")
             yield {**dict(zip(names, texts, strict=True)), "label": label}
+
+
+def in_context(row: Row) -> Row:
+    """A row of WiC with its word before both sentences; some files have all three in one text."""
+    if match := WORD_IN_TEXT.fullmatch(str(row.get("text"))):
+        row = {**row, **match.groupdict()}
+    return {name: f"{row['word']}: {row[name]}" for name in ("sentence1", "sentence2")} | {"label": row["label"]}
 
 
 def write(path: Path, rows: list[Row]) -> None:

@@ -238,11 +238,10 @@ def speech(place: Workplace) -> None:
             (place.work / folder).mkdir()
             for clip in chosen:
                 shutil.copy(clip, place.work / folder)
-    names = {clip.stem for clip in clips[1::2]}
-    tables = [file.read_text(encoding="utf-8") for file in sorted(source.rglob("*.trans.txt"))]
-    spoken = [line for table in tables for line in table.splitlines(keepends=True)]
-    own = "".join(line for line in spoken if line.split()[0] in names)
-    (place.work / "other" / "other.trans.txt").write_text(own, encoding="utf-8")
+    tables = [file.read_text(encoding="utf-8") for file in source.rglob("*.trans.txt")]
+    texts = dict(line.split(" ", 1) for table in tables for line in table.splitlines())
+    said = [json.dumps({"file_name": clip.name, "text": texts[clip.stem]}) for clip in clips[1::2]]
+    (place.work / "other" / "metadata.jsonl").write_text("\n".join(said), encoding="utf-8")
     if not (place.work / "speech").exists():
         join([place.work / "clips", place.data / "ljspeech"], place.work / "speech", count=300)
 

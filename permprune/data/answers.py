@@ -13,8 +13,8 @@ import jinja2
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from permprune.data.items import Row, Selection
-from permprune.data.sources import ANSWERS, PROMPTS, columns_of, dataset, read_table
+from permprune.data.items import Selection
+from permprune.data.sources import ANSWERS, PROMPTS, Row, columns_of, dataset, read_rows
 from permprune.data.text import start_tokens
 from permprune.errors import PermpruneError, first_line
 from permprune.examples import IGNORED, Examples, Part
@@ -111,7 +111,7 @@ def _conversations(source: str | Path, selection: Selection) -> list[tuple[str, 
     """The rows that are chosen of a table or data set as turns, each with its place for error messages."""
     path = Path(source)
     if path.is_file():
-        named = [(f"{path}, row {number}", row) for number, row in enumerate(read_table(path), 1)]
+        named = [(f"{path}, row {number}", row) for number, row in enumerate(read_rows(path, selection.part)[0], 1)]
         read = [(place, _turns(row, place)) for place, row in named]
         prompts = [str([turn["content"] for turn in turns if turn["role"] != ANSWERER]) for _, turns in read]
         return [read[index] for index in selection.indices(prompts)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permprune.data.items import Item, Labels, Medium, Selection
-from permprune.data.sources import LABEL_COLUMNS, read_text
+from permprune.data.sources import LABEL_COLUMNS
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED
 from permprune.models.forward import argument_names, writes_text
@@ -59,10 +59,8 @@ def load_speech(
 
     `source` is one of
 
-    * a folder of audio files with a transcript in a .txt file of the same name, with LibriSpeech's *.trans.txt files,
-      or with a table that lists files and texts, named metadata or transcripts with suffix .csv, .tsv or .jsonl; for a
-      classifier with a sub-folder for each class, or with a table of files and labels;
-    * such a table;
+    * a folder of audio files, with a table of their texts or labels (`METADATA`), or for a classifier with a sub-folder
+      for each class;
     * a `datasets` name as in `load_documents`.
 
     Raises `PermpruneError` if the source cannot be read, all utterances are too long or too short, or a label is
@@ -71,11 +69,8 @@ def load_speech(
     maker: Any = feature_extractor_of(processor)
     taken = argument_names(model)
     classes = Labels(model.config) if "labels" in taken and not writes_text(model) else None
-    if classes is None:
-        items = SOUND.labelled(source, selection, TEXT_COLUMNS, None, _transcribed)
-    else:
-        items = SOUND.labelled(source, selection, LABEL_COLUMNS, classes)
-    items, waves = _heard(items, maker)
+    items, waves = _heard(SOUND.items(source, selection), maker)
+    labels = [item.label(TEXT_COLUMNS if classes is None else LABEL_COLUMNS, classes) for item in items]
     made = maker(
         waves,
         sampling_rate=maker.sampling_rate,
@@ -83,13 +78,13 @@ def load_speech(
         return_tensors="pt",
     )
     tensors: dict[str, Tensor] = {name: tensor for name, tensor in made.items() if name in taken}
-    if selection.part == "calibration" and not any(item.label for item in items):
+    if selection.part == "calibration" and not any(labels):
         what = "transcripts" if classes is None else "classes"
         log.info("the sound in %s has no %s: the dense model's outputs are the targets", source, what)
     elif classes is not None:
-        tensors["labels"] = classes.tensor([item.label for item in items], [item.name for item in items])
+        tensors["labels"] = classes.tensor(labels, [item.name for item in items])
     elif "labels" in taken:
-        tensors["labels"] = _labels(items, processor, model)
+        tensors["labels"] = _transcripts(items, labels, processor, model)
     return tensors
 
 
@@ -116,16 +111,16 @@ def _heard(items: list[Item], maker: Any) -> tuple[list[Item], list[Samples]]:
     return [items[index] for index in kept], [waves[index] for index in kept]
 
 
-def _labels(items: list[Item], processor: Processor | None, model: PreTrainedModel) -> Tensor:
+def _transcripts(items: list[Item], texts: list[Any], processor: Processor | None, model: PreTrainedModel) -> Tensor:
     """The tokens of the transcripts, padded, without the decoder start token, which the model prepends itself.
 
     They are cut at the positions of the model's decoder, with a warning.
     """
     tokenizer = tokenizer_of(processor)
-    for item in items:
-        if not isinstance(item.label, str) or not item.label.strip():
+    for item, text in zip(items, texts, strict=True):
+        if not isinstance(text, str) or not text.strip():
             raise PermpruneError(f"{item.name} has no transcript: add one, or remove the file")
-    rows = _encoded([item.label.strip() for item in items], tokenizer)
+    rows = _encoded([text.strip() for text in texts], tokenizer)
     start, most = getattr(model.config, "decoder_start_token_id", None), decoder_positions(model)
     rows = [row[int(row[:1] == [start]) :] for row in rows]
     if long := sum(len(row) > (most or len(row)) for row in rows):
@@ -148,27 +143,6 @@ def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
     if count := sum(row.count(unknown) for row in rows):
         log.warning("the tokenizer does not know %d of the %d tokens in the transcripts", count, sum(map(len, rows)))
     return rows
-
-
-def _transcribed(path: Path) -> list[Item]:
-    """The sounds in a folder, with transcripts in LibriSpeech's files or in a text file beside each."""
-    transcripts = {}
-    for file in sorted(path.rglob("*.trans.txt")):
-        for line in read_text(file).splitlines():
-            name, _, text = line.partition(" ")
-            transcripts[file.parent / name] = text
-    items = []
-    for file in SOUND.files(path):
-        beside = file.with_suffix(".txt")
-        label = transcripts.pop(file.with_suffix(""), None)
-        if label is None and beside.is_file():
-            label = read_text(beside)
-        items.append(SOUND.item(file, label))
-    if transcripts:
-        raise PermpruneError(
-            f"{next(iter(transcripts))} has a transcript but no sound file: add the file, or remove the transcript"
-        )
-    return items
 
 
 def _resampled(sound: Sound, wanted: int) -> Samples:

@@ -1,4 +1,4 @@
-"""Examples in files, tables and data sets: which are chosen, how images and sound are read, and their labels."""
+"""Examples in folders and data sets: which are chosen, how images and sound are read, and their labels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from permprune.data.sources import LISTED, class_names, dataset, find_column, locate, read_table
+from permprune.data.sources import Row, class_names, dataset, find_column, locate, read_table
 from permprune.errors import PermpruneError
 from permprune.examples import Part
 
@@ -28,24 +28,13 @@ BUFFER = 1000
 SHOWN = 5
 """Maximum number of class names in an error message."""
 
-ROW = "__row__"
-"""A temporary column for the names of a data set's rows."""
+NUMBER = "__number__"
+"""A temporary column for the numbers of a data set's rows."""
 
-LISTS = ("labels", "metadata", "transcripts")
-"""Names, without suffix, of the tables that list image or audio files and their labels."""
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
+"""Tables in a folder that list its files in a column `FILE` and describe them, as in the folders of datasets."""
 
-FILE_COLUMNS = ("file_name", "file", "filename", "path", "image", "audio")
-
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Item:
-    """An example: its name in error messages, a function that reads it, and its label in the source, if any."""
-
-    name: str
-    read: Callable[[], Any]
-    label: Any = None
+FILE = "file_name"
 
 
 @dataclass(frozen=True)
@@ -79,19 +68,13 @@ class Selection:
         order = torch.randperm(len(available), generator=torch.Generator().manual_seed(self.seed))
         return [available[place] for place in order[: self.count].tolist()]
 
-    def files(self, items: Sequence[Item], path: Path) -> list[Item]:
-        """Like `indices`, for the files of the folder or table `path`; their names are relative to the folder."""
-        folder = path if path.is_dir() else path.parent
-        keys = [Path(os.path.relpath(item.name, folder)).as_posix() for item in items]
-        return [items[index] for index in self.indices(keys)]
-
     def rows(self, rows: Any) -> list[tuple[str, dict[str, Any]]]:
         """Like `indices`, for a streamed data set, which is shuffled within a buffer; returns (name, row) pairs."""
-        rows = rows.map(lambda _, index: {ROW: f"row {index}"}, with_indices=True)
+        rows = rows.map(lambda _, index: {NUMBER: f"row {index}"}, with_indices=True)
         if self.shared:
-            rows = rows.filter(lambda row: self.takes(row[ROW]))
+            rows = rows.filter(lambda row: self.takes(row[NUMBER]))
         rows = rows.shuffle(seed=self.seed, buffer_size=max(BUFFER, 4 * self.count))
-        picked = [(row.pop(ROW), row) for row in islice(rows, self.count)]
+        picked = [(row.pop(NUMBER), row) for row in islice(rows, self.count)]
         if not picked:
             raise PermpruneError(f"the data set has no rows for {self.part}: give another split of it")
         return picked
@@ -100,6 +83,25 @@ class Selection:
         """Whether an example of this name belongs to the part."""
         odd = hashlib.sha256(key.encode()).digest()[0] % 2
         return not self.shared or odd == (self.part == "evaluation")
+
+
+@dataclass(frozen=True)
+class Item:
+    """An example: its name in error messages, a function that reads it, and what the source says of it.
+
+    `row` holds the other columns of its row, and `classes` the names of the classes of those that hold classes.
+    """
+
+    name: str
+    read: Callable[[], Any]
+    row: Row
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def label(self, columns: Sequence[str], labels: Labels | None = None) -> Any:
+        """The value of the first of the `columns` that there is, as `labels.named`; None if there is none."""
+        column = next((name for name in columns if name in self.row), "")
+        label, names = self.row.get(column), self.classes.get(column)
+        return label if labels is None or names is None else labels.named(label, names)
 
 
 @dataclass(frozen=True)
@@ -115,87 +117,50 @@ class Medium:
     columns: tuple[str, ...]
     decode: Callable[[Path | io.BytesIO, str], Any]
 
-    def item(self, file: Path, label: Any) -> Item:
-        """The example in a file."""
-        return Item(str(file), partial(self.decode, file, str(file)), label)
+    def items(self, source: str | Path, selection: Selection) -> list[Item]:
+        """Return the examples that are chosen of a source.
 
-    def files(self, folder: Path) -> list[Path]:
-        """All files of the kind in a folder and its sub-folders, sorted. Raises `PermpruneError` if none exist."""
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in self.suffixes and path.is_file())
-        if not paths:
-            raise PermpruneError(f"{folder} holds no {self.name}: give a folder of {', '.join(self.suffixes)} files")
-        return paths
-
-    def labelled(
-        self,
-        source: str | Path,
-        selection: Selection,
-        columns: Sequence[str],
-        labels: Labels | None,
-        of_folder: Callable[[Path], list[Item]] | None = None,
-    ) -> list[Item]:
-        """Return the examples that are chosen of a source, with their labels in the first of the `columns`.
-
-        The source is a table (`listed_files`), a folder with one or else with a sub-folder for each class, or a data
-        set. `of_folder` reads folders without a table in another way. With `labels`, the numbers of a data set's
-        classes become their names. Raises `PermpruneError` if the source cannot be read.
+        It is a folder with one of the tables `METADATA`, or else with a sub-folder for each class, whose name becomes
+        the column "label", or a data set. Raises `PermpruneError` if the source cannot be read.
         """
         path = locate(source, self.name)
         if path is None:
-            return self.rows(str(source), selection, lambda row, _, names: _row_label(row, columns, names, labels))
-        if table := find_list(path):
-            files = listed_files(table)
-            label = find_column(files[0][1], columns, str(table))
-            items = [self.item(file, row.get(label)) for file, row in files]
-        elif of_folder is not None:
-            items = of_folder(path)
-        else:
-            items = [self.item(file, _class_of(file, path)) for file in self.files(path)]
-        return selection.files(items, path)
+            return self._of_data_set(str(source), selection)
+        if not path.is_dir():
+            raise PermpruneError(f"{path} is a file: give the folder of the {self.name}")
+        files = self._described(path)
+        keys = [Path(os.path.relpath(file, path)).as_posix() for file, _ in files]
+        chosen = [files[index] for index in selection.indices(keys)]
+        return [Item(str(file), partial(self.decode, file, str(file)), row) for file, row in chosen]
 
-    def rows(
-        self, source: str, selection: Selection, label_of: Callable[[Row, str, Mapping[str, Sequence[str]]], Any]
-    ) -> list[Item]:
-        """Return the examples that are chosen of a data set.
+    def _described(self, folder: Path) -> list[tuple[Path, Row]]:
+        """The files of the kind in a folder, each with its row in the table of the folder, or its class."""
+        if table := find_metadata(folder):
+            rows = read_table(table)
+            files = [folder / str(row[find_column(row, [FILE], str(table))]) for row in rows]
+            if missing := next((file for file in files if not file.is_file()), None):
+                raise PermpruneError(f"{table} lists {missing.name}, and there is no such file beside it")
+            return list(zip(files, rows, strict=True))
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in self.suffixes and path.is_file())
+        if not paths:
+            raise PermpruneError(f"{folder} holds no {self.name}: give a folder of {', '.join(self.suffixes)} files")
+        classes = [path.relative_to(folder).parts[:-1] for path in paths]
+        return [(path, {"label": names[0]} if names else {}) for path, names in zip(paths, classes, strict=True)]
 
-        `label_of(row, place, names)` is the label of a row; `place` names the row in error messages, and `names` are
-        the names of the classes by column (`class_names`). Raises `PermpruneError` for a row without a file.
-        """
+    def _of_data_set(self, source: str, selection: Selection) -> list[Item]:
+        """Return the examples that are chosen of a data set. Raises `PermpruneError` for a row without a file."""
         with dataset(source, selection.part) as rows:
             names, items = class_names(rows), []
             for name, row in selection.of_data_set(source).rows(rows):
                 place = f"{source}, {name}"
                 stored = _stored_file(row[find_column(row, self.columns, source)], place)
-                items.append(Item(place, partial(self.decode, stored, place), label_of(row, place, names)))
+                items.append(Item(place, partial(self.decode, stored, place), row, names))
         return items
 
 
-def _class_of(file: Path, folder: Path) -> str | None:
-    """The class of a file in a folder with a sub-folder for each class: the sub-folder's name, or None."""
-    *classes, _ = file.relative_to(folder).parts
-    return classes[0] if classes else None
-
-
-def find_list(path: Path) -> Path | None:
-    """The table in a folder that lists its files, or `path` itself if it is a file; None if there is no such table."""
-    if path.is_file():
-        return path
-    return next((file for name in LISTS for kind in LISTED if (file := path / f"{name}{kind}").is_file()), None)
-
-
-def listed_files(table: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The files that a table lists, each with its row.
-
-    A row contains the path of a file, relative to the table's folder, in one of `FILE_COLUMNS`. Raises `PermpruneError`
-    if the column or a file is missing.
-    """
-    rows = read_table(table)
-    column = find_column(rows[0], FILE_COLUMNS, str(table))
-    files = [(table.parent / str(row.get(column)), row) for row in rows]
-    for file, row in files:
-        if not file.is_file():
-            raise PermpruneError(f"{table} lists {row.get(column)}, and there is no such file beside it")
-    return files
+def find_metadata(folder: Path) -> Path | None:
+    """The table of a folder that describes its files; None if there is none."""
+    return next((file for name in METADATA if (file := folder / name).is_file()), None)
 
 
 def _stored_file(cell: Any, place: str) -> io.BytesIO:
@@ -244,9 +209,9 @@ class Labels:
         return torch.tensor([self.read(*pair) for pair in zip(labels, places, strict=True)], dtype=dtype)
 
     def named(self, label: Any, names: Sequence[str]) -> Any:
-        """Convert a data set's class number to the class name, if the model has all of the data set's class `names`.
+        """Convert a source's class number to the class name, if the model has all of the source's class `names`.
 
-        The data set and the model may number the same classes differently. Otherwise returns `label` unchanged.
+        The source and the model may number the same classes differently. Otherwise returns `label` unchanged.
         """
         known = all(name.casefold() in self.numbers for name in names)
         return names[label] if known and isinstance(label, int) and 0 <= label < len(names) else label
@@ -264,15 +229,3 @@ def as_number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _row_label(
-    row: Mapping[str, Any], columns: Sequence[str], names: Mapping[str, Sequence[str]], labels: Labels | None
-) -> Any:
-    """The label in the first of the `columns` that a data set's row has; None if it has none of them.
-
-    `names` are the names of the classes by column; with `labels`, numbers of classes are converted to their names.
-    """
-    column = next((name for name in columns if name in row), "")
-    label = row.get(column)
-    return labels.named(label, names[column]) if labels and column in names else label

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune.data.items import Labels, Selection, as_number
-from permprune.data.sources import LABEL_COLUMNS, TABLES, class_names, dataset, find_column, locate, read_table
+from permprune.data.sources import LABEL_COLUMNS, TABLES, find_column, locate, read_rows
 from permprune.data.text import load_documents
 from permprune.errors import PermpruneError
 from permprune.examples import Part
@@ -23,11 +21,7 @@ from permprune.models.forward import argument_names
 from permprune.models.processors import Processor, tokenizer_of
 from permprune.system.progress import log
 
-MAX_ROWS = 1_000_000
-"""Maximum number of rows read from a hub data set."""
-
 TEXTS = (
-    ("word", "sentence1", "sentence2"),
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
     ("question1", "question2"),
@@ -40,17 +34,7 @@ TEXTS = (
     ("content",),
     ("review",),
 )
-"""Names of text columns; the first entry whose columns a table all has is used.
-
-In an entry of three, the first column is a word that occurs in both sentences (WiC); each text is "word: sentence".
-"""
-
-COLA = ("source", "label", "mark", "sentence")
-STS = ("genre", "filename", "year", "index", "score", "sentence1", "sentence2")
-"""Columns of the CoLA and STS-B files, which have no header."""
-
-WORD_IN_TEXT = re.compile(r"Word: (?P<word>.+?)\. Sentence 1: (?P<sentence1>.+?) Sentence 2: (?P<sentence2>.+)", re.S)
-"""A row of WiC written as one text."""
+"""Names of text columns; the first entry whose columns a table all has is used."""
 
 
 @dataclass(frozen=True)
@@ -88,19 +72,18 @@ def read_labelled_text(source: str | Path, part: Part, labelled: bool = True) ->
 
     Raises `PermpruneError` if the source cannot be read or lacks a column of texts, or with `labelled` one of labels.
     """
-    path = locate(source, "labelled text")
-    rows, names = (_from_file(path), {}) if path and path.is_file() else _from_dataset(str(source), part)
+    locate(source, "labelled text")
+    rows, names = read_rows(source, part)
     columns = next((texts for texts in TEXTS if all(text in rows[0] for text in texts)), None)
     if columns is None:
         columns = (find_column(rows[0], [text for (text, *more) in TEXTS if not more], str(source)),)
-    texts = [_texts(rows, column, str(source)) for column in columns]
-    if len(texts) > 2:
-        words, *texts = texts
-        texts = [[f"{word}: {text}" for word, text in zip(words, column, strict=True)] for column in texts]
+    texts = [[row[column] for row in rows] for column in columns]
+    for column, found in zip(columns, texts, strict=True):
+        if wrong := next((number for number, text in enumerate(found, 1) if not isinstance(text, str)), None):
+            raise PermpruneError(f"{source}, row {wrong} has no text in its column {column}")
     has_labels = labelled or not rows[0].keys().isdisjoint(LABEL_COLUMNS)
     label = find_column(rows[0], LABEL_COLUMNS, str(source)) if has_labels else ""
-    labels = [row.get(label) for row in rows] if has_labels else []
-    return LabelledTexts(str(source), texts, labels, names.get(label))
+    return LabelledTexts(str(source), texts, [row[label] for row in rows] if has_labels else [], names.get(label))
 
 
 def load_labelled_text(
@@ -145,35 +128,6 @@ def tokenized(
     taken, most = argument_names(model), min(length, tokenizer.model_max_length)
     made = tokenizer(*columns, truncation=True, max_length=most, padding=True, return_tensors="pt")
     return {name: tensor for name, tensor in made.items() if name in taken}
-
-
-def _texts(rows: list[dict[str, Any]], column: str, source: str) -> list[str]:
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get(column), str):
-            raise PermpruneError(f"{source}, row {number} has no text in its column {column}")
-    return [row[column] for row in rows]
-
-
-def _from_file(path: Path) -> list[dict[str, Any]]:
-    rows = read_table(path)
-    first = list(rows[0])
-    if len(first) == len(COLA) and first[1] in ("0", "1"):
-        return read_table(path, COLA)
-    if len(first) >= len(STS) and as_number(first[4]) is not None:
-        return read_table(path, STS)
-    matches = [WORD_IN_TEXT.fullmatch(str(row.get("text"))) for row in rows]
-    if all(matches):
-        return [{**row, **match.groupdict()} for row, match in zip(rows, matches, strict=True) if match]
-    return rows
-
-
-def _from_dataset(source: str, part: Part) -> tuple[list[dict[str, Any]], Mapping[str, Sequence[str]]]:
-    """The rows of a data set, and the names of the classes by column."""
-    with dataset(source, part) as rows:
-        names, held = class_names(rows), list(islice(rows, MAX_ROWS))
-    if not held:
-        raise PermpruneError(f"{source} has no rows: give another split of it")
-    return held, names
 
 
 def load_sentences(

@@ -1,16 +1,18 @@
-"""Sources of examples: paths, texts, tables and hub data sets."""
+"""Sources of examples: text files, tables and data sets. The library datasets reads all but plain text and JSON."""
 
 from __future__ import annotations
 
 import csv
 import errno
-import io
+import glob
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,21 @@ from permprune.system.imports import on_first_use
 with on_first_use(globals()):
     from permprune.examples import Part
 
-LISTED = (".csv", ".tsv", ".jsonl")
-TABLES = (*LISTED, ".json", ".parquet")
-"""Suffixes of the tables that list files, and of all tables."""
+Row = Mapping[str, Any]
+
+JSON = (".jsonl", ".json")
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": csv.QUOTE_NONE}),
+    ".parquet": ("parquet", {}),
+}
+"""The format and the options that datasets reads tables with, by suffix.
+
+Quotes have no special meaning in a .tsv file, as in those of GLUE.
+"""
+
+TABLES = (*FORMATS, *JSON)
+"""Suffixes of tables."""
 
 LABEL_COLUMNS = ("label", "labels", "gold_label", "score", "class", "is_duplicate", "fine_label")
 
@@ -30,7 +44,11 @@ PROMPTS = ("question", "prompt", "instruction", "query")
 ANSWERS = ("answer", "answers", "response", "completion", "output")
 """Columns of prompts and of their answers."""
 
+MAX_ROWS = 1_000_000
+"""Maximum number of rows that are read at once."""
+
 _PATH_LIKE = re.compile(r"[./~].*|.*\\.*|.*/.*/.*|.*\.(txt|jsonl?|csv|tsv|parquet|raw|tokens)", re.DOTALL)
+"""Matches what is written like a path, by its slashes or its suffix, and not like the name of a data set."""
 
 
 def locate(source: str | Path, what: str) -> Path | None:
@@ -41,7 +59,7 @@ def locate(source: str | Path, what: str) -> Path | None:
     path, (name, _, _) = Path(source), parse_name(str(source), "evaluation")
     if path.exists():
         return path
-    if not Path(name).is_dir() and (isinstance(source, Path) or looks_like_path(name)):
+    if not Path(name).is_dir() and (isinstance(source, Path) or _PATH_LIKE.fullmatch(name)):
         raise PermpruneError(f"no {what} at {path}: give an existing file or folder, or the name of a hub data set")
     return None
 
@@ -64,9 +82,15 @@ def require_source(source: str) -> None:
         raise PermpruneError(f"{path} is empty: give a file with data")
 
 
-def looks_like_path(source: str) -> bool:
-    """Whether a source is written like a path, by its slashes or its suffix, and not like the name of a data set."""
-    return _PATH_LIKE.fullmatch(source) is not None
+def parse_name(source: str, part: Part) -> tuple[str, str | None, str]:
+    """Split "name:config@split" into name, configuration and split.
+
+    The configuration is None if it is not given. The default split is "train" for calibration and "test" for
+    evaluation.
+    """
+    name, _, split = source.partition("@")
+    name, _, config = name.partition(":")
+    return name, config or None, split or ("train" if part == "calibration" else "test")
 
 
 def read_text(path: Path) -> str:
@@ -79,83 +103,80 @@ def read_text(path: Path) -> str:
         raise PermpruneError(f"cannot read {path}: {error.strerror}") from error
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a .jsonl, .json, .parquet, .csv or .tsv file.
+@contextmanager
+def dataset(source: str, part: Part) -> Iterator[Any]:
+    """Context manager that reads the rows of a table, or streams those of the split of a data set.
 
-    The first row of a .csv or .tsv file is the header unless `columns` are given. Quotes have no special meaning in a
-    .tsv file, as in those of GLUE. A .json file is a list of objects. Raises `PermpruneError` if the file has another
-    suffix, cannot be parsed or is empty.
+    Images and audio in a data set are not decoded. Errors from the datasets library inside the block are raised as
+    `PermpruneError`.
     """
-    match path.suffix.lower():
-        case ".jsonl":
-            rows = _json_lines(path)
-        case ".json":
-            rows = parse_json(read_text(path).removeprefix("\ufeff"), str(path))
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise PermpruneError(f"{path} is not a list of JSON objects: write one object for each row")
-        case ".parquet":
-            rows = _parquet_rows(path)
-        case ".csv" | ".tsv" as suffix:
-            rows = _separated_rows(path, "\t" if suffix == ".tsv" else ",", columns)
-        case _:
-            kinds = f"{', '.join(TABLES[:-1])} or {TABLES[-1]}"
-            raise PermpruneError(f"{path} is not a table: give a {kinds} file, or the folder of the files")
-    if not rows:
-        raise PermpruneError(f"{path} has no rows: give a table that has some")
-    return rows
+    if Path(source).is_file():
+        yield read_table(Path(source))
+        return
+    import datasets
+
+    name, config, split = parse_name(source, part)
+    with _failing(f'"{name}" is not a file here, and its split "{split}" does not load as a data set'):
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        for column, kind in (getattr(rows, "features", None) or {}).items():
+            if getattr(kind, "decode", False):
+                rows = rows.cast_column(column, replace(kind, decode=False))
+        yield rows
 
 
-def _separated_rows(path: Path, separator: str, columns: Sequence[str] | None) -> list[dict[str, Any]]:
-    reader = csv.DictReader(
-        io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""),
-        columns,
-        delimiter=separator,
-        quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
-    )
-    try:
-        return list(reader)
-    except csv.Error as error:
-        raise PermpruneError(f"{path}, line {reader.line_num}: {error}; write the table as .jsonl") from error
-
-
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise PermpruneError(f"{path} is not a Parquet file: {first_line(error)}") from error
-    return rows
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
-        if line.strip():
-            row = parse_json(line, f"{path}, line {number}")
-            if not isinstance(row, dict):
-                raise PermpruneError(f"{path}, line {number}: not a JSON object")
-            rows.append(row)
-    return rows
-
-
-def first_row(path: Path) -> Mapping[str, Any]:
-    """The first row of a table with a header; empty if the file cannot be read as one."""
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a table. Raises `PermpruneError` if the file has another suffix or cannot be parsed."""
     suffix = path.suffix.lower()
+    if suffix in JSON:
+        return _json_rows(path)
+    if suffix not in FORMATS:
+        kinds = f"{', '.join(TABLES[:-1])} or {TABLES[-1]}"
+        raise PermpruneError(f"{path} is not a table: give a {kinds} file, or the folder of the files")
+    import datasets
+
+    name, options = FORMATS[suffix]
+    with _failing(f"{path} does not load as a table"):
+        files = glob.escape(str(path))
+        return list(datasets.load_dataset(name, data_files=files, split="train", streaming=True, **options))
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Context manager that raises errors of datasets as `PermpruneError`; `what` says what fails."""
+    logger = logging.getLogger("datasets")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)  # it logs what it also raises
     try:
-        if suffix in (".json", ".parquet"):
-            return read_table(path)[0]
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            if suffix == ".jsonl":
-                row = json.loads(next((line for line in lines if line.strip()), ""))
-                return row if isinstance(row, dict) else {}
-            return next(csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ","), {})
-    except (PermpruneError, OSError, ValueError, RecursionError, csv.Error):
-        return {}
+        yield
+    except PermpruneError:
+        raise
+    except Exception as error:  # datasets passes on errors of any type from its readers, fsspec and the network
+        raise PermpruneError(f"{what}: {first_line(error)}") from error
+    finally:
+        logger.setLevel(before)
 
 
-def parse_json(text: str, place: str) -> Any:
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .json file, which is a list of objects, or of a .jsonl file with an object in each line.
+
+    The parser that datasets uses crashes on deeply nested JSON, and does not say in which line an error is.
+    """
+    text = read_text(path).removeprefix("\ufeff")
+    if path.suffix.lower() == ".json":
+        rows = _parsed(text, str(path))
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise PermpruneError(f"{path} is not a list of JSON objects: write one object for each row")
+        return rows
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            rows.append(_parsed(line, f"{path}, line {number}"))
+            if not isinstance(rows[-1], dict):
+                raise PermpruneError(f"{path}, line {number}: not a JSON object")
+    return rows
+
+
+def _parsed(text: str, place: str) -> Any:
     """Parse a JSON text; `place` names its location at the beginning of error messages.
 
     Raises `PermpruneError` if the text is invalid, exceeds Python's recursion limit, or contains a lone surrogate
@@ -174,61 +195,31 @@ def parse_json(text: str, place: str) -> Any:
     return value
 
 
-def find_column(row: Mapping[str, Any], names: Sequence[str], place: str) -> str:
-    """The first of the columns `names` that a row has. Raises `PermpruneError` if it has none of them."""
-    column = next((name for name in names if name in row), None)
-    if column is None:
-        held = ", ".join(str(name) for name in row)
-        raise PermpruneError(f"{place} has none of the columns {', '.join(names)}: it has {held}")
-    return column
+def read_rows(source: str | Path, part: Part) -> tuple[list[dict[str, Any]], Mapping[str, Sequence[str]]]:
+    """Read the rows of a table or data set, and the names of the classes by number, of its columns that hold classes.
 
-
-def parse_name(source: str, part: Part) -> tuple[str, str | None, str]:
-    """Split "name:config@split" into name, configuration and split.
-
-    The configuration is None if it is not given. The default split is "train" for calibration and "test" for
-    evaluation.
+    Raises `PermpruneError` if it cannot be read or has no rows.
     """
-    name, _, split = source.partition("@")
-    name, _, config = name.partition(":")
-    return name, config or None, split or ("train" if part == "calibration" else "test")
+    with dataset(str(source), part) as rows:
+        names, held = class_names(rows), list(islice(rows, MAX_ROWS))
+    if not held:
+        raise PermpruneError(f"{source} has no rows: give a table or a split that has some")
+    return held, names
 
 
-@contextmanager
-def dataset(source: str, part: Part) -> Iterator[Any]:
-    """Context manager that streams the split of a hub data set; images and audio are not decoded.
-
-    Errors from the datasets library inside the block are raised as `PermpruneError`.
-    """
-    import datasets
-
-    name, config, split = parse_name(source, part)
-    try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        for column, kind in (getattr(rows, "features", None) or {}).items():
-            if getattr(kind, "decode", False):
-                rows = rows.cast_column(column, replace(kind, decode=False))
-        yield rows
-    except PermpruneError:
-        raise
-    except Exception as error:  # datasets passes on errors of any type from its readers, fsspec and the network
-        raise PermpruneError(
-            f'"{name}" is not a file here, and its split "{split}" does not load as a data set: {first_line(error)}'
-        ) from error
-
-
-def columns_of(source: str, part: Part) -> Mapping[str, Any]:
+def columns_of(source: str, part: Part) -> Row:
     """A mapping by the columns of a table or data set, which is empty for other sources and those that do not exist.
 
-    Raises `PermpruneError` if a data set does not load.
+    Raises `PermpruneError` if the source does not load.
     """
     path, (name, _, _) = Path(source), parse_name(source, part)
     if path.is_file():
-        return first_row(path) if path.suffix.lower() in TABLES else {}
-    if looks_like_path(name) and not Path(name).is_dir():
+        if path.suffix.lower() not in TABLES:
+            return {}
+    elif _PATH_LIKE.fullmatch(name) and not Path(name).is_dir():
         return {}
     with dataset(source, part) as rows:
-        columns: Mapping[str, Any] = getattr(rows, "features", None) or next(iter(rows), {})
+        columns: Row = getattr(rows, "features", None) or next(iter(rows), {})
         return columns
 
 
@@ -236,3 +227,12 @@ def class_names(rows: Any) -> dict[str, Sequence[str]]:
     """The names of the classes by number, of each column of a data set that holds classes."""
     columns = getattr(rows, "features", None) or {}
     return {column: kind.names for column, kind in columns.items() if getattr(kind, "names", None)}
+
+
+def find_column(row: Row, names: Sequence[str], place: str) -> str:
+    """The first of the columns `names` that a row has. Raises `PermpruneError` if it has none of them."""
+    column = next((name for name in names if name in row), None)
+    if column is None:
+        held = ", ".join(str(name) for name in row)
+        raise PermpruneError(f"{place} has none of the columns {', '.join(names)}: it has {held}")
+    return column

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from permprune.data.sources import LABEL_COLUMNS, TABLES, dataset, locate, read_table, read_text
+from permprune.data.sources import LABEL_COLUMNS, TABLES, dataset, locate, read_text
 from permprune.errors import PermpruneError
 from permprune.system.imports import on_first_use
 from permprune.system.progress import log
@@ -41,17 +42,20 @@ def load_documents(source: str | Path | None, part: Part) -> list[str]:
     `source` is one of
 
     * None: the given `part` of the default text;
-    * a .jsonl, .json, .parquet, .csv or .tsv file: one document per row, in the field "text";
+    * a .jsonl, .json, .parquet, .csv or .tsv file: one document per row, in the column "text";
     * any other file: a single document;
     * a `datasets` name, "name", "name:config", "name@split" or "name:config@split", or the folder of a data set: the
-      field "text" of each row. The default split is "train" for calibration and "test" for evaluation.
+      column "text" of each row. The default split is "train" for calibration and "test" for evaluation.
 
     Of a data set, the first `MAX_CHARACTERS` characters are streamed. If some rows are empty, the rows are lines of one
     document and are joined by blank lines (as WikiText in GPTQ, SparseGPT and Wanda). Raises `PermpruneError` if the
     text cannot be read or is empty.
     """
     path = text_file(part) if source is None else locate(source, "text file")
-    read = _read_file(path) if path and path.is_file() else _read_dataset(str(source), part)
+    if path and path.is_file() and path.suffix.lower() not in TABLES:
+        read = [read_text(path)]
+    else:
+        read = _read_column(path or Path(str(source)), part)
     documents = [document for document in read if document.strip()]
     if not documents:
         raise PermpruneError(f"{source or path} holds no text")
@@ -127,35 +131,25 @@ def _encode(document: str, tokenizer: PreTrainedTokenizerBase, wanted: int) -> l
         characters *= 2
 
 
-def _read_file(path: Path) -> list[str]:
-    """The documents of a file: those of a table are in its column "text", where null stands for an empty one.
+def _read_column(source: Path, part: Part) -> list[str]:
+    """The texts in the column `FIELD` of a table or data set, where null stands for an empty one.
 
-    A warning says so if a table has labels, which models of text have no use for.
+    A warning says so if there are labels, which models of text have no use for.
     """
-    if path.suffix.lower() not in TABLES:
-        return [read_text(path)]
-    rows = read_table(path)
-    if FIELD not in rows[0]:
-        held = ", ".join(map(str, rows[0]))
-        raise PermpruneError(f'{path} has no column "{FIELD}": name one so among its columns, which are {held}')
-    if any(column in rows[0] for column in LABEL_COLUMNS):
-        log.warning('%s has labels, but the model takes none: only its column "%s" is read', path, FIELD)
-    for number, row in enumerate(rows, 1):
-        if FIELD not in row or not isinstance(row[FIELD], str | None):
-            raise PermpruneError(f'{path}, row {number} has no text in its column "{FIELD}"')
-    return [row[FIELD] or "" for row in rows]
-
-
-def _read_dataset(source: str, part: Part) -> list[str]:
-    documents, characters = [], 0
-    with dataset(source, part) as rows:
-        for row in rows:
-            if not isinstance(text := row.get(FIELD), str):
+    documents, characters, most = [], 0, math.inf if source.is_file() else MAX_CHARACTERS
+    with dataset(str(source), part) as rows:
+        for number, row in enumerate(rows, 1):
+            if number == 1 and FIELD not in row:
+                held = ", ".join(map(str, row))
                 raise PermpruneError(
-                    f'the data set has no field "{FIELD}" of strings: save the text as a file and give that'
+                    f'{source} has no column "{FIELD}": name one so among its columns, which are {held}'
                 )
-            documents.append(text)
-            characters += len(text)
-            if characters >= MAX_CHARACTERS:
+            if number == 1 and not row.keys().isdisjoint(LABEL_COLUMNS):
+                log.warning('%s has labels, but the model takes none: only its column "%s" is read', source, FIELD)
+            if FIELD not in row or not isinstance(row[FIELD], str | None):
+                raise PermpruneError(f'{source}, row {number} has no text in its column "{FIELD}"')
+            documents.append(row[FIELD] or "")
+            characters += len(documents[-1])
+            if characters >= most:
                 break
-    return ["\n\n".join(documents)] if "" in documents else documents
+    return ["\n\n".join(documents)] if "" in documents and not source.is_file() else documents

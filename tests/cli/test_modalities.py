@@ -65,11 +65,11 @@ def sentences(tmp_path: Path) -> Path:
 def clips(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
     (tmp_path / "clips").mkdir()
-    lines = []
+    lines = ["file_name,text"]
     for number in range(16):
         soundfile.write(tmp_path / "clips" / f"{number}.wav", generator.normal(size=8000) / 9, 16000)
-        lines.append(f"{number} what clip {number} says")
-    (tmp_path / "clips" / "all.trans.txt").write_text("\n".join(lines) + "\n")
+        lines.append(f"{number}.wav,what clip {number} says")
+    (tmp_path / "clips" / "metadata.csv").write_text("\n".join(lines) + "\n")
     return tmp_path / "clips"
 
 
@@ -198,7 +198,7 @@ def test_a_recogniser_by_ctc_learns_from_a_teacher(
     labelled: bool, metric: str, tiny_ctc: Path, clips: Path, tmp_path: Path
 ) -> None:
     if not labelled:
-        (clips / "all.trans.txt").unlink()
+        (clips / "metadata.csv").unlink()
     teacher = shutil.copytree(tiny_ctc, tmp_path / "teacher")
     command = ["finetune", tiny_ctc, "--data", clips, "--epochs", "1", "--out", tmp_path / "out"]
     assert "learns from a dense model's outputs alone: name a --teacher" in run(*command)[2]

