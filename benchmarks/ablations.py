@@ -21,6 +21,7 @@ from permprune.permuters.base import Identity, Permuter
 from permprune.permuters.cost_matrix import LearnedPaper
 from permprune.permuters.kept import RIAPermuter
 from permprune.permuters.learned import Learned
+from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.trust_region import Newton
 from permprune.report.showcase import comparison_table
 from permprune.system.progress import console
@@ -32,10 +33,10 @@ OBJECTIVES = {
     "KL": Objective(0.0, divergence=1.0),
     "KL + distillation": Objective(0.0, divergence=1.0, distillation=1e-5),
 }
-ORDERS = {
-    "natural order": Newton(rounds=0, start=Identity()),
-    "ria": Newton(rounds=0, start=RIAPermuter()),
-    "reconstruction": Newton(rounds=0),
+ORDERS: dict[str, Permuter] = {
+    "natural order": Identity(),
+    "ria": RIAPermuter(),
+    "reconstruction": Reconstruction(swaps=3, candidates=1),
     "three rounds of newton": Newton(rounds=3),
 }
 GROUPS = (1, 2, 4, 8, 16)
@@ -52,8 +53,8 @@ def variants(study: str, learner: Learned | LearnedPaper, windows: int) -> dict[
     """The permuters of a study, by label."""
     if study == "loss":
         return {label: dataclasses.replace(learner, objective=loss) for label, loss in OBJECTIVES.items()}
-    if study == "compensation":
-        return {label: dataclasses.replace(order, compensate=True) for label, order in ORDERS.items()}
+    if study == "update":
+        return ORDERS
     if study == "groups":
         return {f"{count} groups": dataclasses.replace(learner, groups=count) for count in GROUPS}
     return {f"{length:g} epochs": lasting(learner, length, windows) for length in EPOCHS}
@@ -62,7 +63,7 @@ def variants(study: str, learner: Learned | LearnedPaper, windows: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--study", choices=("loss", "groups", "epochs", "compensation"), default="loss")
+    parser.add_argument("--study", choices=("loss", "groups", "epochs", "update"), default="loss")
     parser.add_argument("--paper", action="store_true", help="the published method and parameters")
     parser.add_argument("--epochs", type=float, help="length of each variant of the studies loss and groups")
     parser.add_argument("--mode", choices=("fold", "gather"), default="gather")
@@ -74,7 +75,8 @@ def main() -> None:
     options = parser.parse_args()
     config = PruneConfig(mode=options.mode, samples=options.samples, length=options.length)
     config = config if options.calibration is None else config.replace(calibration=options.calibration)
-    windows = config.shares(config.samples)[-1]
+    config = config.replace(update="admm") if options.study == "update" else config
+    windows = config.shares(options.samples)[-1]
     learner = LearnedPaper() if options.paper else Learned()
     learner = learner if options.epochs is None else lasting(learner, options.epochs, windows)
     config, evaluation = Evaluation(options.data, options.windows).beside(config)

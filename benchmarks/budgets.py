@@ -19,7 +19,6 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Held
 from permprune.engine.measuring import Evaluation, Meter
 from permprune.jobs.sweep_cells import of_pattern
-from permprune.permuters.registry import permuter
 from permprune.zoo.models import resolve_model
 
 
@@ -48,7 +47,7 @@ def main() -> None:
                 for data in options.data
             ]
         if pattern != "dense":
-            held.search(permuter(options.permute), held.plan.run)
+            held.run(rows.recipe_of(options.permute), held.plan.run)
         with held.dense() if pattern == "dense" else contextlib.nullcontext():
             results = [meter()[0] for meter in meters]
         seconds = time.process_time() - began

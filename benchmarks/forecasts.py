@@ -35,8 +35,8 @@ STAGES = {
     "newton: gradients": ["permprune.permuters.iterate:Landscape.gradients"],
     "newton: proposals": ["permprune.permuters.trust_region:TrustRegion.proposals"],
     "newton: accept": ["permprune.permuters.iterate:Landscape.held_out_loss"],
-    "newton: compensation": ["permprune.permuters.trust_region:compensate"],
-    "newton: training": ["permprune.permuters.tuning:train_weights"],
+    "update": ["permprune.updates.base:LayerUpdate.run"],
+    "training": ["permprune.recipe:train_weights"],
     "evaluate": ["permprune.engine.measuring:Meter.__call__"],
 }
 """The functions whose time is that of a stage, without that of other stages inside; the first outermost one counts."""
@@ -104,7 +104,7 @@ def measure(name: str, options: argparse.Namespace, watch: Watch) -> list[str]:
 
 
 SMALL = PruneConfig(
-    permute="newton:rounds=1:examples=2:compensate=true:train_steps=4", samples=12, measured=2, held_out=2
+    permute="newton:rounds=1:examples=2", update="admm", train="steps=4", samples=12, measured=2, held_out=2
 )
 
 

@@ -9,14 +9,13 @@ The device and the counts are those of the tests. One thread; the process takes 
 and factors of matrices that take more than 1e11 operations are left out: their results are zeros of the same size. An
 update makes 2 of its iterations, which all hold the same.
 
-PYTHONPATH=. python benchmarks/large_shapes.py 7b --permute newton:start=none:rounds=1:swaps=1:examples=4
+PYTHONPATH=. python benchmarks/large_shapes.py 7b --update none --train none
 """
 
 import argparse
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +27,6 @@ import permprune
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.forecasts.machine import Machine, Rates
-from permprune.updates.methods import ADMM
 
 COMPUTED = 1e11
 """The operations of the largest products that are computed."""
@@ -71,7 +69,9 @@ SHAPES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--permute", default="newton:start=none:rounds=0:compensate=true:train_steps=1:examples=4")
+    parser.add_argument("--permute", default="none")
+    parser.add_argument("--update", default="admm:iterations=2:gradual=1")
+    parser.add_argument("--train", default="steps=1")
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--samples", type=int, default=8)
@@ -83,7 +83,8 @@ def main() -> None:
         print("| stage | device, MiB | forecast | host, MiB | forecast |\n|---|---|---|---|---|")
         for stage, found in stages.items():
             print(f"| {stage} |", " | ".join(f"{one / 2**20:.0f}" for one in found.values()), "|")
-        cell = {"table": "large-counted", "model": options.shape.upper(), "method": options.permute}
+        method = "+".join([options.permute, options.update, options.train])
+        cell = {"table": "large-counted", "model": options.shape.upper(), "method": method}
         add(options.rows, cell | {"blocks": options.blocks, "offload": options.offload}, figures(stages))
         row = whole(Path(name), SHAPES[options.shape])
         print(f"whole model: {row}")
@@ -100,6 +101,8 @@ def counted(folder: Path, options: argparse.Namespace) -> dict[str, Row]:
     write_model(folder / "model", config)
     settings = PruneConfig(
         permute=options.permute,
+        update=options.update,
+        train=options.train,
         calibration=str(folder / "calibration.txt"),
         length=options.length,
         samples=options.samples,
@@ -113,8 +116,7 @@ def counted(folder: Path, options: argparse.Namespace) -> dict[str, Row]:
     evaluation = Evaluation(str(folder / "evaluation.txt"), WINDOWS, options.length)
     unhurried = Rates(1e12, 1e12, 1e12, 1e12)
     machine = Machine("simulated", SIMULATED, torch.bfloat16, memory=80 * 2**30, sheet=unhurried)
-    with on_simulated_device(machine) as patch:
-        patch.setattr("permprune.permuters.refinement.ADMM", partial(ADMM, iterations=2, gradual=1))
+    with on_simulated_device(machine):
         forecast = permprune.forecast(str(folder / "model"), settings, windows=WINDOWS)
         with counted(COMPUTED) as stages:
             permprune.prune_to_folder(str(folder / "model"), folder / "out", settings, evaluation=evaluation)

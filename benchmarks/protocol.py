@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from quality import data_name, mean_of
+from rows import recipe_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permprune import Examples, PruneConfig, Result, TaskList, read_model
@@ -35,7 +36,6 @@ from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import TASK_ACCURACY, gap_closed, metric_named
 from permprune.models.processors import tokenizer_of
 from permprune.permuters.base import Round
-from permprune.permuters.registry import permuter
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log
 
@@ -140,7 +140,7 @@ def measure(options: argparse.Namespace, config: PruneConfig, methods: list[str]
             reset_peak_memory()
             curve = Curve(options.at, score)
             run = dataclasses.replace(held.plan.run, callbacks=(curve,))
-            solution = held.search(permuter(method), run)
+            solution = held.run(recipe_of(method), run)
             cost = {"seconds": round(solution.seconds), "core_seconds": round(curve.spent()), "curve": curve.points}
             yield method, score() | cost | {"peak": round(peak_memory_mb() or 0)}
 

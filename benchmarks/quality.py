@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import recipe_of
 
 from permprune import PruneConfig, read_model
 from permprune.engine.held import Held, prepare
 from permprune.engine.measuring import Evaluation, Meter
 from permprune.evaluation.result import gap_closed, metric_named
 from permprune.jobs.sweep_cells import of_pattern
-from permprune.permuters.registry import permuter
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
@@ -124,7 +124,7 @@ def measure(options: argparse.Namespace, config: PruneConfig, wanted: set[str], 
         if method in wanted or method == "none":
             reset_peak_memory()
             began = time.process_time()
-            solution = held.search(permuter(method), held.plan.run)
+            solution = held.run(recipe_of(method), held.plan.run)
             cost = {"seconds": round(solution.seconds), "core_seconds": round(time.process_time() - began)}
             found, _ = score()
             none = none or found

@@ -259,8 +259,7 @@ RECIPES = {
     "llava": Recipe(
         model="model",
         prepare=vision_language,
-        prune="--calibration photos --samples 400 --permute "
-        "newton:start=ria:rounds=0:compensate=true:train_steps=150:rate=0.0005",
+        prune="--calibration photos --samples 400 --permute ria --update admm --train steps=150:rate=0.0005",
         data="--data other --windows 200",
         title="perplexity of the answers",
         unit="perplexity",
@@ -319,7 +318,7 @@ RECIPES = {
     "vit-s14": Recipe(
         model="vit-s14-cifar10",
         prepare=probed("vit-s14", 24),
-        prune="--permute newton:start=ria:rounds=0:compensate=true:train_steps=200 --samples 250 --calibration photos",
+        prune="--permute ria --update admm --train steps=200 --samples 250 --calibration photos",
         data="--data other --windows 24",
         title="top-1 accuracy",
         pack="--dtype int8",
@@ -329,7 +328,7 @@ RECIPES = {
     "clip-vit-b16": Recipe(
         model="clip-vit-b16-cifar10",
         prepare=probed("clip-vit-b16", 40),
-        prune="--permute newton:start=ria:rounds=0:compensate=true:train_steps=60:rate=0.0004 --samples 250 "
+        prune="--permute ria --update admm --train steps=60:rate=0.0004 --samples 250 "
         "--calibration photos",
         data="--data other --windows 12",
         title="top-1 accuracy",

@@ -18,9 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import permprune
+from permprune.config import PruneConfig
 from permprune.kernels import library
+from permprune.recipe import Recipe
 
 Row = dict[str, Any]
+
+
+def recipe_of(method: str) -> Recipe:
+    """The recipe of a method in a table: "newton:rounds=6", or with an update and training "ria+admm+steps=60"."""
+    order, change, train = [*method.split("+"), "none", "none"][:3]
+    return PruneConfig(permute=order, update=change, train=train).recipe
 
 
 def machine() -> str:

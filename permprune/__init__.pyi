@@ -72,6 +72,7 @@ from .system.progress import (
     disable_progress_bars as disable_progress_bars,
     enable_progress_bars as enable_progress_bars,
 )
+from .training.train import Training as Training
 from .training.zeros import (
     KeepPattern as KeepPattern,
     keep_pattern as keep_pattern,

@@ -7,6 +7,7 @@ import math
 import os
 import reprlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, TypedDict, Unpack
 
 from permprune.budget.asked import CANDIDATES, KEPT, frame_of, parse_candidates, require_budget
@@ -34,8 +35,10 @@ with on_first_use(globals()):
     from permprune.models.modality import pooling_asked
     from permprune.permuters.base import Permuter
     from permprune.permuters.registry import permuter
+    from permprune.recipe import Recipe
     from permprune.registry import describe, label_of
     from permprune.saliency.metrics import Saliency, saliency
+    from permprune.training.train import Training, training
     from permprune.updates.base import Update
     from permprune.updates.methods import update
 
@@ -47,11 +50,11 @@ PLACES = ("none", "host", "disk")
 EFFORTS = ("order", "minutes", "hour")
 """How much work a run may do (`permprune.forecasts.efforts`)."""
 
-DEFAULTS: dict[str, Any] = {"permute": "newton", "samples": 192}
-"""The values without an effort of the fields that efforts set."""
+PARTS: dict[str, Any] = {"permute": "newton", "update": "none", "train": "none"}
+"""The parts of a recipe, with their values without an effort."""
 
-UNSET: Any = object()
-"""The value of these fields if they are left to the effort."""
+SAMPLES = 192
+"""The windows to calibrate on without an effort."""
 
 MIX_FIELDS = ("candidates", "keep", "bytes", "max_loss", "packed", "packed_head")
 """The fields of a mix of patterns."""
@@ -67,11 +70,12 @@ class PruneSettings(TypedDict, total=False):
     max_loss: Positive | None
     saliency: str | Saliency
     effort: str | None
-    permute: str | Permuter
+    permute: str | Permuter | None
+    update: str | Update | None
+    train: str | Training | None
     mode: str
-    update: str | Update
     calibration: str | Sequence[str] | None
-    samples: Count
+    samples: Count | None
     length: Length
     measured: Count
     held_out: Count
@@ -123,25 +127,32 @@ class PruneConfig:
     """The score of each weight: magnitude, wanda, ria or obs."""
 
     effort: str | None = None
-    """How much work the run does: order (a search, no weight changes), minutes (a search, then training of the weights
-    that are kept; the default of prune unless `permute` is given) or hour (about six times as much).
+    """The recipe by name: order (a long search, no weight changes), minutes (an order, an update and a training of the
+    weights that are kept; the default unless a part of the recipe is given) or hour (about six times as much).
 
-    It sets `permute` by the size of the model, and how many of the `samples` are used."""
+    It sets `permute`, `update` and `train` by the size of the model, and how many of the `samples` are used."""
 
-    permute: str | Permuter = UNSET
+    permute: str | Permuter | None = None
     """The search for an order of channels: none, random, ria, cp, permllm, reconstruction, learned-paper, learned or
-    newton, with options after the name, such as newton:rounds=6; by default what the effort sets.
+    newton, with options after the name, such as newton:rounds=6; by default newton without an effort.
 
     `compare` and `sweep` take a list of methods in place of this one."""
+
+    update: str | Update | None = None
+    """The update of the weights that are kept, which compensates for the others: none, sparsegpt or admm; by default
+    none without an effort.
+
+    It chooses masks of its own at the orders found, and is kept if it lowers the loss on the held-out examples."""
+
+    train: str | Training | None = None
+    """The training of the weights that are kept, as options such as steps=60:blocks=true, or none, which is the default
+    without an effort.
+
+    It is kept if it lowers the loss on the held-out examples."""
 
     mode: str = "fold"
     """How orders are stored: fold writes them into the weights, at no cost at run time; with gather every layer that
     reads the residual stream has its own order, which loses less, at the cost of one `index_select` each."""
-
-    update: str | Update = "none"
-    """The update of the weights that are kept, which compensates for the others: none, sparsegpt or admm.
-
-    It is applied with the orders found, as far as it lowers the loss on the held-out examples."""
 
     calibration: str | Sequence[str] | None = None
     """The data to calibrate on: text, answers, sentences, images or speech in a file or folder, or a data set id; by
@@ -149,7 +160,7 @@ class PruneConfig:
 
     Several sources (a list) are mixed: each gives an equal share of the windows, or all it has, evenly spread."""
 
-    samples: Count = UNSET
+    samples: Count | None = None
     """Windows of text to calibrate on, by default 192; an effort takes as many as it needs, or fewer if they are given.
     32 sentences, or 8 images or texts to embed, count as one."""
 
@@ -221,35 +232,32 @@ class PruneConfig:
     trust_remote_code: bool = False
     """Run the Python code that comes with a model, if it needs any."""
 
-    given: frozenset[str] = dataclasses.field(init=False, repr=False)
-    """Those of the fields that an effort may set that were given instead."""
-
-    parsed_pattern: Pattern = dataclasses.field(init=False, repr=False)
-    """The pattern as N and M; for "mixed" that for whose groups orders are searched (`frame_of`)."""
-
     def __post_init__(self) -> None:
         if self.effort is not None:
             require_choice("effort", self.effort, EFFORTS)
-        values = {name: value for name, value in DEFAULTS.items() if getattr(self, name) is UNSET}
-        values |= {"given": frozenset(DEFAULTS.keys() - values.keys()), "calibration": _sources(self.calibration)}
-        values |= {"pattern": str(self.pattern), "candidates": tuple(map(str, self.candidates))}
-        vars(self).update(values)
         require_fields(self)
         require_budget(self.pattern, self.candidates, keep=self.keep, bytes=self.bytes, max_loss=self.max_loss)
-        if self.pattern == MIXED:
-            pattern = frame_of(parse_candidates(self.candidates), KEPT if self.keep is None else self.keep)
-        else:
-            pattern = Pattern.parse(self.pattern)
-        vars(self)["parsed_pattern"] = pattern
+        self.parsed_pattern, self.sources, self.recipe  # noqa: B018 - raise
         saliency(self.saliency)
-        permuter(self.permute).require_minutes(self.minutes)
-        update(self.update)
         pooling_asked(self.task)
         require_choice("mode", self.mode, MODES)
         require_choice("precision", self.precision, PRECISIONS)
         require_choice("offload", self.place, PLACES)
         if self.offload != self.place and (self.place != "host" or math.isinf(self.host_limit)):
             raise PermpruneError(f'offload is "{self.offload}": only the host has a limit, such as host:40GiB')
+
+    @cached_property
+    def parsed_pattern(self) -> Pattern:
+        """The pattern as N and M; for "mixed" that for whose groups orders are searched (`frame_of`)."""
+        if self.pattern == MIXED:
+            return frame_of(parse_candidates(self.candidates), KEPT if self.keep is None else self.keep)
+        return Pattern.parse(self.pattern)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe; parts that are not given have their values without an effort."""
+        order, change, train = (PARTS[name] if (given := getattr(self, name)) is None else given for name in PARTS)
+        return Recipe(permuter(order), update(change), training(train))
 
     @property
     def place(self) -> str:
@@ -267,17 +275,32 @@ class PruneConfig:
         """Whether the packed weights of any checkpoint are rounded."""
         return self.packed in ROUNDED or self.packed_head is not None
 
-    @property
+    @cached_property
     def sources(self) -> tuple[str | None, ...]:
         """The sources of the calibration data; None stands for the default data."""
-        return self.calibration if isinstance(self.calibration, tuple) else (self.calibration,)
+        return _sources(self.calibration)
+
+    @property
+    def given_parts(self) -> list[str]:
+        """The parts of the recipe that are given."""
+        return [name for name in PARTS if getattr(self, name) is not None]
 
     def require_one_choice(self) -> None:
-        """Raise `PermpruneError` if both an effort and a permuter are given."""
-        if self.effort is not None and "permute" in self.given:
+        """Raise `PermpruneError` if both an effort and parts of a recipe are given."""
+        if self.effort is not None and (parts := self.given_parts):
             raise PermpruneError(
-                f"effort {self.effort} chooses the search, and so does {label_of(self.permute)}: give one of them"
+                f"effort {self.effort} sets order, update and training: leave out {' and '.join(parts)}, or the effort"
             )
+
+    def completed(self) -> PruneConfig:
+        """Return the config with values in place of what would be left to an effort.
+
+        Raises `PermpruneError` if it has one, which only `prune` resolves.
+        """
+        if self.effort is not None and not self.given_parts:
+            raise PermpruneError(f"effort {self.effort} sets the recipe of prune alone: leave it out")
+        missing = {name: value for name, value in PARTS.items() if getattr(self, name) is None}
+        return self.replace(**missing, samples=SAMPLES if self.samples is None else self.samples)
 
     def require_no_limit(self, what: str) -> None:
         """Raise `PermpruneError` if the budget is a loss, for which `what` has no data."""
@@ -303,22 +326,20 @@ class PruneConfig:
         return _resolved(source) in [_resolved(known) for known in self.sources if known is not None]
 
     def replace(self, **changes: Unpack[PruneSettings]) -> PruneConfig:
-        """Return a copy with other values. Raises `PermpruneError` for an unknown field, with the closest known one.
-
-        With a new `effort`, its fields are left to it, except for those that are given with it.
-        """
-        by_effort = DEFAULTS.keys() - (() if "effort" in changes else self.given)
-        return replace_fields(self, {**dict.fromkeys(by_effort, UNSET), **changes}, "there is no setting")
+        """Return a copy with other values. Raises `PermpruneError` for an unknown field, with the closest known one."""
+        return replace_fields(self, changes, "there is no setting")
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values: names as given, objects as the names that describe them (`label_of`).
 
-        Those of a mix are left out if there is one pattern.
+        The recipe comes first; the fields of a mix are left out if there is one pattern.
         """
-        described = {name: label_of(getattr(self, name)) for name in ("permute", "saliency", "update")}
         left_out = () if self.pattern == MIXED else MIX_FIELDS
-        fields = [field.name for field in dataclasses.fields(self) if field.init and field.name not in left_out]
-        return {"permute": described["permute"], **{name: getattr(self, name) for name in fields}, **described}
+        fields = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
+        plain = {name: getattr(self, name) for name in (*PARTS, *fields)}
+        described = {name: label_of(plain[name]) for name in (*PARTS, "saliency") if plain[name] is not None}
+        sources = self.sources[0] if len(self.sources) == 1 else self.sources
+        return {**plain, **described, "calibration": sources}
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that are compared before a run is resumed.
@@ -328,7 +349,7 @@ class PruneConfig:
         return {
             **self.to_json(),
             "saliency": describe(saliency(self.saliency)),
-            "update": describe(update(self.update)),
+            "update": describe(self.recipe.update),
         }
 
     def shares(self, count: int, examples_per_window: int = 1) -> list[int]:
@@ -349,17 +370,17 @@ class PruneConfig:
         return [measured, held_out, count - measured - held_out]
 
 
-def _sources(given: object) -> str | tuple[str, ...] | None:
-    """Return one source of calibration data as it is, and several as a tuple. Raises `PermpruneError` for others."""
+def _sources(given: object) -> tuple[str | None, ...]:
+    """Return the sources of calibration data. Raises `PermpruneError` for what are none, and for one named twice."""
     if given is None or isinstance(given, str):
-        return given
+        return (given,)
     sources = tuple(given) if isinstance(given, Sequence) else ()
     if not sources or not all(isinstance(source, str) for source in sources):
         raise PermpruneError(f"calibration is {reprlib.repr(given)}: give a file, a folder or a data set id, or a list")
     resolved = [_resolved(source) for source in sources]
     if twice := next((source for i, source in enumerate(sources) if resolved[i] in resolved[:i]), None):
         raise PermpruneError(f"calibration names {twice} twice: give it once")
-    return sources[0] if len(sources) == 1 else sources
+    return sources
 
 
 def _resolved(source: str) -> str:

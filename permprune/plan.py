@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permprune.config import PruneConfig
+from permprune.config import SAMPLES, PruneConfig
 from permprune.coupling.discovery import discover, observe
 from permprune.coupling.space import Coupling
 from permprune.coupling.trace import Untraceable
@@ -30,8 +30,6 @@ from permprune.models.processors import Processor
 from permprune.models.shallow import Repetition, repetitions, shortened
 from permprune.pattern import Pattern
 from permprune.permuters.base import Identity, Run
-from permprune.permuters.registry import permuter
-from permprune.permuters.trust_region import TrustRegion
 from permprune.pruning.problem import Outline, Problem, build_problems
 from permprune.registry import describe
 from permprune.system import distributed
@@ -39,8 +37,9 @@ from permprune.system.device import compute_device, dtype_named, fast_dtype
 from permprune.system.digests import CALIBRATION, model_digests, versions
 from permprune.system.progress import log
 from permprune.system.search_state import Checkpoint
+from permprune.training.train import WINDOWS as STEP
 
-FREE = ("effort", "permute", "minutes", "update", "batch", "recompute", "memory", "offload", "shard")
+FREE = ("effort", "permute", "update", "train", "minutes", "batch", "recompute", "memory", "offload", "shard")
 """Fields of the config that may change before an interrupted search is resumed."""
 
 PASSES = 20
@@ -82,8 +81,6 @@ def plan_run(
     a digest is computed. `partial` is as in `prepare`. Raises `PermpruneError`.
     """
     pattern = config.parsed_pattern
-    if config.effort is not None and "permute" not in config.given:
-        raise PermpruneError(f"effort {config.effort} chooses the search of prune alone: leave it out")
     layers = prunable_layers(model, pattern, config.exclude)
     device, kind = compute_device(model), kind_of(model)
     examples_per_window = EXAMPLES_PER_WINDOW[kind]
@@ -121,12 +118,12 @@ def _within_data(config: PruneConfig, kind: Kind, windows: int) -> tuple[PruneCo
     Returns the passes over the `windows` to train on as well, of which a warning tells if there are several, or if the
     steps are fewer.
     """
-    method = permuter(config.permute)
-    if config.effort is None or not isinstance(method, TrustRegion) or not method.train_steps:
+    train = config.recipe.train
+    if config.effort is None or not train.steps:
         return config, 1
-    wanted, most = method.train_steps, (1 if kind == "text" else PASSES) * windows // method.step_examples
+    wanted, most = train.steps, (1 if kind == "text" else PASSES) * windows // STEP
     steps = min(wanted, max(1, most))
-    passes = math.ceil(steps * method.step_examples / windows)
+    passes = math.ceil(steps * STEP / windows)
     if steps < wanted or passes > 1:
         fewer = f", in {steps} steps in place of {wanted}" if steps < wanted else ""
         often = "once" if passes == 1 else f"up to {passes} times"
@@ -136,14 +133,13 @@ def _within_data(config: PruneConfig, kind: Kind, windows: int) -> tuple[PruneCo
             often,
             fewer,
         )
-    blocks = method.block_steps * steps // wanted
-    return config.replace(permute=describe(dataclasses.replace(method, block_steps=blocks, train_steps=steps))), passes
+    return config.replace(train=describe(dataclasses.replace(train, steps=steps))), passes
 
 
 def _warn_of_outputs(coupling: Coupling, problems: Iterable[Problem], config: PruneConfig) -> None:
     """Log a warning if the search may reorder channels of what the model returns beside its logits."""
     reordered = coupling.reordered(problem.space for problem in problems)
-    if reordered and permuter(config.permute).name != Identity.name:
+    if reordered and config.recipe.order.name != Identity.name:
         log.warning(
             "beside its logits the model returns %s, whose channels will be in the new order of %s: "
             "if you read them, use --mode gather",
@@ -193,7 +189,7 @@ def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Lay
 
 def calibration_count(model: PreTrainedModel, config: PruneConfig) -> int:
     """Return the number of examples that correspond to `config.samples` windows."""
-    return config.samples * EXAMPLES_PER_WINDOW[kind_of(model)]
+    return (config.samples or SAMPLES) * EXAMPLES_PER_WINDOW[kind_of(model)]
 
 
 def calibration_examples(model: PreTrainedModel, processor: Processor | None, config: PruneConfig) -> Examples:

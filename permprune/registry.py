@@ -40,7 +40,7 @@ def method_of(given: str | T, kind: type[T], known: Mapping[str, type[T]]) -> T:
         raise PermpruneError(f'unknown {word} "{name}": {nearest(name, known)}')
     method = known[name]()
     simple = {other: made() for other, made in known.items() if not _methods(made(), kind)}
-    options, weights = _read_options(name, changes, method, dict.fromkeys(_methods(method, kind), simple))
+    options, weights = _read_options(name or word, changes, method, dict.fromkeys(_methods(method, kind), simple))
     if weights:
         options["objective"] = dataclasses.replace(_objective(method), **weights)
     return dataclasses.replace(method, **options)  # type: ignore[type-var]
@@ -52,7 +52,21 @@ def describe(method: Any) -> str:
     Options that are not numbers are described too, although `method_of` cannot parse them: a custom permuter that
     starts with the orders of another one is "mine:start=ria".
     """
-    return ":".join([method.name, *(f"{name}={text}" for name, text in _changes(method))])
+    changes = (f"{name}={text}" for name, text in _changes(method))
+    return ":".join(filter(None, [method.name, *changes])) or "none"
+
+
+def in_words(method: Any) -> str:
+    """Return the description of a method in words: "newton, 6 rounds", "60 steps, blocks first"."""
+
+    def words(option: str, text: str) -> str:
+        if text in ("true", "false"):
+            return f"{option} first" if text == "true" else f"no {option}"
+        if text.isdecimal() and option.endswith("s"):
+            return f"1 {option[:-1]}" if text == "1" else f"{text} {option}"
+        return f"{option} {text}"
+
+    return ", ".join(filter(None, [method.name, *(words(*change) for change in _changes(method))])) or "none"
 
 
 def label_of(given: Any) -> str:

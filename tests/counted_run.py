@@ -32,9 +32,9 @@ BEGUN = {
     "gradients": ("pruning.network.PrunedNetwork.gradients",),
     "proposals": ("permuters.trust_region.TrustRegion.proposals", "pruning.masked.MaskedLayers.slopes_along"),
     "accept": ("pruning.network.PrunedNetwork.loss",),
-    "compensation": ("permuters.after_rounds.compensate",),
-    "blocks": ("permuters.after_rounds.train_blocks",),
-    "training": ("permuters.after_rounds.train_weights",),
+    "update": ("updates.base.LayerUpdate.run",),
+    "blocks": ("recipe.trained_blocks",),
+    "training": ("recipe.train_weights",),
     "evaluate": ("engine.session.Session._measurement", "pruning.masked.MaskedLayers.measures"),
     "write": ("engine.held.Held.finish", "engine.sharded.Sharded.finish", "jobs.prune.write_pruned_weights"),
 }
@@ -142,7 +142,7 @@ def counted(computed: float = math.inf) -> Iterator[Stages]:
     """
     gc.collect()  # what an earlier run left, which would be freed during this one
     with pytest.MonkeyPatch.context() as patch, allocated(computed=computed) as device, Held() as host:
-        patch.setattr("permprune.permuters.tuning.TOLERANCE", -math.inf)
+        patch.setattr("permprune.recipe.TOLERANCE", -math.inf)
         stages = Stages(device, host)
         for stage, functions in BEGUN.items():
             for name in functions:

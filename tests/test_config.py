@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import permprune
-from permprune import Newton, Pattern, PermpruneError, PruneConfig, prune
+from permprune import Newton, PermpruneError, PruneConfig, prune
 from permprune.config import PruneSettings
 from permprune.options import nearest
 from permprune.permuters.registry import permuter
@@ -30,12 +30,6 @@ def test_a_misspelt_setting_names_the_nearest() -> None:
         PruneConfig().replace(patern="2:4")
     with pytest.raises(PermpruneError, match='there is no setting "colour": choose one of pattern, candidates'):
         PruneConfig().replace(colour=1)
-
-
-def test_patterns_may_be_objects() -> None:
-    assert PruneConfig(pattern=Pattern(4, 8)) == PruneConfig(pattern="4:8")  # type: ignore[arg-type]
-    mix = PruneConfig(pattern="mixed", candidates=("dense", Pattern(2, 4)))  # type: ignore[arg-type]
-    assert mix == PruneConfig(pattern="mixed", candidates=("dense", "2:4"))
 
 
 def test_every_field_is_explained_on_its_own() -> None:

@@ -12,11 +12,11 @@ from permprune.data.load import load_examples
 from .modalities import EXAMPLES, make
 from .vision_language import MODELS, write_pairs
 
-CHANGED = "newton:start=ria:rounds=0:compensate=true:block_steps=2:train_steps=1"
+CHANGED = {"permute": "ria", "update": "admm", "train": "steps=1:blocks=true"}
 """A small run of what efforts do by default, in which blocks run twice."""
 
 
-@pytest.mark.parametrize("settings", [{"permute": CHANGED}, {"permute": "newton:rounds=1", "recompute": True}])
+@pytest.mark.parametrize("settings", [CHANGED, {"permute": "newton:rounds=1", "recompute": True}])
 @pytest.mark.parametrize("family", MODELS)
 def test_images_with_texts(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     model, processor = MODELS[family]()

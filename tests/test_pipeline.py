@@ -1,7 +1,7 @@
 """From a model to a pruned one, and back from disk."""
 
 import copy
-import dataclasses
+import math
 import mmap
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,8 @@ from permprune.models.activation_checkpointing import recomputing
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 from permprune.permuters.base import Random
-from permprune.permuters.trust_region import Newton
-from permprune.pruning.network import PrunedNetwork
 from permprune.saliency.metrics import SALIENCIES
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
-from permprune.updates.base import Update
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
@@ -69,44 +66,19 @@ def test_every_saliency_prunes(tiny_llama: LlamaForCausalLM, saliency: str) -> N
         assert torch.equal(own.weight[kept], before.weight[kept])  # masks only: what is kept is unchanged
 
 
-@pytest.fixture
-def whole_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of an update is taken, which may do a model without sense no good."""
-
-    def take(update: Update, network: PrunedNetwork, examples: Examples, _: Examples) -> None:
-        update.run(network, examples)
-
-    monkeypatch.setattr("permprune.engine.held.update_network", take)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("whole_update")
 @pytest.mark.parametrize("mode", ["fold", "gather"])
-def test_sparsegpt_lowers_the_output_errors_of_masks_alone(tiny_llama: LlamaForCausalLM, mode: str) -> None:
+def test_sparsegpt_lowers_the_output_errors_of_masks_alone(
+    tiny_llama: LlamaForCausalLM, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("permprune.recipe.TOLERANCE", -math.inf)  # it may do a model without sense no good
     settings: dict[str, Any] = {"permute": "random", "examples": WINDOWS, "mode": mode, "precision": "fp32"}
     masked = prune(copy.deepcopy(tiny_llama), **settings)
     updated = prune(tiny_llama, update="sparsegpt", **settings)
-    for key in ("error", "error_none"):
-        pairs = [
-            (getattr(own, key), getattr(before, key)) for own, before in zip(updated.layers, masked.layers, strict=True)
-        ]
-        assert all(own < before for own, before in pairs)
+    assert all(own.error < before.error for own, before in zip(updated.layers, masked.layers, strict=True))
+    assert [own.error_none for own in updated.layers] == [before.error_none for before in masked.layers]
     for layer in prunable_layers(updated.model, Pattern(2, 4)):
         assert Pattern(2, 4).holds(layer.weight)
-
-
-@pytest.mark.usefixtures("whole_update")
-def test_an_update_leaves_the_searches_after_it_alone(tiny_llama: LlamaForCausalLM) -> None:
-    prepared = prepare(tiny_llama, None, PruneConfig(update="sparsegpt", precision="fp32"), examples=WINDOWS)
-    network, method = prepared.network, Newton(rounds=2, examples=2)
-    alone = method.search(network, prepared.run)
-    Held(prepared, None).update()
-    assert all(not torch.equal(own, network.dense[name] * network.masks[name]) for name, own in network.shown.items())
-    after = method.search(network, dataclasses.replace(prepared.run, solved={}))
-    assert [point.loss for point in after.curve] == [point.loss for point in alone.curve]
-    assert all(torch.equal(after.orders[name], order) for name, order in alone.orders.items())
-    for name, weight in network.shown.items():
-        assert torch.equal(weight, network.dense[name] * network.masks[name])
 
 
 def test_recompute_holds_for_calibration_and_gradients(tiny_llama: LlamaForCausalLM) -> None:

@@ -18,16 +18,18 @@ from permprune.options import nearest, numbers_of
 def methods(name: Annotated[str | None, typer.Argument(help="a method such as newton")] = None) -> None:
     """List permuters, saliencies, updates and losses, or show what one of them does and its options.
 
-    Options follow the name of a method, as in newton:rounds=6:refine=2; those of the loss follow a permuter's.
+    Options follow the name of a method, as in newton:rounds=6:swaps=2; those of the loss follow a permuter's.
     """
 
     from permprune.losses.objective import Objective
     from permprune.permuters.registry import PERMUTERS
     from permprune.saliency.metrics import SALIENCIES
+    from permprune.training.train import Training
     from permprune.updates.methods import UPDATES
 
     known: dict[str, dict[str, Any]] = {
-        "permuter": PERMUTERS, "saliency": SALIENCIES, "update": UPDATES, "loss": {"objective": Objective},
+        "permuter": PERMUTERS, "saliency": SALIENCIES, "update": UPDATES, "train": {"train": Training},
+        "loss": {"objective": Objective},
     }  # fmt: skip
     if name is None:
         table = Table("method", "kind", "what it does", "options")

@@ -51,6 +51,7 @@ def plan(
 
     figures = forecast(model, config, windows=evaluation.windows, gpu=gpu, processes=processes).to_json()
     cli.write_figures(json, figures)
+    print("\n".join(figures["recipe"]))
     cli.show(_stages(model, figures))
     cli.show(_peak(figures))
     for note in forecast_notes(figures):
@@ -63,7 +64,7 @@ def _stages(model: str, figures: dict[str, Any]) -> Table:
     how = f"{settings['mode']} mode"
     if (processes := figures["processes"]) > 1:
         how += f", one of {processes} processes" + (" that divide the weights" if figures["shards"] > 1 else "")
-    title = f"{model}, {settings['pattern']} with {settings['permute']}, {how}, on {figures['machine']}"
+    title = f"{model}, {settings['pattern']}, {how}, on {figures['machine']}"
     table = Table("stage", *columns("tensors", "time"), title=title)
     for stage in figures["stages"]:
         table.add_row(stage["name"], gib(stage["bytes"]), duration(stage["seconds"]))
@@ -94,13 +95,13 @@ def forecast_notes(figures: dict[str, Any]) -> list[str]:
 
 
 def intention(figures: dict[str, Any]) -> str:
-    """Return what a run will do, whether weights change, and how long it takes, from `Forecast.to_json`."""
+    """Return whether weights change in a run, and how long it takes, from `Forecast.to_json`."""
     settings, changes = figures["settings"], figures["changes"]
-    effort = f"effort {settings['effort']}: " if settings["effort"] else ""
+    effort = f"effort {settings['effort']}, " if settings["effort"] else ""
     kept = "the weights that are kept stay as they are"
     if changes:
         kept = f"{changes} changes the weights that are kept (--effort order: none)"
     known = [stage["seconds"] for stage in figures["stages"]]
     more = ", and the stages whose time is not known" if None in known else ""
     time = f"about {duration(sum(filter(None, known)))} on {figures['machine']}{more}"
-    return f"{effort}{settings['permute']} on {settings['samples']} windows; {kept}; {time}"
+    return f"{effort}{settings['samples']} windows; {kept}; {time}"

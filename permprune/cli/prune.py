@@ -15,6 +15,7 @@ from permprune.engine.measuring import Evaluation, require_data
 
 if TYPE_CHECKING:
     from permprune.checkpoints.record import Record
+    from permprune.forecasts.forecast import Forecast
 
 
 @cli.command
@@ -45,10 +46,15 @@ def prune(
         pack=pack,
         head=head,
         resume=resume,
-        begin=lambda forecast: print(intention(forecast.to_json())),
+        begin=_begin,
         announce=_announce,
     )
     cli.show_written(out)
+
+
+def _begin(forecast: Forecast) -> None:
+    figures = forecast.to_json()
+    print("\n".join([*figures["recipe"], intention(figures)]))
 
 
 def _announce(record: Record) -> None:

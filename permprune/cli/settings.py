@@ -21,7 +21,7 @@ from permprune.options import parse_bytes
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 
-NAMED = dict.fromkeys(("Permuter", "ScorePermuter", "Saliency", "Update", "ModelSource", "Pattern"), str)
+NAMED = dict.fromkeys(("Permuter", "ScorePermuter", "Saliency", "Update", "Training", "ModelSource", "Pattern"), str)
 """Types of objects of which the command line takes the name; they are not imported for that."""
 
 RENAMED = {
@@ -40,7 +40,7 @@ PANELS = {
     "A mix of patterns": ("candidates", "keep", "bytes", "max_loss"),
     "Data": ("samples", "length", "windows", "metric", "examples", "seed"),
     "Tasks": ("tasks", "task_file", "limit"),
-    "Memory and speed": ("memory", "batch", "recompute", "precision", "offload", "shard"),
+    "Memory and speed": ("memory", "batch", "recompute", "precision", "offload", "shard", "minutes"),
     "Model and output": ("exclude", "task", "trust_remote_code", "pack", "head", "json"),
 }
 """Options that few people need, by their panel in the help."""

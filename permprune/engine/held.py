@@ -38,19 +38,17 @@ from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.models.narrow_weights import NarrowWeights
 from permprune.models.processors import Processor
 from permprune.pattern import MIXED
-from permprune.permuters.base import Callback, Permuter, Run, Solution
-from permprune.permuters.registry import permuter
+from permprune.permuters.base import Callback, Run, Solution
 from permprune.plan import Plan, calibration_count, calibration_examples, plan_run
 from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.network import PrunedNetwork
+from permprune.recipe import Recipe
 from permprune.saliency.metrics import saliency
 from permprune.system.device import compute_device
 from permprune.system.failures import failures_reported
-from permprune.system.progress import CALIBRATE, NATURAL, UPDATE, log, stage
+from permprune.system.progress import CALIBRATE, NATURAL, log, stage
 from permprune.system.search_state import Journal
 from permprune.system.shelf import Shelf
-from permprune.updates.methods import update
-from permprune.updates.share import update_network
 
 
 @dataclass
@@ -91,7 +89,7 @@ def prepare(
         )
     if config.offload != "none":
         raise PermpruneError("only permprune prune offloads, and a model that it reads itself: leave offload out")
-    started = time.monotonic()
+    started, config = time.monotonic(), config.completed()
     if examples is None:
         shown = calibration_examples(model, processor, config)
     else:
@@ -202,13 +200,13 @@ def prune(
     config = resolve(model, config.replace(**changes), processed_size(processor))
     config.require_no_limit("prune in Python")
     set_origin(model, origin_of(model))
-    prepared = prepare(model, processor, config, examples=examples, fisher=permuter(config.permute).uses_fisher)
+    prepared = prepare(model, processor, config, examples=examples, fisher=config.recipe.order.uses_fisher)
     prepared.dense.warn()
     weights = Held(prepared, processor)
     try:
         run = replace(weights.plan.run, callbacks=tuple(callbacks))
         natural = weights.natural()
-        return weights.finish(weights.search(permuter(prepared.config.permute), run), natural)
+        return weights.finish(weights.run(prepared.config.recipe, run), natural)
     except BaseException:  # also Ctrl-C in a notebook, whose traceback keeps the network
         weights.restore()
         raise
@@ -218,9 +216,9 @@ class Held:
     """The weights of a prepared model, in memory: what a session asks of them.
 
     `model` runs with the weights that were shown last. `stored` is the type in which the checkpoint stores them,
-    `seconds` the time that the calibration took, and `updating` that of the update after the last search.
-    `unanswering` says why the model cannot answer examples one token after the other; it is empty if it can. A model
-    that is `spare` gives up its weights when what was written is loaded, so that one copy is in memory.
+    and `seconds` the time that the calibration took. `unanswering` says why the model cannot answer examples one token
+    after the other; it is empty if it can. A model that is `spare` gives up its weights when what was written is
+    loaded, so that one copy is in memory.
 
     Of a mix of patterns, `mix` is the choice (`choose_patterns`), made at once unless its budget is a loss,
     `chosen_for` the share of the weights that was asked for, and `all_layers` what was prepared before a choice.
@@ -229,8 +227,6 @@ class Held:
     unanswering: ClassVar[str] = ""
 
     mix: Mix | None = None
-
-    updating: float = 0.0
 
     def __init__(self, prepared: Prepared, processor: Processor | None, *, spare: bool = False) -> None:
         self.plan, self.network, self.all_layers = prepared, prepared.network, prepared
@@ -274,32 +270,23 @@ class Held:
         return self.network.dense_weights()
 
     def natural(self) -> list[LayerMeasure]:
-        """Show the pruned weights in natural order, with the update of the config; returns the layers' measures."""
+        """Show the pruned weights in natural order, with their dense values; returns the layers' measures."""
         stage(NATURAL)
         self.network.set_weights({})
         self.network.set_orders(self.network.identity())
         self.network.set_bits({})
-        self.update()
         return self.network.measures()
 
-    def search(self, method: Permuter, run: Run) -> Solution:
-        """Find orders with a method, and show the weights that they prune, updated. Raises `PermpruneError`."""
-        stage(method.stages[0])
-        solution = method.solve(self.network, run)
-        started = time.monotonic()
-        stage(UPDATE)
-        self.update()
-        self.updating = time.monotonic() - started
+    def run(self, recipe: Recipe, run: Run) -> Solution:
+        """Run a recipe, and show the weights that it prunes, as they will be stored. Raises `PermpruneError`."""
+        stage(recipe.stages[0])
+        solution = recipe.solve(self.network, run)
+        trained = self.network.trained
+        for name in trained:
+            weight = trained[name]
+            _round([weight], self.stored)
+            trained[name] = weight
         return solution
-
-    def update(self) -> None:
-        """Apply the weight update of the config to the weights shown. Raises `PermpruneError`."""
-        update_network(update(self.plan.config.update), self.network, self.plan.measured, self.plan.run.held_out)
-        for shelf in (self.network.trained, self.network.updated):
-            for name in shelf:
-                weight = shelf[name]
-                _round([weight], self.stored)
-                shelf[name] = weight
 
     def finish(self, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
         """Put the weights of a solution, which has to be the one shown, in stored order.

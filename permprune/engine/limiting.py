@@ -13,7 +13,7 @@ from permprune.engine.measuring import Meter
 from permprune.engine.session import Session
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import NotFinite, Result, difference_error
-from permprune.permuters.base import Callback, Permuter
+from permprune.permuters.base import Callback
 from permprune.system import progress
 from permprune.system.progress import log, stage
 
@@ -24,7 +24,7 @@ TIMES = 10.0
 """The most times that other shares are expected to lose what they do on the first half, where one was refused."""
 
 
-def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, ...] = ()) -> None:
+def keep_within(session: Session, callbacks: tuple[Callback, ...] = ()) -> None:
     """Let the session's weights have the mix with the fewest weights that keeps to the `max_loss` of their config.
 
     Each attempt is a whole run: patterns for a share of the weights, a search, an update, and a measurement on the
@@ -34,7 +34,7 @@ def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, .
     on with larger ones. The record tells of it. If none is confirmed, a warning tells what the best one loses.
     Raises `PermpruneError` if each share that was tried loses more than the limit on the first half, without its error.
     """
-    attempts = _Attempts(session, method, callbacks)
+    attempts = _Attempts(session, callbacks)
     while (share := attempts.fewest()) is not None and not attempts.confirm(share):
         pass
     if share is None:
@@ -50,8 +50,8 @@ class _Attempts:
     half of the shares that are not within the limit there.
     """
 
-    def __init__(self, session: Session, method: Permuter, callbacks: tuple[Callback, ...]) -> None:
-        self.session, self.weights, self.method, self.callbacks = session, session.weights, method, callbacks
+    def __init__(self, session: Session, callbacks: tuple[Callback, ...]) -> None:
+        self.session, self.weights, self.callbacks = session, session.weights, callbacks
         choosing, limit = session.choosing, self.weights.plan.config.max_loss
         assert choosing is not None and limit is not None
         self.choosing, self.limit = choosing, limit
@@ -121,7 +121,7 @@ class _Attempts:
         weights = self.weights
         if weights.mix is None or weights.chosen_for != share:
             weights.choose_patterns(share)
-            weights.search(self.method, replace(weights.plan.run, callbacks=self.callbacks))
+            weights.run(self.session.recipe(), replace(weights.plan.run, callbacks=self.callbacks))
         stage(progress.MEASURE)
         try:
             result = meter()[0]

@@ -19,6 +19,7 @@ from permprune.evaluation.result import NotFinite, gap_closed
 from permprune.evaluation.size import weight_bytes
 from permprune.inference.pack import packed_bytes
 from permprune.permuters.base import Callback, Permuter, Run, Solution
+from permprune.recipe import Recipe
 from permprune.showcase.shown import Shown
 from permprune.system import progress
 from permprune.system.memory import peak_memory_mb, release_freed_memory, reset_peak_memory
@@ -75,10 +76,15 @@ class Session:
         with self.weights.dense():
             return self._measurement(DENSE, 0.0)
 
+    def recipe(self, order: Permuter | None = None) -> Recipe:
+        """The recipe of the config, with another order if one is given."""
+        recipe = self.weights.plan.config.recipe
+        return recipe if order is None else dataclasses.replace(recipe, order=order)
+
     def attempt(self, method: Permuter, label: str, run: Run | None = None) -> tuple[Solution, Measurement]:
-        """Search with a method, update, and measure the pruned model; `run` replaces that of the plan."""
+        """Run the recipe with another order, and measure the pruned model; `run` replaces that of the plan."""
         reset_peak_memory()
-        solution = self.weights.search(method, run or self.weights.plan.run)
+        solution = self.weights.run(self.recipe(method), run or self.weights.plan.run)
         stage(progress.MEASURE)
         measurement = self._measurement(label, solution.seconds)
         result = measurement.result
@@ -87,23 +93,26 @@ class Session:
 
     def prune(
         self,
-        method: Permuter,
+        method: Permuter | None = None,
         *,
         callbacks: tuple[Callback, ...] = (),
         tried: Mapping[str, Measurement] | None = None,
     ) -> tuple[Pruned, Record]:
-        """Prune with a method, and put the model in stored order; no method can be tried afterwards.
+        """Prune by the recipe, and put the model in stored order; nothing can be tried afterwards.
 
-        `callbacks` are called after the rounds of the search. `tried` are the measurements of the natural order and of
-        the method by name, if they were tried. The record has what was measured.
+        A `method` replaces its order. `callbacks` are called after the rounds of the search. `tried` are the
+        measurements of the natural order and of the method by name, if they were tried. The record has what was
+        measured.
         """
-        weights, known = self.weights, tried or {}
+        weights, known, recipe = self.weights, tried or {}, self.recipe(method)
         dense, overlap = self.dense.result, self.overlap
         natural = weights.natural()
-        none = known.get("none") or self._measurement("none", 0.0)
-        solution = weights.search(method, dataclasses.replace(weights.plan.run, callbacks=callbacks))
+        none = (not recipe.changes and known.get("none")) or self._measurement("none", 0.0)
+        solution = weights.run(recipe, dataclasses.replace(weights.plan.run, callbacks=callbacks))
         stage(progress.MEASURE)
-        measured = {**known, "none": none}.get(method.name) or self._measurement(method.name, solution.seconds)
+        label = recipe.order.name
+        unchanged = {} if recipe.changes else {"none": none}
+        measured = {**known, **unchanged}.get(label) or self._measurement(label, solution.seconds)
         self.pruned = True
         stage(progress.WRITE)
         pruned = weights.finish(solution, natural)
@@ -122,7 +131,7 @@ class Session:
                 others=_others(self.dense, none, measured),
             ),
             gap_closed=gap_closed(value, dense.value, value_none, metric=dense.metric),
-            seconds={"calibrate": weights.seconds, "search": solution.seconds, "update": weights.updating},
+            seconds={"calibrate": weights.seconds, "search": solution.seconds},
             peak_memory_mb=measured.peak_memory_mb,
             showcase=self.beside(none, measured, pruned),
         )

@@ -34,7 +34,6 @@ from permprune.models.layers import require_finite, values_of
 from permprune.models.narrow_weights import NarrowWeights
 from permprune.models.row_shards import load_rows
 from permprune.permuters.base import Solution
-from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_examples, plan_run
 from permprune.pruning.masked import LayerMeasure
 from permprune.system import distributed
@@ -69,11 +68,11 @@ class Sharded(Held):
         self.whole = copy.deepcopy(model)  # without weights: for the record, and to write
         examples = calibration_examples(model, processor, config)
         plan = plan_run(model, config, examples=examples, weights=weights.stored, partial=work.path)
-        size, states = weight_bytes(self.whole, stored), state_bytes(permuter(config.permute), plan.outline)
+        size, states = weight_bytes(self.whole, stored), state_bytes(config.recipe, plan.outline)
         distributed.on_first(lambda: require_space(work.out, size + states))
 
         planned(self.whole, plan)
-        self.shelf, fisher = self.shelf_of(config, work, room), permuter(config.permute).uses_fisher
+        self.shelf, fisher = self.shelf_of(config, work, room), config.recipe.order.uses_fisher
 
         def load() -> NarrowWeights | None:
             held = self.load_weights(model, weights, {layer.parameter for layer in plan.outline.layers})

@@ -1,4 +1,4 @@
-"""The costs of permuters and updates, registered by class; those of a base class hold for all that derive from it.
+"""The costs of permuters, registered by class, and of recipes; those of a base class hold for all that derive from it.
 
 A method without a registered function runs as any other, and its time is not known. Last come the costs of choosing the
 patterns of a mix (`permprune.budget`).
@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import singledispatch
-from typing import Any
 
 import torch
 
@@ -22,13 +21,13 @@ from permprune.forecasts.resources import Memory, Part, Phase, Stage, Work, Work
 from permprune.forecasts.weights import (
     block_training,
     block_update,
-    compensation_work,
     masked_weights,
     teacher_outputs,
     trained_weights,
     training,
-    update_share,
+    update_work,
 )
+from permprune.losses.objective import Loss, LossFunction
 from permprune.matching.assignment import groups_in, part_count
 from permprune.pattern import MIXED
 from permprune.permuters import cp, kept, quadratic
@@ -36,23 +35,20 @@ from permprune.permuters.base import Identity, Permuter, Random
 from permprune.permuters.bundles import BLOCK
 from permprune.permuters.cost_matrix import CostMatrixLearner
 from permprune.permuters.cp import CP
-from permprune.permuters.iterate import Iterative
 from permprune.permuters.kept import RIAPermuter
 from permprune.permuters.learned import Learned
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.trust_region import Newton, TrustRegion
 from permprune.pruning.problem import Outline, Problem
-from permprune.updates.base import Update
-from permprune.updates.methods import NoUpdate
+from permprune.recipe import WINDOWS as UPDATED
+from permprune.recipe import Recipe
+from permprune.updates.methods import ADMM, NoUpdate
 
 TRIED = 1.5
 """Mean number of held-out losses in a round of a trust region: most steps are accepted or halved once."""
 
 START = 2
 """Held-out losses before the first round: of the orders to start from, and of the natural ones."""
-
-TRIED_SHARES = 3
-"""The same in a round of refinement."""
 
 MOVED = 280
 """Bytes that `QuadraticModel.swap` reads and writes for each weight: in three passes it computes scores and pruned
@@ -64,8 +60,8 @@ first or second of these is taken."""
 
 
 @singledispatch
-def stages_of(method: Permuter | Update, run: Workload) -> list[Stage]:
-    """Return the stages of a search or an update: the memory it holds beside the masked network, and its work.
+def stages_of(method: Permuter, run: Workload) -> list[Stage]:
+    """Return the stages of a search: the memory it holds beside the masked network, and its work.
 
     By default there is one stage, of which neither is known.
     """
@@ -73,8 +69,8 @@ def stages_of(method: Permuter | Update, run: Workload) -> list[Stage]:
 
 
 @singledispatch
-def state_bytes(method: Permuter, outline: Outline) -> int:
-    """Estimate of the bytes on disk for the states of a search; a new state is written beside the previous one."""
+def state_bytes(method: Permuter | Recipe, outline: Outline) -> int:
+    """Estimate of the bytes on disk for the states of a search or a recipe; a new one is written beside the last."""
     return _solution_bytes(outline)
 
 
@@ -84,20 +80,10 @@ def proposals(method: TrustRegion, run: Workload) -> tuple[tuple[Memory, ...], W
     return quadratic_models(run, run.outline.dtype), None
 
 
-@stages_of.register(NoUpdate)
 @stages_of.register(Identity)
 @stages_of.register(Random)
-def _nothing(method: NoUpdate | Identity | Random, run: Workload) -> list[Stage]:
+def _nothing(method: Identity | Random, run: Workload) -> list[Stage]:
     return []
-
-
-@stages_of.register(Update)
-def _update(method: Update, run: Workload) -> list[Stage]:
-    updated = Memory(Part.UPDATED, 2 * run.outline.dtype.itemsize * run.outline.weights)  # for both masks
-    return [
-        Stage(Phase.UPDATE, (updated, *block_update(run, run.measured)), None),
-        Stage(Phase.ACCEPT, (updated, update_share(run), *run.loss.parts), None, Phase.UPDATE),
-    ]
 
 
 @stages_of.register(RIAPermuter)
@@ -145,7 +131,7 @@ def _cost_matrix(method: CostMatrixLearner, run: Workload) -> list[Stage]:
     outline, examples = run.outline, method.examples * run.examples_per_window
     costs = Memory("cost matrices", 16 * _elements(method, outline))  # C, its gradient, two moments
     relaxed = Memory("relaxed weights", 4 * outline.weights)
-    gradients = relaxed, run.summed(Part.GRADIENTS, examples, method.steps), *_pass(method, run, examples)
+    gradients = relaxed, run.summed(Part.GRADIENTS, examples, method.steps), *_pass(method.objective, run, examples)
     graph = Memory("largest problem's graph", 32 * outline.largest_weights(1))  # both matrices, permuted, and put back
     relaxing = (costs, Memory(Part.GRADIENTS, 2 * run.gradient_bytes), graph)
     losses = run.loss_work(run.held_out) * (1 + math.ceil(method.steps / method.check))
@@ -153,7 +139,7 @@ def _cost_matrix(method: CostMatrixLearner, run: Workload) -> list[Stage]:
         *stages_of(method.start, run),
         Stage(Phase.GRADIENTS, (costs, *gradients), run.gradient_work(examples) * method.steps, method.name),
         Stage(Phase.RELAXATION, relaxing, None, method.name),
-        Stage(Phase.ACCEPT, (costs, *_pass(method, run)), losses, method.name),
+        Stage(Phase.ACCEPT, (costs, *_pass(method.objective, run)), losses, method.name),
     ]
 
 
@@ -164,52 +150,44 @@ def _cost_matrix_state(method: CostMatrixLearner, outline: Outline) -> int:
 
 @stages_of.register(TrustRegion)
 def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
-    return [*stages_of(method.start, run), *_rounds(method, run), *_after_rounds(method, run)]
+    return [*stages_of(method.start, run), *_rounds(method, run)]
 
 
 def _rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
-    """Yield the stages of all rounds, and of those of refinement; the accept test also follows other changes."""
+    """Yield the stages of all rounds."""
     rounds, examples = method.rounds, method.examples * run.examples_per_window
-    backward = (*_pass(method, run, examples), *masked_weights(run))
+    backward = (*_pass(method.objective, run, examples), *masked_weights(run))
     if rounds:
         summed = run.summed(Part.GRADIENTS, examples, rounds)
         yield Stage(Phase.GRADIENTS, (*backward, summed), run.gradient_work(examples) * rounds, method.name)
         models, work = proposals(method, run)
         yield Stage(Phase.PROPOSALS, (*models, _gradients(run)), work and work * rounds, method.name)
-    losses = TRIED * rounds + START + method.compensate + bool(method.block_steps) + method.trains_all
-    accepting = (*_pass(method, run), *_held_to_accept(method, run))
-    yield Stage(Phase.ACCEPT, accepting, run.loss_work(run.held_out) * losses, method.name)
-    if method.refine:
-        summed = run.summed(Part.GRADIENTS, 2 * examples, method.refine)
-        work = run.gradient_work(2 * examples) + run.loss_work(run.held_out) * TRIED_SHARES
-        yield Stage(Phase.REFINEMENT, (*backward, summed), work * method.refine, method.name)
+    accepting = (*_pass(method.objective, run), *([_gradients(run)] if rounds else []))
+    yield Stage(Phase.ACCEPT, accepting, run.loss_work(run.held_out) * (TRIED * rounds + START), method.name)
 
 
-def _after_rounds(method: TrustRegion, run: Workload) -> Iterator[Stage]:
-    """Yield the stages that change weights at the orders found; all but the first put the best ones aside."""
-    size = run.outline.dtype.itemsize * run.outline.weights
-    if method.compensate:
-        updated = Memory(Part.COMPENSATED, size, travels=4.0 * size)  # written, read by blocks, and replaced
-        examples = 4 * method.examples * run.examples_per_window
-        parts = (updated, *block_update(run, examples))
-        yield Stage(Phase.COMPENSATION, parts, compensation_work(run, examples), method.name)
-    if method.block_steps:
-        parts, work = block_training(run, method.block_steps)
-        best = [_best_trained(run)] if method.compensate else []
-        yield Stage(Phase.BLOCKS, (*parts, *best), work, method.name, last=True)
-    if method.trains_all:
-        parts, known = training(method, run)
-        best = [_best_trained(run)] if method.compensate or method.block_steps else []
-        yield Stage(Phase.TRAINING, (*parts, *best), known, method.name, last=True)
+def changes_of(recipe: Recipe, run: Workload) -> Iterator[Stage]:
+    """Yield the stages of a recipe that change weights at the order found; all but the first put the best ones aside.
 
-
-def _held_to_accept(method: TrustRegion, run: Workload) -> list[Memory]:
-    """The memory that accept tests need beside their passes: of rounds, or of the changes of weights after them."""
-    changes = method.compensate + bool(method.block_steps) + method.trains_all
-    during = [_gradients(run)] if method.rounds else []
-    after = [trained_weights(run)] if changes else []
-    after += [replace(_best_trained(run), travels=0.0)] if changes > 1 else []
-    return max(during, after, key=lambda parts: sum(part.bytes for part in parts))
+    The last one is that of their accept tests, which follow each of them.
+    """
+    size, train, changes = run.outline.dtype.itemsize * run.outline.weights, recipe.train, len(recipe.changes)
+    updates, best = not isinstance(recipe.update, NoUpdate), _best_trained(run)
+    if updates:
+        updated = Memory(Part.UPDATED, size, travels=4.0 * size)  # written, read by blocks, and replaced
+        examples = UPDATED * run.examples_per_window
+        work = update_work(run, examples) if isinstance(recipe.update, ADMM) else None
+        yield Stage(Phase.UPDATE, (updated, *block_update(run, examples)), work)
+    if train.block_steps:
+        parts, work = block_training(run, train.block_steps)
+        yield Stage(Phase.BLOCKS, (*parts, *([best] if updates else [])), work, last=True)
+    if train.steps:
+        parts, work = training(train, run)
+        yield Stage(Phase.TRAINING, (*parts, *([best] if changes > 1 else [])), work, last=True)
+    if changes:
+        held = [trained_weights(run), *([replace(best, travels=0.0)] if changes > 1 else [])]
+        losses = run.loss_work(run.held_out) * (START + changes)
+        yield Stage(Phase.ACCEPT, (*_pass(train.objective, run), *held), losses)
 
 
 def _gradients(run: Workload) -> Memory:
@@ -225,14 +203,18 @@ def _best_trained(run: Workload) -> Memory:
 
 @state_bytes.register(TrustRegion)
 def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
-    weights = outline.dtype.itemsize * outline.weights if method.trains else 0
-    trained = weights + weights * outline.pattern.n // outline.pattern.m  # and first moments of kept ones
-    trained += 4 * sum(sum(layer.shape) for layer in outline.layers) if method.trains else 0  # and second ones
-    trained += weights * (bool(method.block_steps) + method.compensate)
-    masks = outline.weights // 8 if method.refine or method.compensate else 0
     orders = 8 * sum(problem.size for problem in outline.problems) * method.rounds
-    states = 2 * (orders + weights + masks + trained)  # the old one is kept until the new one is written
-    return _solution_bytes(outline) + states + weights + masks  # the solution has them, too
+    return _solution_bytes(outline) + 2 * orders  # the old one is kept until the new one is written
+
+
+@state_bytes.register(Recipe)
+def _recipe_state(recipe: Recipe, outline: Outline) -> int:
+    weights, trains = outline.dtype.itemsize * outline.weights, recipe.train.steps > 0
+    states = weights * (len(recipe.changes) - trains)  # those of the update and of the blocks
+    if trains:
+        states += weights + weights * outline.pattern.n // outline.pattern.m  # and first moments of kept ones
+        states += 4 * sum(sum(layer.shape) for layer in outline.layers)  # and second ones
+    return state_bytes(recipe.order, outline) + 2 * states
 
 
 @proposals.register(Newton)
@@ -272,10 +254,10 @@ def _elements(method: CostMatrixLearner | Learned, outline: Outline) -> int:
     return sum(problem.size * method.part_size(problem.size, outline.pattern) for problem in outline.problems)
 
 
-def _pass(method: Iterative[Any], run: Workload, examples: int = 0) -> tuple[Memory, ...]:
+def _pass(objective: Loss | LossFunction, run: Workload, examples: int = 0) -> tuple[Memory, ...]:
     """The memory of a gradient on this number of examples, or of the accept test."""
     passing = run.gradient.parts if examples else (*run.loss.parts, run.packed)
-    return (*teacher_outputs(method, run, examples), *passing)
+    return (*teacher_outputs(objective, run, examples), *passing)
 
 
 def quadratic_models(run: Workload, slopes: torch.dtype, part: int | None = None) -> tuple[Memory, ...]:

@@ -18,8 +18,12 @@ from permprune.models.layers import block_linears
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
 from permprune.models.shallow import repetitions
 from permprune.permuters.trust_region import Newton
+from permprune.recipe import WINDOWS as UPDATED
+from permprune.registry import describe
 from permprune.system.progress import log
-from permprune.updates.methods import ADMM
+from permprune.training.train import WINDOWS as STEP
+from permprune.training.train import Training
+from permprune.updates.methods import ADMM, NoUpdate
 
 DEFAULT = "minutes"
 """The effort of `prune` if neither an effort nor a permuter is given."""
@@ -37,8 +41,8 @@ BLOCKS_FROM = 150
 """The steps of training of text from which half of their operations go into training each block before; with fewer that
 gains little (docs/results/ablations.md)."""
 
-START = "ria"
-"""The orders that a compensation is made for: as good as better orders of the search (docs/results/ablations.md)."""
+ORDER, UPDATE = "ria", "admm"
+"""The order and the update before a training: better orders gain nothing then (docs/results/ablations.md)."""
 
 LARGE_WINDOWS = 768
 """The most windows of images or speech that are drawn: they take up to a thousand times the memory of text."""
@@ -46,9 +50,9 @@ LARGE_WINDOWS = 768
 
 @dataclass(frozen=True)
 class Effort:
-    """The `operations` of a run, and whether weights that are kept change.
+    """A named recipe: the `operations` of a run, and whether weights that are kept change.
 
-    If they do, a layer-wise update chooses the masks (see `compensation`), and what is left of the operations goes into
+    If they do, a layer-wise update at one-shot orders chooses the masks, and what is left of the operations goes into
     training, of text first block by block if it is much (`BLOCKS_FROM`): after such an update, rounds of search for the
     order gain nothing (docs/results/ablations.md).
     """
@@ -66,39 +70,45 @@ EFFORTS = {
 
 
 def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] | None = None) -> PruneConfig:
-    """Return the config of a run on a model, with the permuter and the windows that its effort sets.
+    """Return the config of a run on a model, with the recipe and the windows that its effort sets.
 
-    A config with a permuter is returned as it is; one without an effort has the `DEFAULT`. The model may be on the meta
-    device: only shapes count, with images of this `size` (`processed_size`). Raises `PermpruneError` if both are given.
+    Without an effort, what is missing of a recipe is completed, and one without any part has the `DEFAULT` effort. The
+    model may be on the meta device: only shapes count, with images of this `size` (`processed_size`). Raises
+    `PermpruneError` if both an effort and parts of a recipe are given.
     """
     config.require_one_choice()
-    if "permute" in config.given:
-        return config
+    if config.given_parts:
+        return config.completed()
     name = config.effort or DEFAULT
-    effort, method, kind = EFFORTS[name], Newton(), kind_of(model)
+    effort, kind = EFFORTS[name], kind_of(model)
     windows = effort.operations / (_operations(model, config, size) * EXAMPLES_PER_WINDOW[kind])
-    rounds, steps, start, training = 0, 0, "", ""
     if effort.trains:
-        products = sum(2.0 * layer.shape.numel() * layer.shape[1] for layer in block_linears(model))
-        compensation = 8 * method.examples + products * ADMM().iterations * windows / effort.operations
-        a_step = 4 * method.step_examples  # with the dense model's
-        steps = _within(STEPS, (windows - compensation) / a_step)
-        rate, blocks = f":rate={RATES[kind]:g}" if kind in RATES else "", ""
-        if kind == "text" and steps >= BLOCKS_FROM:
-            steps //= 2
-            blocks = f":block_steps={2 * steps}"  # a step of all blocks takes half as many passes
-        start, training = f":start={START}", f":compensate=true{blocks}:train_steps={steps}{rate}"
+        train = _training(model, effort, windows)
+        order, change, needed = ORDER, UPDATE, train.steps * STEP
     else:
-        rounds = _within(ROUNDS, windows / (3 * method.examples + TRIED * config.held_out))  # passes of a window
-    needed = max(rounds * method.examples, steps * method.step_examples)
+        rounds = _within(ROUNDS, windows / (3 * Newton().examples + TRIED * config.held_out))  # passes of a window
+        train, change, needed = Training(), NoUpdate.name, rounds * Newton().examples
+        order = describe(Newton(rounds=rounds))
     if kind in ("images", "speech"):
         needed = min(needed, LARGE_WINDOWS)
     samples = config.measured + config.held_out + needed
-    if "samples" in config.given:
+    if config.samples is not None:
         samples = min(samples, config.samples)
-    resolved = config.replace(effort=name, permute=f"{method.name}{start}:rounds={rounds}{training}", samples=samples)
-    log.info("effort %s: %s on %d windows", name, resolved.permute, resolved.samples)
+    resolved = config.replace(effort=name, permute=order, update=change, train=describe(train), samples=samples)
+    log.info("effort %s: %s; %d windows", name, "; ".join(resolved.recipe.lines), samples)
     return resolved
+
+
+def _training(model: PreTrainedModel, effort: Effort, windows: float) -> Training:
+    """The training for the operations of so many passes of a window, of which the update takes some."""
+    kind = kind_of(model)
+    products = sum(2.0 * layer.shape.numel() * layer.shape[1] for layer in block_linears(model))
+    update = 2 * UPDATED + products * ADMM().iterations * windows / effort.operations
+    steps = _within(STEPS, (windows - update) / (4 * STEP))  # each with the dense model's pass
+    blocks = kind == "text" and steps >= BLOCKS_FROM
+    if blocks:
+        steps //= 2  # the steps of the blocks take as long
+    return Training(steps=steps, blocks=blocks, rate=RATES.get(kind, Training.rate))
 
 
 def _operations(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] | None) -> float:

@@ -26,14 +26,13 @@ from permprune.models.modality import EVALUATION_WINDOWS, kind_of
 from permprune.models.row_shards import require_divisible
 from permprune.options import Count, require
 from permprune.pattern import MIXED
-from permprune.permuters.registry import PERMUTERS, permuter
+from permprune.permuters.registry import PERMUTERS
 from permprune.plan import outline_model
-from permprune.registry import label_of
+from permprune.registry import describe
 from permprune.system import distributed
 from permprune.system.failures import failures_reported
 from permprune.system.files import gib
 from permprune.system.progress import log
-from permprune.updates.methods import NoUpdate, update
 from permprune.zoo.models import resolve_model
 
 ROOMY, LEAST = 10, 2**31
@@ -249,19 +248,18 @@ class Fitting(Subject):
 
     def _undivided(self, config: PruneConfig) -> str:
         """Why processes cannot divide the weights of this model, or with these settings; empty if they can."""
-        method, change = permuter(config.permute), update(config.update)
+        recipe = config.recipe
         if self.processes == 1:
             return "one process has nothing to divide: start several with torchrun, or leave --shard out"
         if whole := self._whole(config):
             return f"{whole} by processes that hold all of it: leave --shard out"
-        if not method.divides_rows:
+        if not recipe.order.divides_rows:
             able = ", ".join(name for name, other in PERMUTERS.items() if other().divides_rows)
             return (
-                f"permuter {label_of(method)} needs all rows of a layer: choose one of {able}, "
-                "without training, or --effort order"
+                f"permuter {describe(recipe.order)} needs all rows of a layer: choose one of {able}, or --effort order"
             )
-        if not isinstance(change, NoUpdate):
-            return f"update {change.name} needs all rows of a layer: choose none"
+        if recipe.changes:
+            return "an update and training need all rows of a layer: leave both out, or --effort order"
         try:
             require_divisible(self.outline.layers, self.processes)
         except PermpruneError as error:

@@ -10,10 +10,8 @@ from typing import Any
 from permprune.config import PruneConfig
 from permprune.forecasts.machine import Machine
 from permprune.forecasts.resources import Stage
-from permprune.permuters.registry import permuter
-from permprune.permuters.trust_region import TrustRegion
 from permprune.system.shelf import Place
-from permprune.updates.methods import NoUpdate, update
+from permprune.updates.methods import NoUpdate
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Forecast:
         times = {stage.name: None if stage.work is None else self.machine.seconds(stage.work) for stage in self.stages}
         if self.config.minutes is None:
             return times
-        limit, share = 60 * self.config.minutes, permuter(self.config.permute).search_share
+        limit, share = 60 * self.config.minutes, self.config.recipe.rounds_share
         rounds = {stage.name: times[stage.name] for stage in self.stages if stage.limited and not stage.last}
         known = sum(filter(None, rounds.values()))
         searched = min(known, limit * share)
@@ -82,18 +80,17 @@ class Forecast:
 
     @property
     def changes(self) -> str | None:
-        """What changes the weights that are kept: "training", "compensation", the name of an update, or None."""
-        method, change = permuter(self.config.permute), update(self.config.update)
-        if method.trains:
+        """What changes the weights that are kept: "training", the name of an update, or None."""
+        recipe = self.config.recipe
+        if recipe.train.steps:
             return "training"
-        if isinstance(method, TrustRegion) and method.compensate:
-            return "compensation"
-        return None if isinstance(change, NoUpdate) else change.name
+        return None if isinstance(recipe.update, NoUpdate) else recipe.update.name
 
     def to_json(self) -> dict[str, Any]:
         """The forecast as JSON values; bytes and seconds."""
         return {
             "machine": self.machine.name,
+            "recipe": list(self.config.recipe.lines),
             "settings": self.config.to_json(),
             "processes": self.processes,
             "shards": self.shards,

@@ -22,8 +22,7 @@ KEPT = {Part.IN_TRAINING, Part.GRADIENT_SUMS}
 """The parts of stages that rest elsewhere and of which only what the masks keep does."""
 
 RESTING = KEPT | {
-    Part.MOMENT_SUMS, Part.GRADIENTS, Part.ADAM, Part.SLOPES, Part.COMPENSATED, Part.TRAINED, Part.UPDATED,
-    Part.UPDATE_SHARE,
+    Part.MOMENT_SUMS, Part.GRADIENTS, Part.ADAM, Part.SLOPES, Part.TRAINED, Part.UPDATED,
 }  # fmt: skip
 """The parts of stages that rest elsewhere, beside the weights of blocks."""
 
@@ -47,7 +46,7 @@ mask's groups, and the mask."""
 FILES = 4
 """Half the number of files of weights that a run writes, at least."""
 
-BACKWARD = {Phase.GRADIENTS, Phase.BLOCKS, Phase.TRAINING, Phase.REFINEMENT}
+BACKWARD = {Phase.GRADIENTS, Phase.BLOCKS, Phase.TRAINING}
 """The phases with gradients, beside a calibration with Fisher information."""
 
 ONE_BLOCK = {Part.BLOCK_SUMS, Part.BLOCK_OUTPUTS}
@@ -96,7 +95,7 @@ class Offload:
         small for what always is there.
         """
         bare = [replace(stage, parts=tuple(self._held(stage))) for stage in stages]
-        smaller = [stage.phase == Phase.COMPENSATION and not stage.holds(Part.TRAINED) for stage in stages]
+        smaller = [stage.phase == Phase.UPDATE and not stage.holds(Part.TRAINED) for stage in stages]
 
         def spare(inside: bool) -> float:
             taken = (stage.bytes("device") for stage, own in zip(bare, smaller, strict=True) if own is inside)

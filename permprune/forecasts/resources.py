@@ -37,9 +37,7 @@ class Part(StrEnum):
     ADAM = "Adam's moments"
     TRAINED = "trained weights"
     BEST_TRAINED = "best trained weights"
-    COMPENSATED = "compensated weights"
     UPDATED = "updated weights"
-    UPDATE_SHARE = "share of the update"
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,6 @@ class Phase(StrEnum):
     RELAXATION = "relaxation"
     PROPOSALS = "proposals"
     ACCEPT = "accept"
-    REFINEMENT = "refinement"
-    COMPENSATION = "compensation"
     BLOCKS = "blocks"
     TRAINING = "training"
     UPDATE = "update"

@@ -21,13 +21,13 @@ from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples, batches
 from permprune.forecasts.activations import Activations, Gradients
-from permprune.forecasts.costs import stages_of, stages_of_limit, stages_of_mix, state_bytes
+from permprune.forecasts.costs import changes_of, stages_of, stages_of_limit, stages_of_mix, state_bytes
 from permprune.forecasts.forecast import Forecast
 from permprune.forecasts.machine import BUS, Machine, this_machine
 from permprune.forecasts.offloading import FILES, Offload, module_sizes
 from permprune.forecasts.passes import TYPICAL, UNCOUNTED, Shapes, batch_pass, example_pass
 from permprune.forecasts.resources import Memory, Part, Phase, Stage, Work, Workload
-from permprune.forecasts.weights import solving, trained_weights, update_share
+from permprune.forecasts.weights import solving, trained_weights
 from permprune.models.generation import needs_decoder_inputs
 from permprune.models.modality import (
     BATCH_MULTIPLIER,
@@ -43,13 +43,11 @@ from permprune.models.modality import (
 from permprune.models.narrow_weights import end_weights, held_bytes, held_type, is_narrow
 from permprune.models.processors import takes_pairs
 from permprune.pattern import MIXED
-from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_count
 from permprune.pruning.problem import Outline
 from permprune.system import distributed
 from permprune.system.device import dtype_named
 from permprune.system.shelf import Place
-from permprune.updates.methods import NoUpdate, update
 
 SHORT = 16
 """The tokens of text on which what was written is compared with the model."""
@@ -108,7 +106,7 @@ def forecast_held(
         stages=stages,
         disk={
             "checkpoint": held.checkpoint,
-            "states of the search": state_bytes(held.method, run.outline),
+            "states of the search": state_bytes(held.recipe, run.outline),
             "tensors at rest": max(stage.bytes("disk") for stage in stages),
             "experts as fused": subject.stored.itemsize * experts if held.offloads else 0,
         },
@@ -125,8 +123,8 @@ class _HeldRun:
 
     def __init__(self, subject: Subject, config: PruneConfig, shards: int, example: Activations | None) -> None:
         self.subject, self.config, self.shards = subject, config, shards
-        self.method, self.change = permuter(config.permute), update(config.update)
-        self.fisher, self.offloads = self.method.uses_fisher or config.pattern == MIXED, config.offload != "none"
+        self.recipe = config.recipe
+        self.fisher, self.offloads = self.recipe.order.uses_fisher or config.pattern == MIXED, config.offload != "none"
         self.outline = replace(subject.outline, dtype=held_type(subject.stored), shards=shards)
         self.dtype = dtype_named(config.precision) or subject.machine.dtype
         self.counts = example is None
@@ -224,13 +222,11 @@ class _HeldRun:
         return Stage(Phase.CALIBRATE, (self.weights, *passing, *sums, moments, converted), work)
 
     def searching(self) -> Iterator[Stage]:
-        """Yield the choice of patterns, the search and the update."""
+        """Yield the choice of patterns, the search, and the changes of the weights."""
         for stage in stages_of_mix(self.config, self.run):
             yield stage.beside(self.network)
-        for stage in stages_of(self.method, self.run):
+        for stage in (*stages_of(self.recipe.order, self.run), *changes_of(self.recipe, self.run)):
             yield replace(stage.beside(self.network), limited=True)
-        for stage in stages_of(self.change, self.run):
-            yield stage.beside(self.searched)
 
     def evaluating(self) -> Stage:
         """Evaluations, which compute in fp32, and the layers' errors in the natural order and in the one found."""
@@ -241,7 +237,7 @@ class _HeldRun:
         evaluated = passes * evaluation_count(model, self.subject.windows)
         work = self.measuring.pass_work(evaluated, evaluation_batch(model)) + self.energies * 2
         parts = self.counted("none", dtype=torch.float32, batch=EVALUATION_BATCH).parts
-        return Stage(Phase.EVALUATE, parts, work).beside(self.held)
+        return Stage(Phase.EVALUATE, parts, work).beside(self.changed)
 
     def writing(self) -> Stage:
         """Convert the weights, and compare what was written with them; the model is freed before that is read."""
@@ -255,7 +251,7 @@ class _HeldRun:
             parts = max(as_stored, checked, key=lambda parts: sum(part.bytes for part in parts))
         else:
             parts = (*as_stored, *checked) if on_device else ()
-        return Stage(Phase.WRITE, (*self.held, *parts), Work(stored=self.checkpoint) + self.energies)
+        return Stage(Phase.WRITE, (*self.changed, *parts), Work(stored=self.checkpoint) + self.energies)
 
     def packing(self) -> Stage:
         """Read the model that was written, whole and on the host, and solve its values of int4."""
@@ -286,14 +282,9 @@ class _HeldRun:
         return self.weights, masks, Memory(Part.SECOND_MOMENTS, moments)
 
     @property
-    def searched(self) -> tuple[Memory, ...]:
-        """The memory of the masked model after the search."""
-        return (*self.network, *([trained_weights(self.run)] if self.method.trains else []))
-
-    @property
-    def held(self) -> tuple[Memory, ...]:
-        """The memory of the masked model after the update."""
-        return self.searched if isinstance(self.change, NoUpdate) else (*self.searched, update_share(self.run))
+    def changed(self) -> tuple[Memory, ...]:
+        """The memory of the masked model after the changes of its weights."""
+        return (*self.network, *([trained_weights(self.run)] if self.recipe.changes else []))
 
     @property
     def measuring(self) -> Workload:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from permprune.forecasts.resources import Memory, Part, Work, Workload
 from permprune.inference.solved import SWEEPS
 from permprune.inference.solving import PARTS, STEPS
-from permprune.losses.objective import as_loss
+from permprune.losses.objective import Loss, LossFunction, as_loss
 from permprune.models.layers import Layer
-from permprune.permuters.block_tuning import PASSES
-from permprune.permuters.iterate import Iterative
-from permprune.permuters.trust_region import TrustRegion
+from permprune.training.blocks import PASSES
+from permprune.training.train import WINDOWS, Training
 from permprune.updates.methods import ADMM, WIDE
 
 STEPPED = 15
@@ -45,12 +43,7 @@ def block_update(run: Workload, examples: int) -> tuple[Memory, ...]:
     return Memory(Part.ACTIVATIONS, run.block_outputs(examples)), Memory("update of a block", round(4 * size))
 
 
-def update_share(run: Workload) -> Memory:
-    """The memory of weights that went a share of the way to an update, in fp32."""
-    return Memory(Part.UPDATE_SHARE, 4 * run.outline.weights)
-
-
-def compensation_work(run: Workload, examples: int) -> Work:
+def update_work(run: Workload, examples: int) -> Work:
     """An inverse costs about as much as an iteration, and of wide layers only the last iteration is in fp32."""
     method = ADMM()
 
@@ -88,14 +81,14 @@ def _block_by_block(run: Workload, examples: int, update: Callable[[int, int, in
     return run.pass_work(examples, examples, 2) + moments + run.each_problem(update)
 
 
-def training(method: TrustRegion, run: Workload) -> tuple[tuple[Memory, ...], Work | None]:
-    """The memory and the work of `train_weights`; the work is None if only a time limit ends it.
+def training(method: Training, run: Workload) -> tuple[tuple[Memory, ...], Work]:
+    """The memory and the work of `train_weights`.
 
     Each batch of a step reads the weights, once more with `recompute`, and a step reads and writes them and their
     moments; there are sums of gradients for several batches only. A step makes passes of the dense model and, as of a
     gradient but without covariance, of the pruned one. `carrying` its weights is left to the memory.
     """
-    outline, steps, examples = run.outline, method.train_steps, method.step_examples * run.examples_per_window
+    outline, steps, examples = run.outline, method.steps, WINDOWS * run.examples_per_window
     batches = math.ceil(examples / run.batch)
     reads = (2 if run.recompute else 1) * batches + 2
     masked = masked_weights(run) if outline.dtype != run.dtype else ()  # else those in training run
@@ -110,8 +103,8 @@ def training(method: TrustRegion, run: Workload) -> tuple[tuple[Memory, ...], Wo
     if run.on_device:
         parts.append(Memory("tensor that is saved", weights // len(outline.sites), "host"))
     passes = run.pass_work(examples, run.batch) + run.forward * ((4 if run.recompute else 3) * examples)
-    work = (passes + _moved_by_step(run)) * steps if steps else None
-    return (*parts, *teacher_outputs(method, run, examples, training=True)), work
+    work = (passes + _moved_by_step(run)) * steps
+    return (*parts, *teacher_outputs(method.objective, run, examples, training=True)), work
 
 
 def block_training(run: Workload, steps: int) -> tuple[tuple[Memory, ...], Work]:
@@ -148,14 +141,14 @@ def masked_weights(run: Workload) -> tuple[Memory, ...]:
 
 
 def teacher_outputs(
-    method: Iterative[Any], run: Workload, examples: int, *, training: bool = False
+    objective: Loss | LossFunction, run: Workload, examples: int, *, training: bool = False
 ) -> tuple[Memory, ...]:
     """The dense model's outputs that the search holds: those for the accept test, and for `examples` of a gradient.
 
     The distances of a batch are computed in fp32, of both models' outputs. In `training` the blocks' outputs are
     compared as well where few positions have labels (`Objective.for_training`).
     """
-    if not (as_loss(method.objective).compares_blocks or (training and not run.labelled)):
+    if not (as_loss(objective).compares_blocks or (training and not run.labelled)):
         return ()
     distances = 8 * run.gradient.outputs // run.dtype.itemsize if examples else 0
     outputs = Memory("dense model's outputs", (run.held_out + examples) * run.gradient.outputs // run.batch, "host")

@@ -30,7 +30,7 @@ from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, require_space
 from permprune.system.progress import SPEED, WRITE, stage, stages
 
-FIXED = ("pattern", "saliency", "mode", "update", "seed")
+FIXED = ("pattern", "saliency", "mode", "update", "train", "seed")
 """Fields of the config that the JSON file of a comparison contains."""
 
 
@@ -102,7 +102,7 @@ def compare(
     called with the result before anything is written. Raises `PermpruneError`.
     """
     chosen = {**permuters(["none"]), **permuters(methods)}
-    config, evaluation = config or PruneConfig(), evaluation or Evaluation()
+    config, evaluation = (config or PruneConfig()).completed(), evaluation or Evaluation()
     config.require_no_limit("compare")
     names = stages_of_attempts(chosen.values(), config)
     with stages(*names, *([WRITE, SPEED] if out else [])):

@@ -40,7 +40,6 @@ from permprune.kernels.product.layout import require_packable
 from permprune.models.dummy_inputs import processed_size
 from permprune.models.processors import Processor
 from permprune.permuters.base import Callback
-from permprune.permuters.registry import permuter
 from permprune.plan import Plan
 from permprune.pruning.folder import write_pruned, write_record
 from permprune.system import distributed
@@ -137,10 +136,9 @@ class _Job:
             session = inside.enter_context(Session(open_weights, self.evaluation))
             weights = session.weights
             weights.plan.dense.warn()
-            method = permuter(weights.plan.config.permute)
             if session.choosing is not None:
-                keep_within(session, method, self.callbacks)
-            pruned, record = session.prune(method, callbacks=self.callbacks)
+                keep_within(session, self.callbacks)
+            pruned, record = session.prune(callbacks=self.callbacks)
             seconds = {**record.seconds, "total": time.monotonic() - started}
             record = dataclasses.replace(record, seconds=seconds, peak_memory_mb=peak_memory_mb())
             self.announce(record)
@@ -213,9 +211,9 @@ class _Job:
         needed = weight_bytes(opened.model, opened.stored)
         require_space(work.out, needed)
         ready = partial(planned, opened.model)
-        fisher = permuter(config.permute).uses_fisher
+        fisher = config.recipe.order.uses_fisher
         held = Held.of(opened, config, spare=not self.in_memory, partial=work.path, planned=ready, fisher=fisher)
-        require_space(work.out, needed + state_bytes(permuter(config.permute), held.plan.outline))
+        require_space(work.out, needed + state_bytes(config.recipe, held.plan.outline))
         return held
 
     def forecast_time(self, begin: Callable[[Forecast], None], opened: PreTrainedModel, plan: Plan) -> None:

@@ -75,7 +75,7 @@ def sweep(
     With `resume` the sweep continues from there, also with more patterns, methods and budgets. `announce` is called
     with the result before it is written. Raises `PermpruneError`.
     """
-    config, evaluation = config or PruneConfig(), evaluation or Evaluation()
+    config, evaluation = (config or PruneConfig()).completed(), evaluation or Evaluation()
     config.require_no_limit("sweep")
     cells = plan_cells(patterns, methods, budgets)
     with WorkFolder(Path(out)).held("sweep", resume) as work:

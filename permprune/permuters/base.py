@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
-from permprune.errors import PermpruneError
 from permprune.options import described, require_fields
 from permprune.pattern import Pattern
-from permprune.registry import label_of
 from permprune.system.imports import on_first_use
 from permprune.system.progress import log
 
@@ -31,8 +30,7 @@ with on_first_use(globals()):
 class CurvePoint:
     """One round of a search: its held-out loss, whether the round was kept, and the seconds of the search at its end.
 
-    `stage` is "search", "refinement" of the masks, "compensation", the training of "blocks" one after the other, or
-    "training" of all weights together.
+    `stage` is "search", "update", the training of "blocks" one after the other, or "training" of all weights together.
     """
 
     round: int
@@ -44,11 +42,11 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Solution:
-    """The result of a search.
+    """The result of a search, or of the recipe that it is a part of.
 
-    `seconds` is the duration of the search, including that of the permuter it starts from; `curve` has one point for
-    each round. `weights` are the weights to be masked, by layer, if the search trained them, and `bits` the masks, if
-    it chose others than the scores do (`MaskedLayers.bits`). `stopped` is whether a callback ended the search.
+    `seconds` is the duration, including that of the permuter that a search starts from; `curve` has one point for each
+    round. `weights` are the weights to be masked, by layer, if the recipe changed them, and `bits` the masks, if its
+    update chose others than the scores do (`MaskedLayers.bits`). `stopped` is whether a callback ended the search.
     """
 
     orders: dict[str, Tensor]
@@ -57,6 +55,12 @@ class Solution:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     bits: dict[str, Tensor] = field(default_factory=dict)
     stopped: bool = False
+
+    def show(self, network: PrunedNetwork) -> None:
+        """Let the network run with this solution."""
+        network.set_weights(self.weights)
+        network.set_orders(self.orders)
+        network.set_bits(self.bits)
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,11 @@ class Run:
     solved: dict[tuple[object, ...], Solution] = field(default_factory=dict, compare=False)
 
     @property
+    def seconds(self) -> float:
+        """The time limit in seconds; infinite without one."""
+        return math.inf if self.minutes is None else 60 * self.minutes
+
+    @property
     def cache_key(self) -> tuple[object, ...]:
         """The fields of the run that the result of a search depends on; examples are compared by identity."""
         return tuple(getattr(self, field.name) for field in fields(self) if field.compare)
@@ -195,21 +204,6 @@ class Permuter(ABC):
         """Whether it reads the Fisher information of the calibration, which takes a backward pass."""
         return True
 
-    @property
-    def trains(self) -> bool:
-        """Whether the method changes weights that are kept."""
-        return False
-
-    @property
-    def search_share(self) -> float:
-        """The share of a time limit in which the method searches for orders; in the rest it trains weights."""
-        return 1.0
-
-    def require_minutes(self, minutes: float | None) -> None:
-        """Raise `PermpruneError` if the method divides a time limit, but `minutes` is None."""
-        if self.search_share < 1 and minutes is None:
-            raise PermpruneError(f"{label_of(self)} trains for a share of a time limit: give --minutes")
-
     def options(self) -> dict[str, Any]:
         """The permuter's options, as values that JSON can hold."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -237,9 +231,7 @@ class Permuter(ABC):
             network.set_bits({})
             run.solved[key] = self._saved_solution(network, run)
         solution = run.solved[key]
-        network.set_weights(solution.weights)
-        network.set_orders(solution.orders)
-        network.set_bits(solution.bits)
+        solution.show(network)
         return solution
 
     def _saved_solution(self, network: PrunedNetwork, run: Run) -> Solution:
@@ -254,7 +246,6 @@ class Permuter(ABC):
         solution = self.search(network, run)
         if not solution.stopped:
             checkpoint.save_object(file, SavedSolution(solution, limits))
-            checkpoint.remove(f"{self.name}.training")  # which the solution has
         return solution
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
@@ -53,15 +53,26 @@ class Landscape:
         return self.network.compute_teacher_outputs(self.run.held_out, self.loss)
 
     def begin(self, start: Permuter) -> Solution:
-        """Return the solution of a permuter, of which the network shows the orders, without weights and masks."""
-        solution = start.solve(self.network, self.run)
-        self.network.set_weights({})
-        self.network.set_bits({})
-        return solution
+        """Return the solution of a permuter, which the network shows."""
+        return start.solve(self.network, self.run)
 
     def held_out_loss(self) -> float:
         """Return the loss on the held-out examples."""
         return self.network.loss(self.run.held_out, self.loss, self.teacher_outputs)
+
+    def better_of(self, orders: dict[str, Tensor], of: str) -> float:
+        """Show these orders, found by the method `of`, or the natural ones if their held-out loss is lower.
+
+        The network shows `orders` before. Returns the loss.
+        """
+        found = self.held_out_loss()
+        self.network.set_orders(self.network.identity())
+        natural = self.held_out_loss()
+        if natural < found:
+            log.info("natural order: loss %.4f, %.4f after %s", natural, found, of)
+            return natural
+        self.network.set_orders(orders)
+        return found
 
     def gradients(self, number: int, examples: int, mean: Gradients | None = None) -> Gradients:
         """Return the gradients on batch `number` of so many examples, averaged with `mean`, which is overwritten."""
@@ -75,7 +86,6 @@ class SearchState:
     Attributes:
         orders: The best orders so far.
         best: Their loss on the held-out examples, the lowest so far.
-        weights: The weights that are masked, by layer, if the search trained them.
         number: Rounds (or steps) made so far.
         moved: Number of orders that the last round changed.
         seconds: Seconds of the start and of all rounds so far, including those of interrupted runs.
@@ -84,20 +94,14 @@ class SearchState:
 
     orders: dict[str, Tensor]
     best: float
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
     number: int = 0
     moved: int = 0
     seconds: float = 0.0
     curve: tuple[CurvePoint, ...] = ()
 
-    def show(self, network: PrunedNetwork) -> None:
-        """Let the network run with the weights and the orders of this state."""
-        network.set_weights(self.weights)
-        network.set_orders(self.orders)
-
-    def record(self, loss: float, kept: bool, stage: str = "search", **changes: Any) -> Self:
+    def record(self, loss: float, kept: bool, **changes: Any) -> Self:
         """Return this state with another point on the curve, and with other `changes`."""
-        point = CurvePoint(self.number, loss, kept, self.seconds, stage)
+        point = CurvePoint(self.number, loss, kept, self.seconds)
         return replace(self, curve=(*self.curve, point), **changes)
 
     def timed(self, change: Callable[[Self], Self]) -> Self:
@@ -154,22 +158,17 @@ class Iterative(Permuter, Generic[S]):
     def done(self, landscape: Landscape, state: S) -> bool:
         """Whether no other step follows."""
         ended = state.number >= self.total or not landscape.network.problems
-        return ended or state.seconds > self.time_limit(landscape.run)
+        return ended or state.seconds > landscape.run.seconds
 
     def finish(self, landscape: Landscape, state: S) -> Solution:
         """Return the solution, after what follows the last round."""
-        return Solution(state.orders, state.seconds, state.curve, state.weights)
-
-    def time_limit(self, run: Run) -> float:
-        """The seconds after which no other round begins."""
-        return float("inf") if run.minutes is None else 60 * run.minutes * self.search_share
+        return Solution(state.orders, state.seconds, state.curve)
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         """Search from the state that an interrupted run saved, or else from the start.
 
         Callbacks are called after each round and at the start; if one stops the search, its last state is the solution.
         """
-        self.require_minutes(run.minutes)
         if not network.problems:
             log.warning("%s: there is no order to search for", self.name)
         landscape, checkpoint = Landscape.of(network, run, self.objective), self.checkpoint(run)
@@ -189,7 +188,7 @@ class Iterative(Permuter, Generic[S]):
                 stopped = run.notify(self._round(landscape, state))
         if stopped:
             log.info("%s was stopped by a callback after %s %d", self.name, self.unit, state.number)
-            return Solution(state.orders, state.seconds, state.curve, state.weights, stopped=True)
+            return Solution(state.orders, state.seconds, state.curve, stopped=True)
         return self.finish(landscape, state)
 
     def _round(self, landscape: Landscape, state: S) -> Round:

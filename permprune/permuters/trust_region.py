@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import ClassVar
 
-from permprune.options import Count, Natural, Positive, Share
-from permprune.permuters.base import Permuter, Run, Solution
+from permprune.options import Count, Natural, Positive
+from permprune.permuters.base import Permuter
 from permprune.permuters.iterate import TOLERANCE, Iterative, Landscape, SearchState
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.reconstruction import Reconstruction
@@ -21,10 +21,7 @@ with on_first_use(globals()):
     import torch
     from torch import Tensor
 
-    from permprune.permuters.after_rounds import after_rounds
-    from permprune.permuters.refinement import require_single_weights
     from permprune.pruning.gradients import Gradients
-    from permprune.pruning.network import PrunedNetwork
     from permprune.pruning.problem import Problem
 
 ATTEMPTS = 4
@@ -39,9 +36,6 @@ and forgets them; chosen by ablation, see docs/results/ablations.md."""
 
 LEAST_SLOPE = 1e-5
 """A problem's slopes are treated as noise if the predicted change of the loss is smaller than this, in nats."""
-
-TRAINED = 0.7
-"""The share of a time limit that is left to a training of a number of steps."""
 
 STILL = 1e-3
 """A problem counts as unmoved if its predicted change of the loss is below this share of the mean."""
@@ -63,33 +57,14 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     `objective` is the loss: an `Objective`, which is adapted to the data, or a function of model and batch. `start`
     finds the orders for the first round, which are used if they are better than the natural ones.
-
-    With `refine` as many rounds follow in which masks change at the orders found (see `refinement`); each takes its
-    gradient on twice as many examples.
-
-    With `compensate` a layer-wise update follows, which chooses masks of its own (see `compensation`).
-
-    With `block_steps` each block's remaining weights are then trained for so many steps (see `block_tuning`).
-
-    With `train_steps` the remaining weights are then trained for so many steps (see `train_weights`) of a quarter as
-    many examples, on the objective and the KL divergence from the dense model, at a learning rate of up to `rate`
-    relative to the weights of a layer. With `train` they are trained until the time limit of the run is over; `train`
-    is the share of that limit in which no round begins (0.7 if only the steps are given). Given both, or steps and a
-    limit, what ends first ends training.
     """
 
-    free: ClassVar[tuple[str, ...]] = ("rounds", "refine", "compensate", "block_steps", "train", "train_steps")
+    free: ClassVar[tuple[str, ...]] = ("rounds",)
     state: ClassVar[type[SearchState]] = TrustRegionState
     start: Permuter = Reconstruction(swaps=3, candidates=1)
     rounds: Natural = 16
     examples: Count = 8
     damping: Positive = 15.0
-    refine: Natural = 0
-    compensate: bool = False
-    block_steps: Natural = 0
-    train: Share = 0.0
-    train_steps: Natural = 0
-    rate: Positive = 2e-3
 
     @abstractmethod
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:
@@ -101,62 +76,20 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     @property
     def divides_rows(self) -> bool:
-        return not (self.trains or self.refine or self.compensate) and self.start.divides_rows
+        return self.start.divides_rows
 
     @property
     def uses_fisher(self) -> bool:
         return self.start.uses_fisher
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        after = {"refinement": self.refine, "compensation": self.compensate, "blocks": self.block_steps}
-        after["training"] = self.trains_all
-        return (*super().stages, *(self.stage(what) for what, asked in after.items() if asked))
-
-    @property
     def total(self) -> int:
         return self.rounds
-
-    @property
-    def trains(self) -> bool:
-        return bool(self.block_steps) or self.trains_all
-
-    @property
-    def trains_all(self) -> bool:
-        """Whether all weights are trained together at the end."""
-        return bool(self.train or self.train_steps)
-
-    @property
-    def search_share(self) -> float:
-        return 1 - (self.train or (TRAINED if self.train_steps or self.block_steps else 0.0))
-
-    @property
-    def step_examples(self) -> int:
-        """The windows of a step of training."""
-        return max(1, self.examples // 4)
-
-    def require_minutes(self, minutes: float | None) -> None:
-        if self.train and not self.train_steps:
-            super().require_minutes(minutes)
-
-    def search(self, network: PrunedNetwork, run: Run) -> Solution:
-        if self.refine:
-            require_single_weights(network.patterns.values())
-        return super().search(network, run)
 
     def init(self, landscape: Landscape) -> TrustRegionState:
         """Start from the orders of `start`, or from the natural ones if their held-out loss is lower."""
         network, start = landscape.network, landscape.begin(self.start)
-        best = landscape.held_out_loss()
-        network.set_orders(network.identity())
-        natural = landscape.held_out_loss()
-        if natural < best:
-            message = "%s starts in natural order: loss %.4f, %.4f after %s"
-            log.info(message, self.name, natural, best, self.start.name)
-            best = natural
-        else:
-            network.set_orders(start.orders)
-        orders = network.orders
+        best, orders = landscape.better_of(start.orders, self.start.name), network.orders
         state = TrustRegionState(
             orders=orders,
             best=best,
@@ -169,7 +102,7 @@ class TrustRegion(Iterative[TrustRegionState]):
     def step(self, landscape: Landscape, state: TrustRegionState) -> TrustRegionState:
         """Propose new orders and keep those that lower the held-out loss."""
         network = landscape.network
-        state.show(network)
+        network.set_orders(state.orders)
         gradients = self.gradients(landscape, state)
         visits = (*state.visits[:-1], Visit(state.orders, (*state.visits[-1].rounds, state.number)))
         if state.slopes:
@@ -265,13 +198,6 @@ class TrustRegion(Iterative[TrustRegionState]):
             damping = {name: factor * max(2.0, excess) for name, factor in damping.items()}
             proposals = network.each_problem(propose, self.name)
         return proposals, damping
-
-    def finish(self, landscape: Landscape, state: TrustRegionState) -> Solution:
-        """Refine the masks, compensate and train the weights, of each block and of all together, if asked for."""
-        landscape.mean = None
-        state.show(landscape.network)
-        state, bits = after_rounds(self, landscape, state)
-        return replace(super().finish(landscape, state), bits=bits)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ FACTS = (
     "permute",
     "saliency",
     "update",
+    "train",
     "calibration",
     "samples",
     "length",

@@ -76,7 +76,7 @@ def decision(record: Mapping[str, Any]) -> str:
 def _pruned(record: Mapping[str, Any]) -> str:
     settings, measured = record["settings"], record["measured"]
     method = settings["permute"]
-    run = way(settings["pattern"], method, settings["update"])
+    run = way(settings["pattern"], method, settings["update"], settings.get("train", NONE))
     if measured is None:
         return f"{run}: {_error_clause(record)}the network was not measured."
     none = None if method == NONE else measured["none"]

@@ -18,7 +18,7 @@ DASH = "\N{EN DASH}"
 NONE = "none"
 """The permuter, and the update, that changes nothing."""
 
-CHANGING = {"compensation": "compensation", "blocks": "training", "training": "training"}
+CHANGING = {"compensation": "compensation", "update": "an update", "blocks": "training", "training": "training"}
 """What changes the weights that are kept, by the stage of the search."""
 
 
@@ -93,7 +93,8 @@ def kept_weights(record: Mapping[str, Any]) -> str:
     """Say, as a sentence, whether the weights that were kept have changed: in the search, by an update or after it."""
     kept = [point.get("stage") for point in record["curve"] if point["kept"]]
     changes = [CHANGING[stage] for stage in kept if stage in CHANGING]
-    changes += [] if record["settings"]["update"] == NONE else [record["settings"]["update"]]
+    if record["settings"]["update"] != NONE and "update" not in {point.get("stage") for point in record["curve"]}:
+        changes.append(record["settings"]["update"])  # by an earlier release, whose curve has no updates
     changes += ["training"] if (record.get("optimised") or {}).get("train") == "all" else []
     if not changes:
         return "The weights that are kept have the values that they have in the dense model."
@@ -105,12 +106,13 @@ def duration(seconds: float | None) -> str:
     return DASH if seconds is None else progress.duration(seconds)
 
 
-def way(pattern: str, method: str, update: str) -> str:
+def way(pattern: str, method: str, update: str, train: str = NONE) -> str:
     """Describe how a model was pruned, as the start of a sentence: "2:4 with newton, then sparsegpt"."""
     mix, _, share = pattern.partition("@")
     words = pattern if mix != MIXED else f"A mix of patterns that keeps {share}" if share else "A mix of patterns"
     words += " in natural order" if method == NONE else f" with {method}"
-    return words if update == NONE else f"{words}, then {update}"
+    then = [update] * (update != NONE) + ["training"] * (train != NONE)
+    return ", then ".join([words, *then])
 
 
 def outcome(metric: str, pruned: float, dense: float, none: float | None) -> str:

@@ -31,7 +31,8 @@ log.addHandler(logging.NullHandler())  # silent unless the application configure
 console = Console(stderr=True)
 T = TypeVar("T")
 
-READ, CALIBRATE, TRAIN, UPDATE = "read the model", "calibrate", "train", "update the weights"
+READ, CALIBRATE, UPDATE = "read the model", "calibrate", "update the weights"
+TRAIN, TRAIN_BLOCKS = "train", "train the blocks"
 MEASURE, DENSE, NATURAL = "measure", "measure the dense model", "measure the natural order"
 CHECK, WRITE, PACK, SPEED = "check", "write", "pack", "measure the speed"
 ALLOCATE = "choose the patterns"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,11 +15,12 @@ from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
     import torch
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from permprune.calibration.moments import InputMoments
     from permprune.examples import Examples
+    from permprune.kernels.search.masks import pack_mask, write_mask
     from permprune.models.forward import frozen, padding_of
     from permprune.models.hooks import Done, block_by_block
     from permprune.models.layers import Layer
@@ -27,7 +28,7 @@ with on_first_use(globals()):
     from permprune.system import distributed
     from permprune.system.progress import log
     from permprune.system.search_state import Checkpoint, Resumable, State
-    from permprune.system.shelf import Computed
+    from permprune.system.shelf import Computed, Shelf
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,14 @@ class Update(ABC):
         require_fields(self)
 
     @abstractmethod
-    def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
-        """Make the network use updated weights (`show`), which follow N:M in stored order.
+    def run(
+        self, network: PrunedNetwork, examples: Examples, *, saved: Resumable | None = None, limit: float = math.inf
+    ) -> None:
+        """Make the network run with updated weights (`show`), which follow N:M in stored order.
 
-        `examples` are calibration examples. `masks` are the weights to keep, bool (rows, channels) by layer, in the
-        network's own order; if they are None, the update chooses. Raises `PermpruneError` if no update can be computed.
+        The update chooses which weights are kept. `examples` are calibration examples. Progress is saved in `saved`,
+        and what an interrupted update saved there is taken. After `limit` seconds the weights that are left stay as
+        they are. Raises `PermpruneError` if no update can be computed.
         """
 
 
@@ -63,30 +67,19 @@ class LayerUpdate(Update):
         moments: Float[Tensor, "channels channels"],
         order: Int[Tensor, " channels"],
         pattern: Pattern,
-        mask: Bool[Tensor, "rows channels"] | None = None,
     ) -> Float[Tensor, "rows channels"]:
         """Prune one layer and update the remaining weights.
 
         `weight` is fp32 (rows, channels); `moments` are the second moments H of its inputs, fp32 (channels, channels).
         `order`, int64 (channels,), lists the columns in stored order, in which groups of m neighbours follow the
-        pattern. `mask`, if given, is bool (rows, channels): the weights to keep. Returns fp32 (rows, channels) in the
-        order of `weight`, which is not changed. Raises `PermpruneError` if H cannot be used.
+        pattern. Returns fp32 (rows, channels) in the order of `weight`, which is not changed. Raises `PermpruneError`
+        if H cannot be used.
         """
 
     def run(
-        self,
-        network: PrunedNetwork,
-        examples: Examples,
-        masks: Mapping[str, Tensor] | None = None,
-        *,
-        saved: Resumable | None = None,
-        limit: float = math.inf,
+        self, network: PrunedNetwork, examples: Examples, *, saved: Resumable | None = None, limit: float = math.inf
     ) -> None:
-        """Run one forward pass over all examples in one batch, and update each block just before it runs.
-
-        Weights are saved in `saved` after each block, and those found there are taken. After `limit` seconds the other
-        blocks keep their weights, which a warning tells.
-        """
+        """Run one forward pass over all examples in one batch, and update each block just before it runs."""
         columns, shown = network.stored_columns(), examples.to(network.device)
         padding, saved = padding_of(network.model, shown), saved or Resumable(Checkpoint(None, {}), self.name)
         before, _ = saved.take() or ({}, {})
@@ -116,9 +109,9 @@ class LayerUpdate(Update):
             with torch.autocast(network.device.type, enabled=False):
                 updated = {}
                 for layer in layers:
-                    mask, site = None if masks is None else masks[layer.name], network.sites[layer.name]
+                    site = network.sites[layer.name]
                     moments = (measured if site in measured else known)[site]  # few tokens may reach an expert
-                    weight = self._layer(network, layer.name, moments, columns[layer.name], mask)
+                    weight = self._layer(network, layer.name, moments, columns[layer.name])
                     updated[layer.name] = weight.to(layer.stored.dtype)  # as it will be stored
                 network.show(updated)
             names.extend(updated)
@@ -134,8 +127,28 @@ class LayerUpdate(Update):
             network.task(network.model, shown)
         saved.save(state)
 
-    def _layer(self, network: PrunedNetwork, name: str, moments: Tensor, order: Tensor, mask: Tensor | None) -> Tensor:
+    def _layer(self, network: PrunedNetwork, name: str, moments: Tensor, order: Tensor) -> Tensor:
         try:
-            return self.apply(network.weights[name].float(), moments, order, network.patterns[name], mask)
+            return self.apply(network.weights[name].float(), moments, order, network.patterns[name])
         except PermpruneError as error:
             raise PermpruneError(f"{name}: {error}") from error
+
+
+def weights_and_masks(network: PrunedNetwork) -> tuple[Shelf, dict[str, Tensor]]:
+    """Return what an update that the network shows comes to: weights to be masked, and masks (`MaskedLayers.bits`).
+
+    Each group keeps its N largest weights, of which some may be 0; pruned weights keep the values that they had. The
+    network does not show the update any more.
+    """
+    before, updated, kept = network.bits, network.updated, network.shelf.another()
+    columns, masks = network.stored_columns(), dict[str, Tensor]()
+    for name, weight in updated.items():
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        write_mask(mask, weight.abs(), columns[name], network.patterns[name])
+        masks[name] = pack_mask(mask)
+    network.set_bits(before | masks)
+    for name in [*updated]:
+        dtype = network.layers[name].stored.dtype
+        kept[name] = torch.where(network.masks[name], updated.pop(name), network.weights[name]).to(dtype)
+    kept.update((name, network.trained[name]) for name in network.trained if name not in kept)
+    return kept, before | masks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ with on_first_use(globals()):
     from permprune.examples import Examples
     from permprune.pruning.network import PrunedNetwork
     from permprune.system.device import fast_dtype
+    from permprune.system.search_state import Resumable
 
 LEAST = 0.03
 """The least root mean square by which a channel is scaled, relative to the median of all. A channel that is almost zero
@@ -40,7 +41,9 @@ class NoUpdate(Update):
 
     name: ClassVar[str] = "none"
 
-    def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
+    def run(
+        self, network: PrunedNetwork, examples: Examples, *, saved: Resumable | None = None, limit: float = math.inf
+    ) -> None:
         """Leave the network as it is."""
 
 
@@ -49,7 +52,7 @@ class SparseGPT(LayerUpdate):
     """Optimal Brain Surgeon, column by column (Frantar & Alistarh 2023, arXiv 2301.00774, section 3).
 
     The columns are processed in stored order. In each group of a row the weights with the largest w^2 / [(H_F)^-1]_jj
-    are kept, where F are the columns from j on, unless a mask is given. The columns that are not yet processed are
+    are kept, where F are the columns from j on. The columns that are not yet processed are
     updated to compensate for the error of each pruned weight. `damping` is added to the diagonal of H, in units of its
     mean. `block` columns (rounded down to whole groups) are processed before the columns after them are updated. A
     channel that is always zero is pruned before any other.
@@ -65,26 +68,23 @@ class SparseGPT(LayerUpdate):
         moments: Float[Tensor, "channels channels"],
         order: Int[Tensor, " channels"],
         pattern: Pattern,
-        mask: Bool[Tensor, "rows channels"] | None = None,
     ) -> Float[Tensor, "rows channels"]:
         pattern.require_divisible(weight.shape[1], "a weight matrix")
         order = order.to(weight.device)
         factor = inverse_factor(moments[order][:, order], self.damping)
         factor.diagonal().masked_fill_(moments.diagonal()[order] == 0, torch.inf)  # pruning these costs nothing
         columns = weight.T[order].contiguous()  # each column is contiguous in memory
-        keep = None if mask is None else mask.T[order]
         width = max(1, self.block // pattern.m) * pattern.m
         for start in range(0, len(columns), width):
             stop = min(start + width, len(columns))
-            kept = None if keep is None else keep[start:stop]
-            errors = _sweep(columns[start:stop], factor[start:stop, start:stop], pattern, kept)
+            errors = _sweep(columns[start:stop], factor[start:stop, start:stop], pattern)
             columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         pruned = torch.empty_like(weight)
         pruned[:, order] = columns.T
         return pruned
 
 
-def _sweep(columns: Tensor, factor: Tensor, pattern: Pattern, mask: Tensor | None) -> Tensor:
+def _sweep(columns: Tensor, factor: Tensor, pattern: Pattern) -> Tensor:
     """Prune (k, rows) columns in place, group by group.
 
     Returns the errors of the columns, (k, rows), for which the columns after them have to compensate.
@@ -94,7 +94,7 @@ def _sweep(columns: Tensor, factor: Tensor, pattern: Pattern, mask: Tensor | Non
     for start in range(0, len(columns), pattern.m):
         stop = start + pattern.m
         group = columns[start:stop]
-        keep = pattern.mask_groups(group.abs() / scale[start:stop], 0) if mask is None else mask[start:stop]
+        keep = pattern.mask_groups(group.abs() / scale[start:stop], 0)
         for i in range(pattern.m):
             column, dropped = start + i, ~keep[i]
             torch.mul(group[i] / scale[column], dropped, out=errors[column])
@@ -109,11 +109,11 @@ class ADMM(LayerUpdate):
     """The least output error that the remaining weights allow, by ADMM (Boža 2024, arXiv 2401.02938).
 
     The alternating direction method of multipliers solves min tr(E H E^T), E the change of the weights, over weights
-    that the mask allows. Channels are scaled so that the diagonal of H is 1, or less where a channel is almost zero
+    that the pattern allows. Channels are scaled so that the diagonal of H is 1, or less where a channel is almost zero
     (`LEAST`); `damping` is then added to it. All rows share one inverse, that of H + `penalty` * I, and each of the
     `iterations` multiplies all of them by it, of wide layers in bf16 where that is fast.
 
-    If no mask is given, the first `gradual` iterations choose one: a weight's score is the magnitude of its current
+    The first `gradual` iterations choose the mask: a weight's score is the magnitude of its current
     value plus that of its multiplier. The N largest scores of each group are kept, and of the others those that are
     large within the layer; their number falls to zero along the paper's cubic schedule. With 0, the scores are those of
     Wanda. A channel that is always zero is pruned before any other. Raises `PermpruneError` if `gradual` is larger than
@@ -137,7 +137,6 @@ class ADMM(LayerUpdate):
         moments: Float[Tensor, "channels channels"],
         order: Int[Tensor, " channels"],
         pattern: Pattern,
-        mask: Bool[Tensor, "rows channels"] | None = None,
     ) -> Float[Tensor, "rows channels"]:
         pattern.require_divisible(weight.shape[1], "a weight matrix")
         order = order.to(weight.device)
@@ -152,10 +151,10 @@ class ADMM(LayerUpdate):
 
         narrow = inverse.bfloat16() if len(order) >= WIDE and fast_dtype(weight.device) == torch.bfloat16 else None
         current = weight.T[order] * scale
-        keep = pattern_mask(current.abs().mul_(alive), pattern) if mask is None else mask.T[order]
+        keep = pattern_mask(current.abs().mul_(alive), pattern)
         moved = seen = total = current  # the weights plus their multipliers, which are 0 at first
         for step in range(self.iterations):
-            if mask is None and step < self.gradual:
+            if step < self.gradual:
                 keep = gradual_mask(total.abs().mul_(alive), pattern, (step + 1) / self.gradual)
             # The multipliers become the part of the total that the mask removes, so that the part that it keeps minus
             # the multipliers is the total with the sign of the removed part reversed.

@@ -15,13 +15,22 @@ from permprune.engine.held import Held, prepare
 from permprune.errors import PermpruneError
 from permprune.inference.pack import pack, packed_bytes
 from permprune.pattern import Pattern
+from permprune.permuters.base import Permuter
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.registry import PERMUTERS
+from permprune.recipe import Recipe
+from permprune.training.train import Training
+from permprune.updates.methods import NoUpdate
 
 from ..permuters.test_permuters import FOLDED, brief
 
 WINDOWS = torch.randint(128, (20, 16), generator=torch.Generator().manual_seed(0))
 QUIET = "model.layers.1.mlp.up_proj"
+
+
+def order(permuter: Permuter) -> Recipe:
+    """The recipe of an order alone."""
+    return Recipe(permuter, NoUpdate(), Training())
 
 
 def ready(
@@ -118,7 +127,7 @@ def test_a_mix_keeps_to_its_bytes(tiny_llama: LlamaForCausalLM, budget: float) -
     assert held.mix is not None
     dense = 2 * sum(parameter.numel() for parameter in tiny_llama.parameters())
     natural = held.natural()
-    pruned = held.finish(held.search(brief("newton"), held.plan.run), natural)
+    pruned = held.finish(held.run(order(brief("newton")), held.plan.run), natural)
     size = packed_bytes(tiny_llama, {row.name: row.pattern for row in pruned.layers}, pruned.gathers)
     assert size is not None and size <= held.mix.bytes <= (budget if budget > 1 else budget * dense)
     pack(tiny_llama, {row.name: row.pattern for row in pruned.layers})
@@ -135,12 +144,12 @@ def test_an_interrupted_run_keeps_the_patterns(
     tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = ready(tiny_llama, tmp_path, keep=0.6)
-    solution = first.search(brief("newton"), first.plan.run)
+    solution = first.run(order(brief("newton")), first.plan.run)
     first.restore()
     monkeypatch.setattr("permprune.engine.held.sensitivity", None)
     again = ready(tiny_llama, tmp_path, keep=0.6)
     assert again.mix == first.mix
-    found = again.search(brief("newton"), again.plan.run)
+    found = again.run(order(brief("newton")), again.plan.run)
     assert found.curve == solution.curve
     with pytest.raises(PermpruneError, match="another keep"):
         ready(tiny_llama, tmp_path, keep=0.7)
@@ -178,7 +187,7 @@ def test_a_swap_changes_layers_with_several_patterns_as_predicted(tiny_llama: Ll
 def test_every_permuter_searches_a_mix(tiny_llama: LlamaForCausalLM, method: str, mode: str) -> None:
     held = ready(tiny_llama, mode=mode, keep=0.6)
     natural = held.natural()
-    pruned = held.finish(held.search(brief(method), held.plan.run), natural)
+    pruned = held.finish(held.run(order(brief(method)), held.plan.run), natural)
     assert pruned.record().mix == held.mix
     for row in pruned.layers:
         pattern, layer = Pattern.parse(row.pattern), held.network.layers[row.name]

@@ -15,7 +15,7 @@ from ..fixtures import BLOCK
 from .running import fails, run
 
 SMALL = ["--samples", "12", "--windows", "6", "--length", "64"]
-NEWTON = ["--permute", "newton:start=ria:rounds=1:compensate=true:train_steps=2"]
+NEWTON = ["--permute", "newton:start=ria:rounds=1", "--update", "admm", "--train", "steps=2"]
 
 
 @pytest.fixture

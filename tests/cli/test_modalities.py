@@ -31,7 +31,7 @@ from .running import fails, run
 pytestmark = pytest.mark.slow
 
 SMALL = ["--samples", "6", "--windows", "1"]
-CHANGED = ["--samples", "12", "--permute", "newton:start=ria:rounds=0:compensate=true:block_steps=2:train_steps=1"]
+CHANGED = ["--samples", "12", "--permute", "ria", "--update", "admm", "--train", "steps=1:blocks=true"]
 """A small run of what efforts do by default."""
 
 

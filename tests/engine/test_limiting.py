@@ -40,7 +40,7 @@ class Weights:
     def choose_patterns(self, share: float) -> None:
         self.share = self.chosen_for = share  # type: ignore[assignment]
 
-    def search(self, *_: Any) -> None:
+    def run(self, *_: Any) -> None:
         self.searches += 1
 
 
@@ -60,20 +60,20 @@ def session(dense: float, slope: float, other: float, spread: float = 0.0) -> An
 
         return measure
 
-    return SimpleNamespace(weights=weights, choosing=meter(slope), measure=meter(other))
+    return SimpleNamespace(weights=weights, recipe=lambda: None, choosing=meter(slope), measure=meter(other))
 
 
 def test_a_measure_of_zero_is_refused_before_any_search() -> None:
     run = session(0.0, 0.1, 0.1)
     with pytest.raises(PermpruneError, match="accuracy is 0, of which no share can be lost: give keep or bytes"):
-        keep_within(run, SimpleNamespace())  # type: ignore[arg-type]
+        keep_within(run)  # type: ignore[arg-type]
     assert run.weights.searches == 0
 
 
 def test_if_no_share_is_confirmed_the_loss_on_the_other_half_is_told(caplog: pytest.LogCaptureFixture) -> None:
     run = session(0.8, 0.05, 1.0)
     with caplog.at_level(logging.WARNING, logger="permprune"):
-        keep_within(run, SimpleNamespace())  # type: ignore[arg-type]
+        keep_within(run)  # type: ignore[arg-type]
     confirmed = [one for one in run.weights.mix.attempts if one.confirmed is not None]
     best = max(confirmed, key=lambda one: one.confirmed or 0.0)
     assert run.weights.share == best.keep and best.confirmed == pytest.approx(0.8 * best.keep)
@@ -83,7 +83,7 @@ def test_if_no_share_is_confirmed_the_loss_on_the_other_half_is_told(caplog: pyt
 def test_a_loss_within_the_limit_must_be_so_with_its_error() -> None:
     exact, uncertain = session(0.8, 0.02, 0.03), session(0.8, 0.02, 0.03, spread=0.01)
     for run in (exact, uncertain):
-        keep_within(run, SimpleNamespace())  # type: ignore[arg-type]
+        keep_within(run)  # type: ignore[arg-type]
     # the standard deviation of four numbers, 0.01, -0.01, 0 and 0, divided by the root of four
     error = 0.01 * math.sqrt(2 / 3) / 2
     last = {run.weights.share: run.weights.mix.attempts for run in (exact, uncertain)}
@@ -103,7 +103,7 @@ def test_where_the_error_alone_is_beyond_the_limit_the_other_half_decides(
 ) -> None:
     run = session(0.8, 0.02, other, spread=spread)
     with caplog.at_level(logging.WARNING, logger="permprune"):
-        keep_within(run, SimpleNamespace())  # type: ignore[arg-type]
+        keep_within(run)  # type: ignore[arg-type]
     (tried,) = [one for one in run.weights.mix.attempts if one.confirmed is not None]
     assert tried.keep == run.weights.share == max(one.keep for one in run.weights.mix.attempts)
     assert ("give more --data" in caplog.text) is not confirmed
@@ -120,7 +120,7 @@ def test_a_share_whose_loss_is_not_finite_on_the_other_half_is_refused() -> None
         return found
 
     run.measure = overflows
-    keep_within(run, SimpleNamespace())  # type: ignore[arg-type]
+    keep_within(run)  # type: ignore[arg-type]
     attempts = {one.keep: one for one in run.weights.mix.attempts}
     assert any(one.confirmed == math.inf for one in attempts.values())
     assert attempts[run.weights.share].confirmed == pytest.approx(0.8 * (1 - 0.02 * (1 - run.weights.share)))

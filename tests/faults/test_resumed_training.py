@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from permprune.permuters.tuning import Schedule, counted
 from permprune.training.loop import Trainer
 
 from ..cli.running import run
@@ -24,34 +23,28 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-ADAM = "permprune.permuters.tuning.adam_step"
+ADAM = "permprune.training.kept_weights.adam_step"
 ADMM = "permprune.updates.methods.cholesky"
 LAYERS = 14
 """Of the tiny LLaMA; each step of a training calls `adam_step` once for each."""
 
 
-def six_steps(_: float) -> Schedule:
-    """In place of a schedule of so many seconds."""
-    return counted(6)
-
-
 @pytest.mark.parametrize(
-    ("dtype", "method", "place", "call"),
+    ("dtype", "update", "train", "place", "call"),
     [
-        ("fp32", "newton:rounds=2:refine=2:train_steps=8", ADAM, 6 * LAYERS + 5),  # in the seventh step
-        ("bf16", "newton:rounds=1:train=0.5", ADAM, 4 * LAYERS + 5),  # in the fifth of six steps
-        ("bf16", "newton:start=ria:rounds=0:compensate=true:train_steps=6", ADAM, 4 * LAYERS + 5),
-        ("bf16", "newton:start=ria:rounds=0:compensate=true:train_steps=2", ADMM, 10),  # in the second block
-        ("fp32", "newton:rounds=0:block_steps=3:train_steps=2", ADAM, 3 * LAYERS // 2 + 5),  # in the second block
-        ("fp32", "newton:rounds=0:train_steps=14:rate=0.05", ADAM, 12 * LAYERS + 5),  # after it went back
-        ("fp32", "learned:rounds=1:refine=3", "permprune.permuters.refinement.all_swaps", 3),
+        ("fp32", "none", "steps=8", ADAM, 6 * LAYERS + 5),  # in the seventh step
+        ("bf16", "admm", "steps=6", ADAM, 4 * LAYERS + 5),
+        ("bf16", "admm", "steps=2", ADMM, 10),  # in the second block
+        ("fp32", "none", "steps=2:blocks=true", ADAM, 4 * LAYERS // 2 + 5),  # in the second block
+        ("fp32", "none", "steps=14:rate=0.05", ADAM, 12 * LAYERS + 5),  # after it went back
     ],
 )
-def test_a_killed_training_of_a_search_continues(
+def test_a_killed_recipe_continues(
     tiny_checkpoint: Path,
     tmp_path: Path,
     dtype: str,
-    method: str,
+    update: str,
+    train: str,
     place: str,
     call: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -60,8 +53,8 @@ def test_a_killed_training_of_a_search_continues(
         LlamaForCausalLM.from_pretrained(tiny_checkpoint).bfloat16().save_pretrained(tiny_checkpoint)
     text = write_text(tmp_path / "text.txt", "calibration")
     command = ["prune", tiny_checkpoint, "--calibration", text, "--data", text, "--length", "16", "--samples", "24"]
-    command += ["--windows", "4", "--permute", method, *(["--minutes", "9"] if "train=" in method else [])]
-    patches = {"permprune.permuters.after_rounds.timed": six_steps, "permprune.permuters.tuning.RISEN": 0.9}
+    command += ["--windows", "4", "--permute", "ria", "--update", update, "--train", train]
+    patches = {"permprune.training.kept_weights.RISEN": 0.9}
     for name, value in patches.items():
         monkeypatch.setattr(name, value)
     every, whole, out = calls(place, monkeypatch), tmp_path / "whole", tmp_path / "out"
@@ -73,7 +66,7 @@ def test_a_killed_training_of_a_search_continues(
     code, _, stderr = run(*command, "--out", out, "--resume")
     assert code == 0, stderr
     steps = LAYERS if place == ADAM else 1  # the step, or block, in which it was killed is made again, and no other one
-    steps = 3 * LAYERS // 2 if "block_steps" in method else LAYERS // 2 if place == ADMM else steps
+    steps = 4 * LAYERS // 2 if "blocks" in train else LAYERS // 2 if place == ADMM else steps
     assert len(every) == made - (call - 1) // steps * steps
     records = [json.loads((folder / "permprune.json").read_text()) for folder in (whole, out)]
     assert records[0]["permutations"] == records[1]["permutations"]

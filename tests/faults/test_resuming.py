@@ -18,10 +18,10 @@ from permprune.engine.session import Session
 from permprune.permuters.base import LocalPermuter, Permuter, Random
 from permprune.permuters.registry import PERMUTERS
 from permprune.permuters.trust_region import Newton
-from permprune.permuters.tuning import KeptWeights
 from permprune.system import search_state as checkpoint
 from permprune.system.files import WorkFolder
 from permprune.system.search_state import Checkpoint
+from permprune.training.kept_weights import KeptWeights
 from permprune.training.loop import Trainer
 
 from ..cli.running import fails, run
@@ -325,7 +325,7 @@ def test_training_on_answers_goes_on_from_its_last_step(
     """Beside text, of which batches take other shapes."""
     answers, text = write_answers(tmp_path / "answers.jsonl", 30), write_text(tmp_path / "text.txt", "some words")
     command = ["prune", tiny_checkpoint, "--calibration", answers, "--calibration", text, "--data", answers, *SMALL]
-    command += ["--permute", "newton:rounds=0:train_steps=4", "--examples", "0"]
+    command += ["--permute", "newton:rounds=0", "--train", "steps=4", "--examples", "0"]
     assert run(*command, "--out", tmp_path / "whole")[0] == 0
     monkeypatch.setattr("permprune.system.search_state.EVERY", 0.0)
     with interrupted(KeptWeights, "step", 2, monkeypatch):

@@ -14,14 +14,17 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 import permprune
 from permprune import PermpruneError, PruneConfig
-from permprune.config import DEFAULTS
 from permprune.config import EFFORTS as NAMES
+from permprune.config import PARTS
 from permprune.engine.held import prepare
 from permprune.forecasts import efforts
 from permprune.forecasts.activations import Activations
 from permprune.forecasts.efforts import EFFORTS, ROUNDS, STEPS, Effort, resolve
-from permprune.permuters.registry import permuter
+from permprune.permuters.kept import RIAPermuter
 from permprune.permuters.trust_region import Newton
+from permprune.recipe import Recipe
+from permprune.training.train import Training
+from permprune.updates.methods import ADMM, NoUpdate
 
 from ..cli.running import fails, run
 from ..fixtures import make_tiny_llama
@@ -31,13 +34,11 @@ WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
 
-def chosen(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, windows: float, **settings: object) -> Newton:
-    """The method of a run whose work is that of so many windows forward."""
+def chosen(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, windows: float, **settings: object) -> Recipe:
+    """The recipe of a run whose work is that of so many windows forward."""
     example = Activations(0, 0, 1, 0, operations=6e13 / windows)
     monkeypatch.setattr(efforts, "example_pass", lambda *_, **__: example)
-    method = permuter(resolve(model, PruneConfig(**settings)).permute)  # type: ignore[arg-type]
-    assert isinstance(method, Newton)
-    return method
+    return resolve(model, PruneConfig(**settings)).recipe  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -74,12 +75,12 @@ def test_work_is_divided_into_rounds_and_steps(tiny_llama: LlamaForCausalLM, mon
     """
     every = (720, 82, 0), (360, 37, 0), (36, STEPS[0], 0), (1300, 77, 154), (1e9, STEPS[1] // 2, STEPS[1])
     for windows, steps, of_blocks in every:
-        method = chosen(tiny_llama, monkeypatch, windows, effort="minutes")
-        assert (method.rounds, method.compensate) == (0, True)
-        assert (method.block_steps, method.train_steps) == (of_blocks, steps)
+        recipe = chosen(tiny_llama, monkeypatch, windows, effort="minutes")
+        assert (recipe.order, recipe.update) == (RIAPermuter(), ADMM())
+        assert (recipe.train.block_steps, recipe.train.steps) == (of_blocks, steps)
     for windows, rounds in ((360, 10), (1, ROUNDS[0]), (1e9, ROUNDS[1])):
-        method = chosen(tiny_llama, monkeypatch, windows, effort="order")
-        assert (method.rounds, method.compensate, method.train_steps) == (rounds, False, 0)
+        recipe = chosen(tiny_llama, monkeypatch, windows, effort="order")
+        assert recipe == Recipe(Newton(rounds=rounds), NoUpdate(), Training())
 
 
 def test_only_shapes_count(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,25 +88,23 @@ def test_only_shapes_count(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.Mon
     whole = resolve(tiny_llama, PruneConfig(length=32))
     shapes = copy.deepcopy(tiny_llama).to("meta")  # type: ignore[arg-type]
     assert resolve(shapes, PruneConfig(length=32)) == whole
-    half = permuter(resolve(tiny_llama, PruneConfig(length=64)).permute)
-    method = permuter(whole.permute)
-    assert isinstance(half, Newton) and isinstance(method, Newton)
-    assert method.train_steps == pytest.approx(2 * half.train_steps, rel=0.2) and STEPS[0] < half.train_steps
+    half, steps = resolve(tiny_llama, PruneConfig(length=64)).recipe.train.steps, whole.recipe.train.steps
+    assert steps == pytest.approx(2 * half, rel=0.2) and STEPS[0] < half
 
 
 def test_prune_trains_unless_it_is_told_otherwise(tiny_llama: LlamaForCausalLM) -> None:
     default = resolve(tiny_llama, PruneConfig())
     assert default == resolve(tiny_llama, PruneConfig(effort="minutes")) and default.effort == "minutes"
     given = PruneConfig(permute="newton:rounds=3", samples=24)
-    assert resolve(tiny_llama, given) == given
+    assert resolve(tiny_llama, given) == given.replace(update="none", train="none") == given.completed()
     assert resolve(tiny_llama, PruneConfig(samples=24)).samples == 24
-    for both in (PruneConfig(effort="hour", permute="ria"), PruneConfig(effort="order").replace(permute="ria")):
-        with pytest.raises(PermpruneError, match=r"effort .* chooses the search, and so does ria: give one of them"):
-            resolve(tiny_llama, both)
-    assert "give one of them" in fails("plan", "./no-model", "--effort", "hour", "--permute", "ria")
-    assert {name: getattr(PruneConfig(), name) for name in DEFAULTS} == DEFAULTS
-    assert pickle.loads(pickle.dumps(default)).given == {"permute", "samples"}
-    with pytest.raises(PermpruneError, match="effort hour chooses the search of prune alone"):
+    assert given.replace(samples=None).completed().samples == 192
+    for part, value in (("permute", "ria"), ("update", "admm"), ("train", "steps=9")):
+        with pytest.raises(PermpruneError, match=f"effort hour sets order, update and training: leave out {part}, or"):
+            resolve(tiny_llama, PruneConfig(effort="hour").replace(**{part: value}))  # type: ignore[arg-type]
+        assert f"leave out {part}" in fails("plan", "./no-model", "--effort", "hour", f"--{part}", value)
+    assert pickle.loads(pickle.dumps(default)) == default
+    with pytest.raises(PermpruneError, match="effort hour sets the recipe of prune alone"):
         prepare(tiny_llama, None, PruneConfig(effort="hour"), examples=WINDOWS)
 
 
@@ -124,11 +123,8 @@ def test_training_sees_a_short_text_once(
     pruned = permprune.prune(tiny_llama, examples=WINDOWS, precision="fp32")
     (said,) = [line for line in caplog.messages if "windows to train on" in line]
     assert "12 windows" in said and "each once, in 6 steps in place of 1000" in said
-    assert (
-        pruned.config.permute
-        == pruned.record().settings["permute"]
-        == "newton:start=ria:rounds=0:compensate=true:block_steps=12:train_steps=6"
-    )
+    settings = pruned.record().settings
+    assert [settings[part] for part in PARTS] == ["ria", "admm", "steps=6:blocks=true"]
     assert pruned.solution.curve[-1].stage == "training" and "starts over" not in caplog.text
 
 
@@ -137,7 +133,7 @@ def test_training_sees_images_several_times(little: None, caplog: pytest.LogCapt
     pruned = permprune.prune(make("vit"), examples=images, precision="fp32")
     (said,) = [line for line in caplog.messages if "windows to train on" in line]
     assert "2 windows" in said and "up to 20 times, in 20 steps in place of" in said
-    assert pruned.config.permute == "newton:start=ria:rounds=0:compensate=true:train_steps=20:rate=0.0005"
+    assert pruned.config.train == "steps=20:rate=0.0005"
     assert "starts over" not in caplog.text
 
 
@@ -148,13 +144,11 @@ def test_an_effort_gives_the_same_files_every_time(
     digests = []
     for out, effort in (("one", []), ("other", ["--effort", "minutes"])):
         code, stdout, stderr = run("-v", "prune", tiny_checkpoint, *small, *effort, "--out", tmp_path / out)
-        asked = "newton:start=ria:rounds=0:compensate=true:block_steps=2000:train_steps=1000on24"
-        assert code == 0 and asked in "".join(stderr.split())
-        method = "newton:start=ria:rounds=0:compensate=true:block_steps=12:train_steps=6"
-        said = f"effort minutes: {method} on 24 windows; training changes the"
-        assert stdout.startswith(said) and "; about" in stdout
+        assert code == 0 and "order: ria; update: admm; train: 1000 steps, blocks first; 24" in " ".join(stderr.split())
+        recipe = "order: ria\nupdate: admm\ntrain: 6 steps, blocks first\n"
+        assert stdout.startswith(f"{recipe}effort minutes, 24 windows; training changes the") and "; about" in stdout
         settings = json.loads((tmp_path / out / "permprune.json").read_text())["settings"]
-        assert (settings["effort"], settings["permute"]) == ("minutes", method)
+        assert [settings[name] for name in ("effort", *PARTS)] == ["minutes", "ria", "admm", "steps=6:blocks=true"]
         assert "<dt>effort</dt><dd>minutes</dd>" in (tmp_path / out / "report.html").read_text()
         digests.append(hashlib.sha256((tmp_path / out / "model.safetensors").read_bytes()).digest())
     assert digests[0] == digests[1]

@@ -79,20 +79,20 @@ def test_a_folder_loads_and_holds_the_pattern(source: Path, mode: str, tiny_text
 
 
 @pytest.mark.parametrize(
-    ("family", "mode", "method"),
+    ("family", "mode", "recipe"),
     [
-        ("mixtral", "fold", "ria"),
-        ("mixtral", "gather", "random"),
-        ("qwen3-moe", "gather", "newton:rounds=1:block_steps=2:train_steps=1"),
-        ("gpt-oss", "fold", "ria"),
+        ("mixtral", "fold", {"permute": "ria"}),
+        ("mixtral", "gather", {"permute": "random"}),
+        ("qwen3-moe", "gather", {"permute": "newton:rounds=1", "train": "steps=1:blocks=true"}),
+        ("gpt-oss", "fold", {"permute": "ria"}),
     ],
     indirect=["family"],
 )
 def test_experts_that_are_offloaded_are_pruned_alike(
-    source: Path, mode: str, method: str, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    source: Path, mode: str, recipe: dict[str, str], tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, other = (
-        run(source, tmp_path / place, tiny_text, permute=method, mode=mode, offload=place) for place in ("none", "disk")
+        run(source, tmp_path / place, tiny_text, **recipe, mode=mode, offload=place) for place in ("none", "disk")
     )
     assert caplog.text.count("experts read fewer than") == 2
     for key in ("permutations", "layers", "measured"):

@@ -21,15 +21,16 @@ from permprune.system.shelf import Shelf
 from ..fixtures import small_checkpoint
 from ..held_bytes import Held
 
-METHOD = Newton(
-    start=Identity(), rounds=2, swaps=2, examples=4, refine=1, compensate=True, block_steps=2, train_steps=2
-)
+RECIPE: dict[str, Any] = {
+    "permute": Newton(start=Identity(), rounds=2, swaps=2, examples=4), "update": "admm",
+    "train": "steps=2:blocks=true",
+}  # fmt: skip
 
 SETTINGS = PruneConfig(length=16, samples=24, precision="fp32", recompute=True)
 
 
 def prune(source: Path, out: Path, text: Path, **settings: Any) -> Record:
-    config = SETTINGS.replace(**{"permute": METHOD, "calibration": str(text), **settings})
+    config = SETTINGS.replace(**{"calibration": str(text), **settings})
     return permprune.prune_to_folder(str(source), out, config, evaluation=Evaluation(str(text), 4, 16))
 
 
@@ -50,7 +51,7 @@ def test_nothing_but_the_memory_changes(
     dtype: torch.dtype, mode: str, tmp_path: Path, tiny_text: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     source = small_checkpoint(tmp_path / "source", tiny_tokenizer, dtype, num_hidden_layers=2)
-    same_offloaded(source, tmp_path, tiny_text, mode=mode)
+    same_offloaded(source, tmp_path, tiny_text, mode=mode, **RECIPE)
 
 
 @pytest.mark.slow
@@ -96,17 +97,18 @@ def test_no_method_finds_or_writes_anything_else(
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
-    ("method", "mode", "update"),
+    ("method", "mode", "update", "train"),
     [
-        (Newton(start=Identity(), rounds=1, swaps=1, examples=4, train_steps=1), "fold", "none"),
-        ("ria", "gather", "none"),
-        ("ria", "gather", "admm"),
+        (Newton(start=Identity(), rounds=1, swaps=1, examples=4), "fold", "none", "steps=1"),
+        ("ria", "gather", "none", "none"),
+        ("ria", "gather", "admm", "none"),
     ],
 )
 def test_memory_is_what_was_forecast(
     method: str | Newton,
     mode: str,
     update: str,
+    train: str,
     tmp_path: Path,
     tiny_text: Path,
     tiny_tokenizer: PreTrainedTokenizerFast,
@@ -115,12 +117,13 @@ def test_memory_is_what_was_forecast(
     monkeypatch.setattr("permprune.forecasts.machine._measured_rates", lambda *_: Rates(1e12, 1e12, 1e12, 1e12))
     sizes = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 512}
     source = small_checkpoint(tmp_path / "source", tiny_tokenizer, torch.float32, **sizes)
-    settings = {"permute": method, "mode": mode, "update": update, "batch": 1, "offload": "disk"}
+    recipe: dict[str, Any] = {"permute": method, "mode": mode, "update": update, "train": train}
+    settings = {**recipe, "batch": 1, "offload": "disk"}
     found = permprune.forecast(str(source), SETTINGS.replace(**settings), windows=4)
     with Held() as held:
         prune(source, tmp_path / "out", tiny_text, **settings)
     assert held.peak == pytest.approx(found.tensors, rel=0.1)
-    given = SETTINGS.replace(permute=method, mode=mode, update=update)
+    given = SETTINGS.replace(**recipe)
     for memory, place in ((2**30, "none"), (found.tensors, "disk")):
         assert permprune.forecast(str(source), given.replace(memory=memory), windows=4).config.offload == place
 

@@ -193,7 +193,7 @@ def test_a_run_from_the_checkpoint_is_that_of_the_model_in_fp32(
     narrow_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     config = SETTINGS.replace(
-        permute="newton:rounds=1:block_steps=2:train_steps=2", calibration=str(tiny_text), length=16, samples=24
+        permute="newton:rounds=1", train="steps=1:blocks=true", calibration=str(tiny_text), length=16, samples=24
     )
     model, tokenizer, _ = permprune.read_model(str(narrow_checkpoint))
     evaluation = Evaluation(str(tiny_text), 4, 16)

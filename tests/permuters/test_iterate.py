@@ -22,7 +22,6 @@ from permprune.system.search_state import Checkpoint
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 METHODS = [
     Newton(rounds=3, examples=4),
-    Newton(rounds=3, examples=4, train_steps=2),
     LearnedPaper(steps=5, check=2, examples=2, learning_rate=1.0),
 ]
 

@@ -1,5 +1,6 @@
 """The permuters on models of images, padded sentences, speech, and without a head."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,9 @@ from permprune.permuters.learned import Learned
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.registry import PERMUTERS
 from permprune.permuters.trust_region import Newton, TrustRegion
-from permprune.permuters.tuning import counted, train_weights
 from permprune.system.search_state import Checkpoint, Resumable
+from permprune.training.train import Training, train_weights
+from permprune.updates.methods import update
 
 from ..modalities import EXAMPLES, make
 from .test_permuters import brief, same
@@ -120,9 +122,9 @@ def test_divergence_curves_as_the_squares_of_labels_say() -> None:
 
 @pytest.mark.parametrize("data", EXAMPLES)
 def test_sparsegpt_lowers_the_output_errors(data: str) -> None:
-    prepared = prepare(make(data), None, PruneConfig(update="sparsegpt", **SETTINGS), examples=dict(**EXAMPLES[data]()))
+    prepared = prepare(make(data), None, PruneConfig(**SETTINGS), examples=dict(**EXAMPLES[data]()))
     before = prepared.network.measures()
-    Held(prepared, None).update()
+    update("sparsegpt").run(prepared.network, prepared.measured)
     assert sum(row.error for row in prepared.network.measures()) < sum(row.error for row in before)
 
 
@@ -140,8 +142,8 @@ def test_training_brings_hidden_states_close_to_the_dense_models(data: str) -> N
     natural = network.loss(run.train, distance)
 
     def trained(loss: Objective) -> float:
-        own, saved = (network, run, loss, counted(30)), Resumable(Checkpoint(None, {}), "training")
-        network.set_weights(train_weights(*own, examples=2, rate=5e-3, saved=saved))
+        method, saved = Training(steps=30, rate=5e-3), Resumable(Checkpoint(None, {}), "training")
+        network.set_weights(train_weights(network, run, method, loss, saved=saved, limit=math.inf))
         found = network.loss(run.train, distance)
         network.set_weights(network.dense)
         return found

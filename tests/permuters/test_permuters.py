@@ -113,13 +113,10 @@ def test_reconstruction_takes_the_candidates_that_held_out_text_prefers(tiny_lla
     assert losses[1] < losses[0]
 
 
-TRAINED = {"train_steps": 6, "rate": 0.12}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [Newton(rounds=4, examples=4), Learned(rounds=4, examples=4), Newton(rounds=3, examples=4, **TRAINED)],
+    [Newton(rounds=4, examples=4), Learned(rounds=4, examples=4)],
 )
 def test_end_to_end_searches_never_end_above_their_start(tiny_llama: LlamaForCausalLM, method: TrustRegion) -> None:
     prepared = ready(tiny_llama)
@@ -139,7 +136,6 @@ def test_end_to_end_searches_never_end_above_their_start(tiny_llama: LlamaForCau
     [
         Newton(rounds=5, examples=2),
         Learned(rounds=5, examples=2),
-        Newton(rounds=4, examples=2, **TRAINED),
         LearnedPaper(steps=5, examples=2, check=1, learning_rate=1.0),
     ],
 )
@@ -187,49 +183,6 @@ def test_a_search_goes_on_for_more_rounds_but_not_with_other_options(
     assert same(Newton(rounds=3, examples=4).search(prepared.network, run).orders, whole.orders)
     with pytest.raises(PermpruneError, match="another swaps"):
         Newton(rounds=3, examples=4, swaps=2).search(prepared.network, run)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["newton", "learned"])
-def test_training_lowers_the_loss_at_masks_of_the_pattern(tiny_llama: LlamaForCausalLM, name: str) -> None:
-    prepared = ready(tiny_llama)
-    network, run = prepared.network, dataclasses.replace(prepared.run, held_out=prepared.run.train)
-    dense = {layer: weight.clone() for layer, weight in network.dense.items()}
-    alone = brief(name).solve(network, run)
-    before = network.loss(run.held_out, Objective())
-    shown = dict(network.shown)
-    trained = dataclasses.replace(brief(name), **TRAINED).solve(network, run)
-    assert network.loss(run.held_out, Objective()) < before
-    for layer, columns in network.stored_columns().items():
-        weight = network.shown[layer]
-        assert torch.equal(weight, trained.weights[layer] * network.masks[layer])
-        assert network.patterns[layer].holds(weight[:, columns])
-        assert not torch.equal(trained.weights[layer], dense[layer])
-        assert torch.equal(network.dense[layer], dense[layer])
-    assert not alone.weights
-    brief(name).solve(network, run)  # recalled: the dense weights are back
-    assert all(torch.equal(network.shown[layer], weight) for layer, weight in shown.items())
-
-
-@pytest.mark.slow
-def test_training_follows_the_search_for_the_order(tiny_llama: LlamaForCausalLM) -> None:
-    prepared = ready(tiny_llama)
-    run = dataclasses.replace(prepared.run, held_out=prepared.run.train)
-    alone = Newton(rounds=3, examples=4).search(prepared.network, run)
-    trained = Newton(rounds=3, examples=4, **TRAINED).search(prepared.network, run)
-    assert same(trained.orders, alone.orders)
-    assert [point.loss for point in trained.curve[:-1]] == [point.loss for point in alone.curve]
-    assert trained.curve[-1].kept and trained.curve[-1].loss < alone.curve[-1].loss
-
-
-@pytest.mark.slow
-def test_training_at_a_rate_that_raises_the_loss_is_refused(tiny_llama: LlamaForCausalLM) -> None:
-    prepared = ready(tiny_llama)
-    method = Newton(rounds=2, examples=4, objective=Objective(0.0, divergence=1.0))
-    alone = method.search(prepared.network, prepared.run)
-    trained = dataclasses.replace(method, train_steps=3, rate=40.0).search(prepared.network, prepared.run)
-    assert same(trained.orders, alone.orders)
-    assert not trained.weights and not trained.curve[-1].kept
 
 
 @pytest.mark.slow
@@ -349,21 +302,6 @@ def test_a_search_begins_in_natural_order_where_its_start_is_worse(tiny_llama: L
         network.set_orders(solution.orders)
         assert started[name] == network.loss(run.held_out, Objective())
     assert max(started.values()) == started["none"]
-
-
-@pytest.mark.parametrize("method", [Newton(rounds=0), LearnedPaper(steps=0)], ids=repr)
-def test_of_a_start_that_changes_weights_and_masks_the_orders_count(
-    tiny_llama: LlamaForCausalLM, method: Newton | LearnedPaper
-) -> None:
-    prepared = ready(tiny_llama)
-    run = dataclasses.replace(prepared.run, held_out=prepared.run.train)
-    start = Newton(rounds=0, start=permuter("ria"), compensate=True, train_steps=4, rate=0.05)
-    solution = dataclasses.replace(method, start=start).solve(prepared.network, run)
-    assert start.solve(prepared.network, run).weights and not solution.weights
-    prepared.network.set_weights({})
-    prepared.network.set_bits({})
-    prepared.network.set_orders(solution.orders)
-    assert solution.curve[0].loss == prepared.network.loss(run.held_out, method.objective)
 
 
 @pytest.mark.parametrize("method", [Newton(rounds=2, examples=2), LearnedPaper(steps=2)], ids=repr)

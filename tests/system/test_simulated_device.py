@@ -134,10 +134,9 @@ def test_weights(saliency: str, update: str) -> None:
     torch.testing.assert_close(list(other.values()), list(one.values()))
 
 
-def test_orders_masks_and_weights_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("permprune.permuters.refinement.DAMPING", 10.0)  # so that there are swaps
-    method = Newton(start=Identity(), rounds=1, refine=1, train_steps=2, examples=4)
-    one, other = (pruned_on(device, make_tiny_llama(), WINDOWS, permute=method) for device in DEVICES)
+def test_orders_masks_and_weights_together() -> None:
+    recipe = {"permute": Newton(start=Identity(), rounds=1, examples=4), "update": "admm", "train": "steps=2"}
+    one, other = (pruned_on(device, make_tiny_llama(), WINDOWS, **recipe) for device in DEVICES)
     torch.testing.assert_close(list(other.values()), list(one.values()))
 
 
@@ -219,9 +218,10 @@ def planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     plan_for(monkeypatch, Machine("simulated", SIMULATED, torch.float32, memory=2**30, sheet=rates))
 
 
-TRAINED = Newton(start=Identity(), rounds=1, swaps=1, train_steps=1)
-COMPENSATED = Newton(start=Identity(), rounds=0, compensate=True, train_steps=1)
-BLOCKS = Newton(start=Identity(), rounds=0, block_steps=4, train_steps=1)
+SEARCH = Newton(start=Identity(), rounds=1, swaps=1)
+TRAINED: dict[str, Any] = {"permute": SEARCH, "train": "steps=1"}
+UPDATED: dict[str, Any] = {"permute": "none", "update": "admm", "train": "steps=1"}
+BLOCKS: dict[str, Any] = {"permute": "none", "train": "steps=2:blocks=true"}
 
 WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
 
@@ -230,14 +230,14 @@ WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
 @pytest.mark.parametrize(
     ("dtype", "settings", "shape"),
     [
-        (torch.bfloat16, {"permute": TRAINED}, {"num_hidden_layers": 4}),
-        (torch.float32, {"permute": TRAINED, "recompute": True}, {"num_hidden_layers": 2, "intermediate_size": 256}),
+        (torch.bfloat16, TRAINED, {"num_hidden_layers": 4}),
+        (torch.float32, {**TRAINED, "recompute": True}, {"num_hidden_layers": 2, "intermediate_size": 256}),
         (torch.float32, {"permute": "reconstruction:swaps=1:candidates=1", "mode": "gather"}, {"num_hidden_layers": 2}),
-        (torch.bfloat16, {"permute": TRAINED, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
-        (torch.float32, {"permute": "newton:rounds=0:train_steps=1"}, {"num_hidden_layers": 3}),
-        (torch.bfloat16, {"permute": COMPENSATED, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
-        (torch.bfloat16, {"permute": BLOCKS, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
-        (torch.float32, {"permute": BLOCKS}, {"num_hidden_layers": 3}),
+        (torch.bfloat16, {**TRAINED, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
+        (torch.float32, {"permute": "newton:rounds=0", "train": "steps=1"}, {"num_hidden_layers": 3}),
+        (torch.bfloat16, {**UPDATED, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
+        (torch.bfloat16, {**BLOCKS, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
+        (torch.float32, BLOCKS, {"num_hidden_layers": 3}),
     ],
 )
 def test_device_and_host_hold_what_was_forecast(

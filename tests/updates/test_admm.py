@@ -43,13 +43,13 @@ def output_error(weight: Tensor, pruned: Tensor, moments: Tensor) -> float:
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_converges_to_the_least_squares_solution_of_a_given_mask(pattern: Pattern, damping: float) -> None:
+def test_converges_to_the_least_squares_solution_of_its_mask(pattern: Pattern, damping: float) -> None:
     weight, inputs, moments, order = example()
     mask = masked(weight, moments, order, pattern) != 0
     expected = least_squares(weight, inputs, mask, damping)
-    found = ADMM(damping=damping, iterations=1000).apply(weight, moments, order, pattern, mask)
+    found = ADMM(damping=damping, iterations=1000, gradual=0).apply(weight, moments, order, pattern)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
-    short = ADMM(damping=damping).apply(weight, moments, order, pattern, mask)
+    short = ADMM(damping=damping, gradual=0).apply(weight, moments, order, pattern)
     assert output_error(weight, short, moments) < 1.01 * output_error(weight, found, moments)
 
 
@@ -57,12 +57,11 @@ def test_converges_to_the_least_squares_solution_of_a_given_mask(pattern: Patter
 @pytest.mark.parametrize("seed", range(2))
 def test_products_in_bf16_lose_no_more(seed: int, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _, moments, order = example(rows=64, channels=256, seed=seed)
-    mask = masked(weight, moments, order, Pattern(2, 4)) != 0 if given else None
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr("permprune.updates.methods.WIDE", 256)
         monkeypatch.setattr("permprune.updates.methods.fast_dtype", lambda _, dtype=dtype: dtype)
-        found.append(ADMM().apply(weight, moments, order, Pattern(2, 4), mask))
+        found.append(ADMM(gradual=0 if given else 15).apply(weight, moments, order, Pattern(2, 4)))
     assert not torch.equal(*found)
     one, other = (output_error(weight, pruned, moments) for pruned in found)
     assert other == pytest.approx(one, rel=1e-3 if given else 5e-3)  # masks may differ where scores are alike
@@ -72,7 +71,7 @@ def test_products_in_bf16_lose_no_more(seed: int, given: bool, monkeypatch: pyte
 def test_the_penalty_changes_the_speed_and_not_the_solution(penalty: float) -> None:
     weight, inputs, moments, order = example()
     mask = masked(weight, moments, order, Pattern(2, 4)) != 0
-    found = ADMM(damping=0, penalty=penalty, iterations=2000).apply(weight, moments, order, Pattern(2, 4), mask)
+    found = ADMM(damping=0, penalty=penalty, iterations=2000, gradual=0).apply(weight, moments, order, Pattern(2, 4))
     torch.testing.assert_close(found.double(), least_squares(weight, inputs, mask, 0.0), rtol=1e-3, atol=1e-4)
 
 
@@ -85,8 +84,8 @@ def test_holds_the_pattern_and_loses_less_than_sparsegpt(pattern: Pattern, seed:
     assert torch.equal(weight, before) and found.shape == weight.shape and found.dtype == torch.float32
     assert found[:, order].unflatten(1, (-1, pattern.m)).ne(0).sum(-1).eq(pattern.n).all()
     assert output_error(weight, found, moments) < 0.9 * output_error(weight, weight * (found != 0), moments)
-    same = SparseGPT().apply(weight, moments, order, pattern, found != 0)
-    assert output_error(weight, found, moments) < output_error(weight, same, moments)
+    other = SparseGPT().apply(weight, moments, order, pattern)
+    assert output_error(weight, found, moments) < 1.02 * output_error(weight, other, moments)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -110,13 +109,11 @@ def test_pruning_rises_along_the_cubic_curve_to_the_pattern(pattern: Pattern) ->
     assert torch.equal(last, pattern_mask(score, pattern))
 
 
-@pytest.mark.parametrize("mask", [None, "own"])
-def test_an_order_is_the_natural_order_of_a_permuted_layer(mask: str | None) -> None:
-    weight, _, moments, order = example(channels=144)
-    keep = None if mask is None else masked(weight, moments, order, Pattern(2, 4)) != 0
-    permuted = None if keep is None else keep[:, order]
-    found = ADMM().apply(weight, moments, order, Pattern(2, 4), keep)
-    expected = ADMM().apply(weight[:, order], moments[order][:, order], torch.arange(144), Pattern(2, 4), permuted)
+@pytest.mark.parametrize("gradual", [0, 15])
+def test_an_order_is_the_natural_order_of_a_permuted_layer(gradual: int) -> None:
+    (weight, _, moments, order), method = example(channels=144), ADMM(gradual=gradual)
+    found = method.apply(weight, moments, order, Pattern(2, 4))
+    expected = method.apply(weight[:, order], moments[order][:, order], torch.arange(144), Pattern(2, 4))
     torch.testing.assert_close(found[:, order], expected)
 
 

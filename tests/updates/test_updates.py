@@ -90,9 +90,7 @@ def test_layers_are_updated_in_fp32_whatever_the_activations(tiny_llama: LlamaFo
     class Probe(LayerUpdate):
         name = "probe"
 
-        def apply(
-            self, weight: Tensor, moments: Tensor, order: Tensor, pattern: Pattern, mask: Tensor | None = None
-        ) -> Tensor:
+        def apply(self, weight: Tensor, moments: Tensor, order: Tensor, pattern: Pattern) -> Tensor:
             product = weight @ moments
             assert weight.dtype == moments.dtype == product.dtype == torch.float32
             return weight * 0

@@ -1,6 +1,5 @@
 """Training of one block after the other."""
 
-import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,17 @@ from permprune.engine.held import Prepared, prepare
 from permprune.models.hooks import attached
 from permprune.models.layers import blocks
 from permprune.permuters.base import Identity
-from permprune.permuters.block_tuning import Chain, trained_blocks
-from permprune.permuters.trust_region import Newton
 from permprune.pruning.network import PrunedNetwork
+from permprune.recipe import Recipe
 from permprune.system.search_state import Checkpoint, Resumable
+from permprune.training.blocks import Chain, trained_blocks
+from permprune.training.train import Training
+from permprune.updates.methods import NoUpdate
 
 from ..modalities import EXAMPLES, make
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
-METHOD = Newton(rounds=0, start=Identity(), block_steps=20)
+RECIPE = Recipe(Identity(), NoUpdate(), Training(steps=2, blocks=True))
 
 
 @pytest.fixture
@@ -104,22 +105,10 @@ def test_blocks_end_with_the_time_limit_and_go_on_with_a_longer_one(
     assert all(torch.equal(rest[name], weight) for name, weight in whole.items())
 
 
-def test_a_search_keeps_what_lowers_the_held_out_loss(prepared: Prepared) -> None:
-    network = prepared.network
-    run = dataclasses.replace(prepared.run, held_out=prepared.run.train)
-    method = dataclasses.replace(METHOD, train_steps=2)
-    assert method.trains and method.stages[-2:] == ("newton, blocks", "newton, training")
-    solution = method.solve(network, run)
-    assert [point.stage for point in solution.curve] == ["search", "blocks", "training"]
-    best = min(point.loss for point in solution.curve if point.kept)
-    loss = method.objective.suited(network.task, network.statistics.one_label_per_example)
-    assert network.loss(run.held_out, loss) == pytest.approx(best, abs=1e-5)
-
-
 def test_weights_stay_where_the_error_does_not_fall(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("permprune.permuters.block_tuning.RATE", 1e4)
+    monkeypatch.setattr("permprune.training.blocks.RATE", 1e4)
     dense = {name: weight.clone() for name, weight in prepared.network.weights.items()}
     weights = trained(prepared, 4)
     assert caplog.text.count("its weights are as before") == len(blocks(prepared.network.model))
@@ -136,8 +125,8 @@ def test_a_model_that_does_not_go_on_from_block_to_block_is_left_as_it_is(
         return output + next(numbers)
 
     with attached([blocks(network.model)[-1].register_forward_hook(differ)]):
-        solution = METHOD.solve(network, prepared.run)
-    assert [point.stage for point in solution.curve] == ["search"] and not solution.weights
+        solution = RECIPE.solve(network, prepared.run)
+    assert [point.stage for point in solution.curve] == ["search", "training"]
     assert "does not go on from one block to the next" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""Training of the remaining weights after the rounds of a search."""
+"""The kept weights of a network in training: steps of Adam, what it remembers, and its way back if the loss rises."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from torch import Tensor
 from permprune.examples import Examples
 from permprune.kernels.adam.step import BETAS, adam_step, rate_at
 from permprune.losses.objective import Loss
-from permprune.losses.targets import Imitation
-from permprune.permuters.base import Run
-from permprune.permuters.iterate import TOLERANCE, Landscape, S
 from permprune.pruning.network import PrunedNetwork
 from permprune.system import distributed
-from permprune.system.progress import bar, log
-from permprune.system.search_state import Resumable, State
+from permprune.system.progress import log
+from permprune.system.search_state import State
 from permprune.system.shelf import Computed, Shelf
 from permprune.training.second_moments import SecondMoments
 
@@ -34,37 +31,6 @@ LOGGED, FIRST = 10, 4
 RISEN, ERRORS, SLOWER = 1.25, 3, 0.25
 """If the loss rises to so many times that of the first steps, and by so many standard errors, training goes back to its
 first weights, with this share of the rate."""
-
-Schedule = Callable[[int, float], float | None]
-"""The place in a schedule, from 0 to 1, of the step that follows so many steps and seconds; None at the end."""
-
-
-def counted(steps: int) -> Schedule:
-    """Return the schedule of a number of steps: the place of each is its middle."""
-    return lambda done, _: (done + 0.5) / steps if done < steps else None
-
-
-def timed(seconds: float) -> Schedule:
-    """Return a schedule of `seconds` seconds, which ends before a step that would exceed them.
-
-    Steps are assumed to take as long as those before them did on average.
-    """
-
-    def place(done: int, spent: float) -> float | None:
-        each = spent / max(1, done)
-        return (spent + each / 2) / seconds if spent + each < seconds else None
-
-    return place
-
-
-def first_ended(*schedules: Schedule) -> Schedule:
-    """Return the schedule that is at the furthest place of several, and ends with the first of them."""
-
-    def place(done: int, spent: float) -> float | None:
-        places = [schedule(done, spent) for schedule in schedules]
-        return None if None in places else max(filter(None, places), default=0.0)
-
-    return place
 
 
 @dataclass(frozen=True)
@@ -138,12 +104,14 @@ class KeptWeights:
             self._squares[name] = SecondMoments(self._bits[name], layer.shape[1], tensors.get(SQUARES + name))
 
     def follow(self, place: float) -> None:
-        """Log the mean loss of the last `LOGGED` steps, of which the last one was at this place of the schedule.
+        """After every `LOGGED` steps, log their mean loss; the last one was at this place of the schedule.
 
         If the loss has risen (`RISEN`), the rate is too high: training goes back to its first weights with a lower one.
         Losses that differ as much from step to step, as those of a few short answers, are no reason.
         """
         progress, losses = self.progress, torch.tensor(self.progress.losses, dtype=torch.float64)
+        if len(losses) < LOGGED:
+            return
         loss, spread = distributed.mean(float(losses.mean())), distributed.mean(float(losses.std()))
         log.info("training step %d, %.0f %% of the schedule: loss %.4f", progress.steps, 100 * place, loss)
         first = distributed.mean(float(losses[:FIRST].mean())) if progress.first is None else progress.first
@@ -203,65 +171,3 @@ class KeptWeights:
             mask, weight = self._network.masks[name], self.weights.pop(name)
             whole[name] = torch.where(mask, weight, self._network.weights[name].to(weight.dtype))
         return whole
-
-
-def keep_if_better(landscape: Landscape, state: S, weights: Shelf, stage: str) -> tuple[S, bool]:
-    """Keep these weights if the held-out loss falls; returns the state, with the loss on its curve, and if they are.
-
-    The network then shows the state.
-    """
-    landscape.network.set_weights(weights)
-    loss = landscape.held_out_loss()
-    kept = loss < state.best - TOLERANCE
-    log.info("%s: held-out loss %.4f, %s", stage, loss, "kept" if kept else "rejected")
-    state = state.record(loss, kept, stage)
-    if kept:
-        return replace(state, best=loss, weights=weights), True
-    landscape.network.set_weights(state.weights)
-    return state, False
-
-
-def train_weights(
-    network: PrunedNetwork,
-    run: Run,
-    loss: Loss,
-    schedule: Schedule,
-    *,
-    examples: int,
-    rate: float,
-    saved: Resumable,
-) -> Shelf:
-    """Train the network's weights with Adam at its current masks, as long as `schedule` does; returns them by layer.
-
-    The network itself keeps its weights. Step i uses batch i of `examples` training examples, at a learning
-    rate that rises to `rate` and falls to 0 as the places rise from 0 to 1 (`counted`, `timed`); it is relative to the
-    weights of a layer (see `KeptWeights`). Pruned weights do not change. Adam's moments start from 0 in each call. The
-    state is offered to `saved` after each step and saved at the end; training continues from the state found there.
-    """
-    before = network.trained
-    before.put_aside()
-    kept = KeptWeights(network, run.generator(0, examples), saved.take())
-    if kept.progress.steps:
-        log.info("training resumes after step %d", kept.progress.steps)
-    windows = len(run.train) // run.examples_per_window
-    batch_of = run.varied_batch if isinstance(network.task, Imitation) else run.batch
-    with bar("training, % of the schedule", 100) as advance:
-        while True:
-            steps = kept.progress.steps
-            if (place := schedule(steps, distributed.mean(saved.seconds if steps else 0.0))) is None:
-                break
-            if run.passes * windows // examples == steps:
-                log.warning(
-                    "training starts over after %d windows, which it fits better than other data from here on: "
-                    "give more calibration data, or a larger --samples",
-                    windows,
-                )
-            mean_loss = kept.step(batch_of(steps, examples), loss, rate * kept.progress.rate(place))
-            advance(round(100 * place), f"training: loss {mean_loss:.4f}, % of the schedule")
-            if len(kept.progress.losses) == LOGGED:
-                kept.follow(place)
-            saved.offer(kept.state)
-    saved.save(kept.state)
-    weights = kept.with_pruned()
-    network.set_weights(before)
-    return weights

@@ -22,13 +22,13 @@ from permprune.losses.targets import Task
 from permprune.models.forward import frozen, padding_of, short_inputs
 from permprune.models.hooks import continues, layers_up_to_each, resumed
 from permprune.permuters.base import Run
-from permprune.permuters.iterate import Landscape, S
-from permprune.permuters.tuning import KeptWeights, counted, keep_if_better
 from permprune.pruning.network import PrunedNetwork
 from permprune.system import distributed
 from permprune.system.progress import log, track
 from permprune.system.search_state import Resumable, State
 from permprune.system.shelf import Computed, Shelf
+from permprune.training.kept_weights import KeptWeights
+from permprune.training.train import place
 
 RATE = 0.01
 """The highest learning rate, relative to the weights of a layer; chosen by ablation, see docs/results/ablations.md."""
@@ -66,25 +66,20 @@ class BlockDistance(Loss):
         return relative_distance([outputs_of(model, batch, outputs, self.reached[-1])], [target]), 1
 
 
-def train_blocks(landscape: Landscape, state: S, *, steps: int, limit: float, saved: Resumable) -> S:
-    """Train the weights of each block for so many steps, and keep them if the held-out loss falls.
-
-    The network shows the state. Returns the state with the loss on its curve. A model that does not go on from one
-    block to the next (`continues`) is left as it is, with a warning. After `limit` seconds no other block is trained.
-    Progress is saved in `saved` after each block.
-    """
-    network = landscape.network
+def goes_on(network: PrunedNetwork, run: Run) -> bool:
+    """Whether the model goes on from one block to the next (`continues`), else its blocks cannot be trained alone."""
     with frozen(network.model), network.autocast():
-        going_on = continues(network.model, short_inputs(network.model, landscape.run.train))
+        going_on = continues(network.model, short_inputs(network.model, run.train))
     if not going_on:
         log.warning("the model does not go on from one block to the next: its blocks are not trained one by one")
-        return state
-    weights = trained_blocks(network, landscape.run, steps, saved, limit)
-    return keep_if_better(landscape, state, weights, "blocks")[0]
+    return going_on
 
 
 def trained_blocks(network: PrunedNetwork, run: Run, steps: int, saved: Resumable, limit: float = math.inf) -> Shelf:
-    """Return the weights by layer after the training of each block; the network itself keeps its own."""
+    """Return the weights by layer after the training of each block for so many steps; the network keeps its own.
+
+    After `limit` seconds no other block is trained. Progress is saved in `saved` after each block.
+    """
     before, blocks = network.trained, layers_up_to_each(network.model, network.layers.values())
     before.put_aside()
     weights, (tensors, values) = network.shelf.another(), saved.take() or ({}, {"blocks": 0})
@@ -132,12 +127,12 @@ def train_block(
     """Train the layers of a block with these `names`, and put their weights among `weights` if its error has fallen."""
     number, errors = len(loss.reached), list[float]()
     kept, orders = KeptWeights(network, run.generator(number, steps), None, names), run.generator(number, steps, 1)
-    while (place := counted(steps)(len(errors), 0.0)) is not None:
+    while (at := place(steps, math.inf, len(errors), 0.0)) is not None:
         if len(errors) % len(windows) == 0:
             order = torch.randperm(len(windows), generator=orders).tolist()
         window = order[len(errors) % len(windows)]
         loss.show(window)
-        errors.append(kept.step(windows[window], loss, RATE * kept.progress.rate(place)))
+        errors.append(kept.step(windows[window], loss, RATE * kept.progress.rate(at)))
     half = len(errors) // 2
     if half and not distributed.mean(fmean(errors[-half:])) < distributed.mean(fmean(errors[:half])):
         log.warning("the error of the block of %s does not fall: its weights are as before", names[0])
