@@ -328,8 +328,7 @@ RECIPES = {
     "clip-vit-b16": Recipe(
         model="clip-vit-b16-cifar10",
         prepare=probed("clip-vit-b16", 40),
-        prune="--permute ria --update admm --train steps=60:rate=0.0004 --samples 250 "
-        "--calibration photos",
+        prune="--permute ria --update admm --train steps=60:rate=0.0004 --samples 250 --calibration photos",
         data="--data other --windows 12",
         title="top-1 accuracy",
         pack="--dtype int8",
