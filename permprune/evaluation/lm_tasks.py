@@ -46,6 +46,9 @@ WINDOW = 2048
 _FILE = re.compile(r"[/\\]|\.ya?ml$", re.IGNORECASE)
 """Matches file names; the names of tasks have no path separator and do not end in .yaml."""
 
+_GROUP = re.compile(r"^group\s*:", re.MULTILINE)
+"""Matches the file of a group, which may contain lm-eval's own tasks by name."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskList:
@@ -66,7 +69,7 @@ class TaskList:
     files: tuple[str, ...] = ()
     """YAML file of a task or a group of tasks, in the form of lm-eval; the code that it names runs.
 
-    It is named by `!function` or `class`. `names` may repeat what the files define."""
+    It is named by `!function` or `class`."""
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -84,9 +87,8 @@ class TaskList:
         if distributed.world() > 1:
             raise PermpruneError("tasks can only be measured by one process: evaluate without torchrun")
         text = load_documents(WIKITEXT_ID, "evaluation")[0] if WIKITEXT in self.names else None
-        defined = {WIKITEXT, *(name for file in self.files for _, name in _definitions(file))}
-        known = [name for name in dict.fromkeys(self.names) if name not in defined]
-        return LoadedTasks(self, text, self._load(known) if known or self.files else [])
+        names = [name for name in dict.fromkeys(self.names) if name != WIKITEXT]
+        return LoadedTasks(self, text, self._load(names) if names or self.files else [])
 
     def _load(self, names: list[str]) -> list[Any]:
         """Load lm-eval's tasks of these names and of the files."""
@@ -94,10 +96,10 @@ class TaskList:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise PermpruneError(f"tasks need lm-eval ({error}): pip install 'permprune[tasks]'") from error
-        has_group = any(kind == "group" for file in self.files for kind, _ in _definitions(file))
+        named = bool(names) or any(_GROUP.search(read_text(Path(file))) for file in self.files)
         try:
             with _quiet():
-                manager = TaskManager(include_defaults=bool(names) or has_group)  # takes half a minute
+                manager = TaskManager(include_defaults=named)  # takes half a minute
                 if unknown := [name for name in names if name not in manager.all_tasks]:  # else taken as paths
                     raise PermpruneError(
                         f"{', '.join(unknown)}: lm-eval has no such task; `lm_eval ls tasks` lists them"
@@ -196,11 +198,6 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
     if not count:
         raise PermpruneError(f"the text has {len(ids)} tokens, but a window needs {length}: give more text")
     return ids[: count * length].view(count, length)
-
-
-def _definitions(file: str) -> list[tuple[str, str]]:
-    """Return what a task file defines, as ("task" or "group", name); a group may contain other tasks by name."""
-    return re.findall(r"^(task|group)\s*:\s*[\"']?([^\s\"'#]+)", read_text(Path(file)), re.MULTILINE)
 
 
 def _results(task: str, returned: Mapping[str, Any]) -> Iterator[Result]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,60 +12,31 @@ from scipy import stats
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import (
-    F1,
-    MATTHEWS,
-    PEARSON,
-    SPEARMAN,
-    TOP_1_ACCURACY,
-    TOP_5_ACCURACY,
-    Metric,
-    Result,
-    share,
-)
-from permprune.examples import IGNORED, Examples, batches, by_length
-from permprune.losses.targets import Predictions, labelled, scored
-from permprune.models.forward import frozen
-from permprune.system import distributed
-from permprune.system.device import compute_device
-from permprune.system.progress import track
+from permprune.evaluation.batched import per_example
+from permprune.evaluation.result import F1, MATTHEWS, PEARSON, SPEARMAN, TOP_1_ACCURACY, Metric, Result, share
+from permprune.examples import IGNORED, Examples
+from permprune.losses.targets import labelled, scored
 
 RESAMPLES = 500
 """Number of resamples of the bootstrap."""
 
 
-@torch.inference_mode()
-def accuracy(model: nn.Module, examples: Examples, batch: int = 32) -> list[Result]:
-    """Measure the top-1 accuracy, and, with more than 5 classes, the top-5 accuracy.
+def accuracy(model: nn.Module, examples: Examples, batch: int = 32) -> Result:
+    """Measure the share of predictions that equal the labels.
 
-    The labels are classes of the examples or of their positions, each of which then counts as a prediction. Standard
-    errors are those of a binomial proportion. Raises `PermpruneError` for labels that the model has no logits for.
+    The labels are classes of the examples or of their positions, each of which then counts as a prediction. The error
+    is that of a binomial proportion. Raises `PermpruneError` for labels that the model has no logits for.
     """
-    device = compute_device(model)
-    parts, classes = list(enumerate(batches(examples, batch))), 0
-    sums = torch.zeros(3, len(parts), dtype=torch.float64)
-    with frozen(model):
-        for place, inputs in track(distributed.share(parts), "accuracy"):
-            predictions = labelled(model, inputs.to(device))
-            assert predictions.labels is not None
-            classes = predictions.logits.shape[-1]
-            right = predictions.logits.topk(min(5, classes)).indices == predictions.labels[:, None]
-            sums[:, place] = torch.tensor([right[:, 0].sum(), right.sum(), predictions.terms])
-    distributed.add_([sums])
-    first, five, count = sums.sum(1).tolist()
-    results = [share("classification", TOP_1_ACCURACY, right=first, count=count, terms=(sums[0], sums[2]))]
-    if classes > 5:
-        results.append(share("classification", TOP_5_ACCURACY, right=five, count=count))
-    return results
 
+    def right_and_counted(inputs: Examples) -> Tensor:
+        predictions, counted = labelled(model, inputs), inputs["labels"] != IGNORED
+        right = torch.zeros_like(counted)
+        right[counted] = predictions.logits.argmax(-1) == predictions.labels
+        return torch.stack([right.reshape(len(inputs), -1).sum(1), counted.reshape(len(inputs), -1).sum(1)])
 
-@dataclass(frozen=True)
-class LabelMetric:
-    """A metric, `measure(targets, predictions)`, of numpy arrays (count,): of classes, or of numbers if `scores`."""
-
-    metric: Metric
-    measure: Callable[[Any, Any], float]
-    scores: bool = False
+    right, counts = per_example(model, examples, batch, right_and_counted, rows=2, what="accuracy")
+    terms = right, counts
+    return share("classification", TOP_1_ACCURACY, right=float(right.sum()), count=float(counts.sum()), terms=terms)
 
 
 def _matthews(right: Any, predictions: Any) -> float:
@@ -77,92 +48,72 @@ def _matthews(right: Any, predictions: Any) -> float:
 def _f1(right: Any, predictions: Any) -> float:
     from sklearn.metrics import f1_score
 
-    classes = np.union1d(right, predictions)
-    if classes.max() < 2:
-        return float(f1_score(right, predictions, zero_division=0.0))
-    return float(f1_score(right, predictions, labels=classes, average="macro", zero_division=0.0))
+    average = "binary" if max(right.max(), predictions.max()) < 2 else "macro"
+    return float(f1_score(right, predictions, average=average, zero_division=0.0))
 
 
-def _correlation(measure: Callable[[Any, Any], Any]) -> Callable[[Any, Any], float]:
-    """A function of scipy that returns a correlation as its `statistic`, as a metric."""
-
-    def correlation(right: Any, predictions: Any) -> float:
-        constant = any(np.ptp(array) == 0 for array in (right, predictions))
-        return 0.0 if constant else float(measure(right, predictions).statistic)
-
-    return correlation
+def _correlation(measure: Callable[[Any, Any], Any], right: Any, predictions: Any) -> float:
+    constant = any(np.ptp(array) == 0 for array in (right, predictions))
+    return 0.0 if constant else float(measure(right, predictions).statistic)
 
 
-METRICS: Mapping[str, LabelMetric] = {
-    "matthews": LabelMetric(MATTHEWS, _matthews),
-    "f1": LabelMetric(F1, _f1),
-    "pearson": LabelMetric(PEARSON, _correlation(stats.pearsonr), scores=True),
-    "spearman": LabelMetric(SPEARMAN, _correlation(stats.spearmanr), scores=True),
-}
-"""The metrics of classes, besides accuracy, and of scores, by the names that `--metric` takes.
+Measure = Callable[[Any, Any], float]
+"""(targets, predictions), numpy arrays (count,) -> the value of a metric."""
 
-F1 is that of class 1 if there are two classes, and otherwise the mean over the classes. A correlation with a constant
-counts as 0.
+OF_CLASSES: dict[str, tuple[Metric, Measure]] = {"matthews": (MATTHEWS, _matthews), "f1": (F1, _f1)}
+"""Metrics of classes besides accuracy, by the names that `--metric` takes.
+
+F1 is that of class 1 if there are two classes, and otherwise the mean over the classes.
 """
+
+OF_SCORES: dict[str, tuple[Metric, Measure]] = {
+    "pearson": (PEARSON, partial(_correlation, stats.pearsonr)),
+    "spearman": (SPEARMAN, partial(_correlation, stats.spearmanr)),
+}
+"""Metrics of scores, by the names that `--metric` takes. A correlation with a constant counts as 0."""
 
 
 def measure_labels(model: nn.Module, examples: Examples, metric: str | None = None, *, batch: int = 32) -> list[Result]:
-    """Measure a model that predicts one class or one score for each example by `metric`, one of `METRICS`.
+    """Measure a model that predicts one class or one score for each example by one of `OF_CLASSES` or `OF_SCORES`.
 
     For scores the default is the Pearson correlation, and the other metrics of scores follow. The standard errors come
     from a bootstrap over the examples with a fixed seed. Raises `PermpruneError` if the metric does not fit the labels.
     """
     labels = examples["labels"]
     scores = labels.is_floating_point()
-    fitting = {name: one for name, one in METRICS.items() if one.scores == scores}
-    if metric is None:
-        metric = next(iter(fitting))
+    fitting = OF_SCORES if scores else OF_CLASSES
+    metric = next(iter(fitting)) if metric is None else metric
     if labels.dim() != 1:
         raise PermpruneError(f'the metric "{metric}" is one of labels, one for each example: leave it out')
     if metric not in fitting:
         kind = "one score for each example" if scores else "classes"
         offered = ", ".join(fitting if scores else ["accuracy", *fitting])
         raise PermpruneError(f'the metric "{metric}" does not fit {kind}: choose one of {offered}')
+
+    def predicted(inputs: Examples) -> Tensor:
+        if scores:
+            return scored(model, inputs).values.T
+        return labelled(model, inputs).logits.argmax(-1)[None]
+
     counted = examples[labels.ne(IGNORED).nonzero()[:, 0]]
-    right, predictions = _predict(model, counted, scores, batch)
+    (predictions,) = per_example(model, counted, batch, predicted, rows=1, what="evaluating")
+    right = counted["labels"].cpu().double()
     if scores:
         return correlations("regression", right, predictions, first=metric)
-    return [bootstrapped("classification", METRICS[metric], right.numpy(), predictions.numpy())]
+    return [bootstrapped("classification", *fitting[metric], right.numpy(), predictions.numpy())]
 
 
 def correlations(task: str, scores: Tensor, predictions: Tensor, *, first: str) -> list[Result]:
     """Measure the correlations of predictions with scores, both fp64 (count,); the metric `first` comes first."""
-    names = sorted((name for name, one in METRICS.items() if one.scores), key=lambda name: name != first)
-    return [bootstrapped(task, METRICS[name], scores.numpy(), predictions.numpy()) for name in names]
+    names = sorted(OF_SCORES, key=lambda name: name != first)
+    return [bootstrapped(task, *OF_SCORES[name], scores.numpy(), predictions.numpy()) for name in names]
 
 
-@torch.inference_mode()
-def _predict(model: nn.Module, examples: Examples, scores: bool, batch: int) -> tuple[Tensor, Tensor]:
-    """Return the target classes or scores, and the predicted ones: both fp64 (count,)."""
-    device = compute_device(model)
-    right, predictions = examples["labels"].cpu().double(), torch.zeros(len(examples), dtype=torch.float64)
-    with frozen(model):
-        for places in track(distributed.share(by_length(examples, batch)), "evaluating"):
-            outputs: Any = (scored if scores else labelled)(model, examples[places].trimmed().to(device))
-            predicted = outputs.logits.argmax(-1) if isinstance(outputs, Predictions) else outputs.values[:, 0]
-            predictions[places] = predicted.double().cpu()
-    distributed.add_([predictions])
-    return right, predictions
-
-
-def bootstrapped(task: str, metric: LabelMetric, right: Any, predictions: Any) -> Result:
+def bootstrapped(task: str, metric: Metric, measure: Measure, right: Any, predictions: Any) -> Result:
     """Return the metric of numpy arrays (count,); the resamples of its standard error depend on the count alone."""
     error = drawn = None
     if len(right) > 1:  # something to resample
-        draws = stats.bootstrap(
-            (right, predictions),
-            metric.measure,
-            paired=True,
-            vectorized=False,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            rng=0,
-        )
+        options: Any = {"vectorized": False, "n_resamples": RESAMPLES, "method": "percentile", "rng": 0}
+        draws = stats.bootstrap((right, predictions), measure, paired=True, **options)
         error, drawn = float(draws.standard_error), draws.bootstrap_distribution
-    value = metric.measure(right, predictions)
-    return Result(task, metric.metric, value, count=len(right), stderr=error, draws=drawn)
+    return Result(task, metric, measure(right, predictions), count=len(right), stderr=error, draws=drawn)

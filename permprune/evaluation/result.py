@@ -32,33 +32,28 @@ class Metric:
         return -value if self.higher_is_better else value
 
 
-_KNOWN: dict[str, Metric] = {}
-
-
-def _metric(name: str, *, higher_is_better: bool) -> Metric:
-    """Create a metric that `metric_named` finds."""
-    return _KNOWN.setdefault(name, Metric(name, higher_is_better))
-
-
-PERPLEXITY = _metric("perplexity", higher_is_better=False)
-EXACT_MATCH = _metric("exact match", higher_is_better=True)
-TOP_1_ACCURACY = _metric("top-1 accuracy", higher_is_better=True)
-TOP_5_ACCURACY = _metric("top-5 accuracy", higher_is_better=True)
-TOP_1_AGREEMENT = _metric("top-1 agreement", higher_is_better=True)
-KL_DIVERGENCE = _metric("KL divergence", higher_is_better=False)
-FEATURE_ERROR = _metric("feature error", higher_is_better=False)
-COSINE = _metric("cosine similarity", higher_is_better=True)
-NEAREST = _metric("nearest neighbour agreement", higher_is_better=True)
-NEAREST_TEN = _metric("ten nearest neighbours agreement", higher_is_better=True)
-SIMILARITIES = _metric("Spearman correlation of similarities", higher_is_better=True)
-WORD_ERROR_RATE = _metric("word error rate", higher_is_better=False)
-MATTHEWS = _metric("Matthews correlation", higher_is_better=True)
-F1 = _metric("F1", higher_is_better=True)
-PEARSON = _metric("Pearson correlation", higher_is_better=True)
-SPEARMAN = _metric("Spearman correlation", higher_is_better=True)
-TASK_ACCURACY = _metric("acc", higher_is_better=True)
-TASK_SCORE = _metric("score", higher_is_better=True)
+PERPLEXITY = Metric("perplexity", higher_is_better=False)
+EXACT_MATCH = Metric("exact match", higher_is_better=True)
+TOP_1_ACCURACY = Metric("top-1 accuracy", higher_is_better=True)
+TOP_1_AGREEMENT = Metric("top-1 agreement", higher_is_better=True)
+KL_DIVERGENCE = Metric("KL divergence", higher_is_better=False)
+FEATURE_ERROR = Metric("feature error", higher_is_better=False)
+COSINE = Metric("cosine similarity", higher_is_better=True)
+NEAREST = Metric("nearest neighbour agreement", higher_is_better=True)
+NEAREST_TEN = Metric("ten nearest neighbours agreement", higher_is_better=True)
+SIMILARITIES = Metric("Spearman correlation of similarities", higher_is_better=True)
+WORD_ERROR_RATE = Metric("word error rate", higher_is_better=False)
+MATTHEWS = Metric("Matthews correlation", higher_is_better=True)
+F1 = Metric("F1", higher_is_better=True)
+PEARSON = Metric("Pearson correlation", higher_is_better=True)
+SPEARMAN = Metric("Spearman correlation", higher_is_better=True)
+TASK_ACCURACY = Metric("acc", higher_is_better=True)
+TASK_SCORE = Metric("score", higher_is_better=True)
 """The mean of the tasks' accuracies."""
+TOP_5_ACCURACY = Metric("top-5 accuracy", higher_is_better=True)
+"""In records of earlier releases."""
+
+_KNOWN = {metric.name: metric for metric in tuple(globals().values()) if isinstance(metric, Metric)}
 
 LABEL_METRICS = ("accuracy", "matthews", "f1", "pearson", "spearman")
 """The metrics of labels, by the names that `--metric` takes."""

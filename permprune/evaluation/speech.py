@@ -12,36 +12,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Wav2Vec2CTCTokenizer
 
 from permprune.errors import PermpruneError
+from permprune.evaluation.batched import per_example
 from permprune.evaluation.result import WORD_ERROR_RATE, Result, ratio_error
 from permprune.examples import IGNORED, Examples
-from permprune.models.forward import frozen, is_ctc, padding_of, run_model
+from permprune.models.forward import is_ctc, padding_of, run_model
 from permprune.models.generation import generate
-from permprune.system import distributed
-from permprune.system.device import compute_device
-from permprune.system.progress import track
 
 
-@torch.inference_mode()
 def word_error_rate(
     model: nn.Module, examples: Examples, tokenizer: PreTrainedTokenizerBase, *, batch: int = 8
 ) -> Result:
     """Measure the wrong, missing and extra words per word of the transcripts, which are the examples' "labels".
 
-    The model decodes greedily, with a decoder at most twice as many tokens as the longest transcript has. Both texts
-    are normalised by the tokenizer's own normaliser, or else lose case and punctuation. The standard error is that over
-    utterances by the delta method, and None for a single one. Raises `PermpruneError` if the transcripts have no words,
-    and if jiwer is not installed.
+    The model decodes greedily, with a decoder at most twice as many tokens as the longest transcript has. The standard
+    error is that over utterances by the delta method, None for a single one. Raises `PermpruneError` if the transcripts
+    have no words, and if jiwer is not installed.
     """
-    jiwer = _jiwer()
-    device = compute_device(model)
-    wrong, words = torch.zeros(2, len(examples), dtype=torch.float64)
-    longest = 2 * examples["labels"].shape[1]
-    with frozen(model):
-        for places in track(distributed.share(torch.arange(len(examples)).split(batch)), "word error rate"):
-            texts = transcribed(model, examples[places].to(device), tokenizer, longest)
-            for place, (reference, written) in zip(places.tolist(), texts, strict=True):
-                wrong[place], words[place] = _errors(reference, written, jiwer.process_words)
-    distributed.add_([wrong, words])
+    process_words, longest = _jiwer().process_words, 2 * examples["labels"].shape[1]
+
+    def counted(inputs: Examples) -> Tensor:
+        texts = transcribed(model, inputs, tokenizer, longest)
+        return torch.tensor([_errors(*pair, process_words) for pair in texts]).T
+
+    wrong, words = per_example(model, examples, batch, counted, rows=2, what="word error rate")
     if not words.any():
         raise PermpruneError("the transcripts have no words: give labels that the tokenizer can read")
     return Result(
@@ -58,9 +51,9 @@ def word_error_rate(
 def transcribed(
     model: nn.Module, inputs: Examples, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> list[tuple[str, str]]:
-    """Return the transcript of each utterance and what the model writes for it, both normalised.
+    """Return the transcript of each utterance and what the model writes for it, a decoder at most `longest` tokens.
 
-    A decoder writes at most `longest` tokens.
+    Both are normalised by the tokenizer's own normaliser, or else lose case and punctuation.
     """
     spoken = _ctc_text(model, inputs) if is_ctc(model) else generate(model, inputs, longest)
     return list(zip(_texts(inputs["labels"], tokenizer), _texts(spoken, tokenizer), strict=True))

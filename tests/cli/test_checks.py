@@ -13,7 +13,7 @@ import pytest
 
 from permprune.data.sources import require_source
 from permprune.errors import PermpruneError
-from permprune.evaluation.metrics import METRICS
+from permprune.evaluation.metrics import OF_CLASSES, OF_SCORES
 from permprune.evaluation.result import LABEL_METRICS
 from permprune.inference.pack import packed_type
 from permprune.options import PACKED
@@ -116,7 +116,7 @@ def test_wrong_command_lines_are_refused_without_torch(tmp_path: Path) -> None:
 
 def test_the_choices_that_are_checked_are_those_that_there_are() -> None:
     assert len({packed_type(name) for name in PACKED}) == len(PACKED)
-    assert ["accuracy", *METRICS] == [*LABEL_METRICS]
+    assert ["accuracy", *OF_CLASSES, *OF_SCORES] == [*LABEL_METRICS]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert-base-uncased", "t5-small", "owner/smollm2", "distilgpt2", *MODELS])

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from permprune.config import PruneConfig
-from permprune.evaluation.metrics import METRICS
+from permprune.evaluation.metrics import OF_CLASSES, OF_SCORES
 from permprune.jobs.finetune import RATES
 from permprune.options import PACKED
 from permprune.permuters.registry import PERMUTERS
@@ -103,7 +103,7 @@ def test_permprune_and_transformers_are_imported_in_any_order() -> None:
     [
         ("prune", [*PERMUTERS]),
         ("prune", [*SALIENCIES]),
-        ("prune", ["accuracy", *METRICS]),
+        ("prune", ["accuracy", *OF_CLASSES, *OF_SCORES]),
         ("prune", [*UPDATES]),
         ("finetune", [*RATES]),
         ("pack", [*PACKED]),

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from permprune.errors import PermpruneError
 from permprune.evaluation.dispatch import evaluate_model
-from permprune.evaluation.metrics import METRICS, bootstrapped
+from permprune.evaluation.metrics import OF_CLASSES, OF_SCORES, bootstrapped
 from permprune.evaluation.result import PERPLEXITY, TOP_1_ACCURACY, Metric, Result, difference_error
 from permprune.examples import Examples
 
@@ -120,14 +120,14 @@ def test_the_error_of_a_difference_is_that_of_pairs(metric: Metric) -> None:
 @pytest.mark.parametrize("name", ["f1", "pearson", "spearman"])
 def test_the_error_of_a_difference_is_known_of_metrics_that_are_no_ratios(name: str) -> None:
     """Beside the jackknife (Efron and Stein 1981), with fifty groups of examples."""
-    draw, metric = np.random.default_rng(0), METRICS[name]
+    draw, (metric, measure) = np.random.default_rng(0), (OF_CLASSES | OF_SCORES)[name]
     right = draw.normal(size=300)
     found = right, *(right + 0.6 * draw.normal(size=300) + 0.15 * draw.normal(size=(2, 300)))
-    right, *predicted = found if metric.scores else ((one > 0).astype(float) for one in found)
-    one, other = (bootstrapped("task", metric, right, values) for values in predicted)
+    right, *predicted = found if name in OF_SCORES else ((one > 0).astype(float) for one in found)
+    one, other = (bootstrapped("task", metric, measure, right, values) for values in predicted)
     groups = np.arange(300) % 50
     values = [
-        np.subtract(*(metric.measure(right[kept], values[kept]) for values in predicted))
+        np.subtract(*(measure(right[kept], values[kept]) for values in predicted))
         for kept in (groups != left for left in range(50))
     ]
     error = difference_error(one, other) or 0.0
