@@ -25,7 +25,7 @@ from torch import Tensor
 from permprune import Examples, load, read_model
 from permprune.data.load import load_examples
 from permprune.evaluation.size import stored_bytes
-from permprune.evaluation.speed import cells, measure
+from permprune.evaluation.speed import cells, measure_speed
 from permprune.inference.engines import Engine, build
 
 ENGINES = ("ONNX Runtime fp32", "ONNX Runtime int8", "OpenVINO fp32", "OpenVINO int8")
@@ -99,7 +99,7 @@ def torch_model(model: Any) -> tuple[int, Logits, Seconds]:
         return model(given).logits
 
     def seconds(batch: int, context: int) -> float:
-        return measure(model, batch=batch, context=context).seconds
+        return measure_speed(model, batch=batch, context=context).seconds
 
     return stored_bytes(model), logits, seconds
 

@@ -13,7 +13,6 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from permprune.checkpoints.benchmark import Speed, Throughput
-from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.models.dummy_inputs import example_inputs, random_like
 from permprune.models.forward import argument_names, cache_argument, evaluating, forward_arguments, is_causal_lm
@@ -40,7 +39,7 @@ def cells(
     contexts: Sequence[int] | None = None,
     steps: int = STEPS,
 ) -> list[tuple[int, int]]:
-    """Return the batch sizes and context lengths at which `measure` is called; None stands for the model's defaults.
+    """Return the batch sizes and context lengths to measure a model at; None stands for its defaults.
 
     Texts, with the `steps` tokens that are generated after them, have as many tokens as the model has positions, at
     most; the context of images and speech is 0.
@@ -57,7 +56,7 @@ def cells(
 
 
 @torch.inference_mode()
-def measure(
+def measure_speed(
     model: PreTrainedModel,
     *,
     batch: int,
@@ -66,17 +65,30 @@ def measure(
     cache: Callable[[], Cache] | None = None,
     size: ImageSize = None,
 ) -> Speed | Throughput:
-    """Measure a causal language model with `measure_speed`, and others by one forward pass on `batch` random inputs.
+    """Measure once how fast a causal language model generates, or another model reads inputs.
 
-    Texts have `context` tokens, and images this `size`. Of an encoder-decoder model that writes text, as those of
-    speech do, the time includes `steps` tokens that are generated greedily. Raises `PermpruneError` if there are no
-    inputs for the model.
+    A causal language model reads a random prompt of `context` tokens and then generates `steps` tokens greedily,
+    `batch` sequences in parallel; `cache` makes its empty key/value cache, by default Transformers' `DynamicCache`.
+    Another model reads `batch` random inputs, texts of `context` tokens or images of this `size`, in one forward pass;
+    if it is an encoder-decoder that writes text, it generates `steps` tokens as well. Raises `PermpruneError` if there
+    are no inputs for the model.
     """
-    if is_causal_lm(model) or cache is not None:
-        return measure_speed(model, batch=batch, context=context, steps=steps, cache=cache)
-    inputs, device = batch_inputs(model, batch, context, size), compute_device(model)
+    device, causal = compute_device(model), is_causal_lm(model)
+    if causal:
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = model.config.get_text_config().vocab_size
+        prompt = torch.randint(vocabulary, (batch, context), generator=generator).to(device)
+        held = DynamicCache(config=model.config) if cache is None else cache()
+    else:
+        inputs = batch_inputs(model, batch, context, size)
     with evaluating(model):
         began = _now(device)
+        if causal:
+            token = _next_token(model, prompt, held)
+            read = _now(device)
+            for _ in range(steps):
+                token = _next_token(model, token, held)
+            return Speed(batch, context, read - began, (_now(device) - read) / steps, cache_bytes(held))
         if needs_decoder_inputs(model, inputs):
             generate(model, inputs, steps, at_least=steps)
         else:
@@ -101,37 +113,6 @@ def batch_inputs(model: PreTrainedModel, batch: int, context: int, size: ImageSi
     first, last = many["input_ids"][:, :1], many["input_ids"][:, -1:]  # a word, and the token that ends a text
     ids = torch.cat([first.expand(-1, context - 1), last], 1)
     return Examples({**many, **random_like(model, {"input_ids": ids})})
-
-
-@torch.inference_mode()
-def measure_speed(
-    model: PreTrainedModel,
-    *,
-    batch: int,
-    context: int,
-    steps: int = STEPS,
-    seed: int = 0,
-    cache: Callable[[], Cache] | None = None,
-) -> Speed:
-    """Measure the time to read a random prompt of `context` tokens and then to generate `steps` tokens greedily.
-
-    `batch` sequences are processed in parallel, once. `seed` is the seed of the prompt. `cache` makes an empty
-    key/value cache, by default Transformers' `DynamicCache`. Raises `PermpruneError` if the model is not a causal
-    language model.
-    """
-    if not is_causal_lm(model):
-        raise PermpruneError("speed is only measured for causal language models: give one")
-    generator, device = torch.Generator().manual_seed(seed), compute_device(model)
-    vocabulary = model.config.get_text_config().vocab_size
-    prompt = torch.randint(vocabulary, (batch, context), generator=generator).to(device)
-    held = DynamicCache(config=model.config) if cache is None else cache()
-    with evaluating(model):
-        began = _now(device)
-        token = _next_token(model, prompt, held)
-        read = _now(device)
-        for _ in range(steps):
-            token = _next_token(model, token, held)
-    return Speed(batch, context, read - began, (_now(device) - read) / steps, cache_bytes(held))
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -49,7 +49,7 @@ class Engine:
     nbytes: int
 
     def measure(self, model: PreTrainedModel, batch: int, context: int, size: ImageSize = None) -> Throughput:
-        """Measure the engine's time for the inputs of `evaluation.speed.measure`, once; `model` is the one it runs.
+        """Measure the time for the inputs of `evaluation.speed.measure_speed`, once; `model` is the one it runs.
 
         Raises `EngineError` if the engine fails.
         """

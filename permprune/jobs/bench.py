@@ -28,7 +28,7 @@ from permprune.checkpoints.offload import read_size
 from permprune.checkpoints.record import RECORD, read_record
 from permprune.errors import PermpruneError, first_line
 from permprune.evaluation.size import stored_bytes
-from permprune.evaluation.speed import STEPS, ImageSize, batch_inputs, cells, measure
+from permprune.evaluation.speed import STEPS, ImageSize, batch_inputs, cells, measure_speed
 from permprune.inference.engines import EngineError, build, installed
 from permprune.jobs.speeds import TYPES
 from permprune.kv.cache import PrunedCache
@@ -261,7 +261,7 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
         _reply(
             pipe,
             cells=partial(cells, model),
-            speed=lambda batch, context, steps: measure(
+            speed=lambda batch, context, steps: measure_speed(
                 model, batch=batch, context=context, steps=steps, cache=cache, size=size
             ),
             memory=lambda: (stored_bytes(model), psutil.Process().memory_info().rss),

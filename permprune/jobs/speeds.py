@@ -14,7 +14,7 @@ from permprune.checkpoints.offload import read_size
 from permprune.checkpoints.record import PACKED, Record, SizeAndSpeed, read_record
 from permprune.config import PruneConfig
 from permprune.errors import first_line
-from permprune.evaluation.speed import ImageSize, cells, measure
+from permprune.evaluation.speed import ImageSize, cells, measure_speed
 from permprune.models.forward import is_causal_lm
 from permprune.models.modality import kind_of
 from permprune.pruning.folder import write_record
@@ -93,4 +93,4 @@ def _rate(model: PreTrainedModel, steps: int, size: ImageSize = None) -> float:
     """The tokens that a language model generates in a second, one at a time, or the inputs that another reads."""
     generates = is_causal_lm(model)
     ((batch, context),) = cells(model, [1 if generates else INPUTS], [steps if generates else TOKENS])
-    return measure(model, batch=batch, context=context, steps=steps, size=size).rate
+    return measure_speed(model, batch=batch, context=context, steps=steps, size=size).rate

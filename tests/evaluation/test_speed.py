@@ -3,17 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DynamicCache,
-    LlamaForCausalLM,
-)
+from transformers import DynamicCache, LlamaForCausalLM
 
 from permprune.checkpoints.benchmark import BenchedModel, Benchmark, Speed, Throughput
 from permprune.checkpoints.schema import Malformed, decode
-from permprune.errors import PermpruneError
-from permprune.evaluation.speed import batch_inputs, cells, measure, measure_speed
+from permprune.evaluation.speed import batch_inputs, cells, measure_speed
 from permprune.kv.cache import PrunedCache
 from permprune.report.speed import bench_table, short_name, speed_bars, summary
 from permprune.report.style import save
@@ -41,8 +35,8 @@ def test_tokens_are_those_of_greedy_generation(tiny_llama: LlamaForCausalLM, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "argmax", keep)
-        measure_speed(tiny_llama, batch=1, context=9, steps=5, seed=3)
-    prompt = torch.randint(128, (1, 9), generator=torch.Generator().manual_seed(3))
+        measure_speed(tiny_llama, batch=1, context=9, steps=5)
+    prompt = torch.randint(128, (1, 9), generator=torch.Generator().manual_seed(0))
     expected = tiny_llama.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert found == expected[0, 9:].tolist()
 
@@ -68,14 +62,6 @@ def test_a_prompt_and_what_follows_fit_into_the_positions(tiny_llama: LlamaForCa
     assert cells(tiny_llama, [2]) == [(2, 112)]
 
 
-def test_models_that_write_nothing_are_refused() -> None:
-    model = BertForSequenceClassification(
-        BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    )
-    with pytest.raises(PermpruneError, match="causal language models"):
-        measure_speed(model, batch=1, context=4)
-
-
 @pytest.mark.parametrize(
     ("name", "contexts", "passes"),
     [("vit", [0], [5]), ("bert", [16, 32], [5]), ("whisper", [0], [5] * 3)],
@@ -87,7 +73,7 @@ def test_other_models_read_a_batch_and_speech_is_transcribed(name: str, contexts
     sizes: list[int] = []
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     last.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    speed = measure(model, batch=5, context=contexts[0], steps=3)
+    speed = measure_speed(model, batch=5, context=contexts[0], steps=3)
     assert isinstance(speed, Throughput) and speed.rate > 0
     assert (speed.batch, speed.context, sizes) == (5, contexts[0], passes)
 
@@ -97,7 +83,7 @@ def test_images_have_the_size_that_the_processor_gives() -> None:
     own = batch_inputs(model, 3, 0)["pixel_values"].shape
     assert batch_inputs(model, 3, 0, (8, 24))["pixel_values"].shape == (*own[:2], 8, 24)
     with pytest.raises(ValueError, match="24"):  # this model reads images of one size
-        measure(model, batch=3, context=0, size=(8, 24))
+        measure_speed(model, batch=3, context=0, size=(8, 24))
 
 
 def test_speeds_of_inputs_are_shown_and_survive_json() -> None:
