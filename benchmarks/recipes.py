@@ -27,6 +27,7 @@ from typing import Any
 import rows
 from cifar10 import CLASSES, write
 from join_speech import join
+from probe import BATCH, probe
 from vision_language import build
 from zoo import folder_of
 
@@ -215,11 +216,11 @@ def sentiment(place: Workplace) -> None:
 
 def probed(model: str, windows: int) -> Callable[[Workplace], None]:
     """Images of CIFAR-10, and a linear classifier of them on the features of a model."""
-    options = ["--data", "train", "--classes", ",".join(CLASSES), "--windows", str(windows)]
 
     def prepare(place: Workplace) -> None:
         write(place.work)
-        place.model(f"{model}-cifar10", "probe", folder_of(model), *options)
+        if not (place.work / f"{model}-cifar10").exists():
+            probe(model, place.work / f"{model}-cifar10", str(place.work / "train"), CLASSES, BATCH * windows)
 
     return prepare
 

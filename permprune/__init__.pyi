@@ -17,7 +17,6 @@ from .errors import PermpruneError as PermpruneError
 from .evaluation.dispatch import evaluate_model as evaluate_model
 from .evaluation.lm_tasks import TaskList as TaskList, evaluate_tasks as evaluate_tasks
 from .evaluation.perplexity import perplexity as perplexity
-from .evaluation.linear_probe import fit_probe as fit_probe
 from .evaluation.result import Metric as Metric, Result as Result
 from .evaluation.speed import measure_speed as measure_speed
 from .examples import Examples as Examples

@@ -11,7 +11,6 @@ from permprune.cli import (  # noqa: F401 - each registers its command
     methods,
     pack,
     plan,
-    probe,
     prune,
     push,
     sweep,

@@ -19,12 +19,12 @@ from permprune.coupling.fold import fold_all
 from permprune.data.labelled import read_labelled_text
 from permprune.engine.pruned import compose_tables, folded_tables
 from permprune.errors import PermpruneError
-from permprune.evaluation.linear_probe import with_head
 from permprune.examples import Examples
 from permprune.losses.targets import Task
 from permprune.models.forward import is_causal_lm, is_encoder_decoder, short_inputs
 from permprune.models.layers import Layer, block_linears
 from permprune.models.modality import kind_of
+from permprune.training.heads import with_head
 from permprune.training.int4 import through_int4
 from permprune.training.weights import adapted, trained_weights
 from permprune.training.zeros import KeptZeros

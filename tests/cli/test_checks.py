@@ -74,7 +74,6 @@ WRONG = {
     "verify nowhere": "there is no folder nowhere",
     "bench full --batch 1,x": "give whole numbers",
     "bench full --turns 0": "turns is 0",
-    "probe minilm-l6 --out out --windows 0": "windows is 0",
     f"prune {'x' * 5000} --out out": "model cannot be looked for: File name too long",
     f"prune smollm2-135m --out out --data {'y/' * 3000}": "data cannot be looked for: File name too long",
     "compare smollm2-135m --methods ,": "--methods names no search",

@@ -277,18 +277,6 @@ def test_images_with_texts_are_compared_and_trained_on(tiny_qwen_vl: Path, pairs
     assert run("inspect", tiny_qwen_vl, "--verify")[0] == 0
 
 
-def test_a_probe_is_a_classifier_that_prunes(tiny_vit: Path, pictures: Path, tmp_path: Path) -> None:
-    out = tmp_path / "probe"
-    code, stdout, _ = run("probe", tiny_vit, "--data", pictures, "--classes", "cat,dog,owl,cow", "--out", out)
-    assert code == 0 and "top-1 accuracy" in stdout
-    names = json.loads((out / "config.json").read_text())["id2label"]
-    assert names == {"0": "cat", "1": "dog", "2": "owl", "3": "cow"}  # of cows there is no picture
-    code, stdout, _ = run("evaluate", out, "--data", pictures, "--windows", "1")
-    assert code == 0 and "top-1 accuracy" in stdout
-    for classes in ("cat", "cat,owl,Cat"):  # labels are compared without regard to case
-        assert "two or more" in fails("probe", tiny_vit, "--classes", classes, "--out", tmp_path / "other")
-
-
 def test_data_that_has_no_default_is_asked_for(tiny_bert: Path) -> None:
     assert "no default data of sentences to evaluate on" in fails("evaluate", tiny_bert)
 

@@ -98,7 +98,6 @@ def test_too_little_space_is_said_before_the_work(
         ["prune", *source, "--permute", "ria", "--offload", "disk"],
         ["sweep", *source],
         ["finetune", *training],
-        ["probe", source[0], "--classes", "a,b"],
     ):
         code, _, stderr = run(*command, "--out", tmp_path / "out")
         line = stderr.splitlines()[-1]
@@ -106,7 +105,7 @@ def test_too_little_space_is_said_before_the_work(
         assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("command", ["prune", "sweep", "finetune", "probe"])
+@pytest.mark.parametrize("command", ["prune", "sweep", "finetune"])
 @pytest.mark.parametrize("out", ["file/out", "/proc/out", "folder", "link", "dangling", "no/out", "n" * 300])
 def test_a_folder_that_cannot_be_made_is_said_before_the_work(command: str, out: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")

@@ -17,7 +17,6 @@ from permprune import (
     TaskList,
     evaluate,
     evaluate_model,
-    fit_probe,
     perplexity,
     prune_to_folder,
 )
@@ -113,7 +112,6 @@ def test_a_permuters_name_is_understood_whole() -> None:
         *((["finetune", option, "nan"], option[2:]) for option in ("--lr", "--hidden")),
         (["finetune", "--hidden", "-1"], "hidden"),
         (["finetune", "--seed", "-1"], "seed"),
-        *((["probe", "--windows", text], "windows") for text in ("0", "-1")),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -122,7 +120,7 @@ def test_numbers_out_of_range_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     name, *rest = command
-    out = ["--out", "out"] if name in ("prune", "sweep", "finetune", "probe") else []
+    out = ["--out", "out"] if name in ("prune", "sweep", "finetune") else []
     line = fails(name, "./no-model", *out, *rest)  # refused before the model is looked for
     assert f"{option} is " in line and any(least in line for least in ("from 0", "from 1", "from 2", "above 0"))
     assert not list(tmp_path.iterdir())
@@ -148,7 +146,7 @@ def test_a_glob_may_match_what_another_does(source: list[str], tmp_path: Path) -
     assert run("verify", tmp_path / "out")[1].startswith("6 layers")
 
 
-@pytest.mark.parametrize("command", ["prune", "sweep", "finetune", "probe"])
+@pytest.mark.parametrize("command", ["prune", "sweep", "finetune"])
 @pytest.mark.parametrize("out", ["", ".", "..", "/", "file/out", "link", "a\udcffb"])
 def test_out_is_a_new_name_in_a_folder(
     command: str, out: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -182,9 +180,6 @@ def test_the_objects_refuse_what_the_command_line_refuses() -> None:
         lambda: Objective(0.0),
         lambda: evaluate_model(nn.Linear(2, 2), SHOWN, batch=0),
         lambda: perplexity(nn.Linear(2, 2), SHOWN, batch=0),
-        lambda: fit_probe(nn.Linear(2, 2), SHOWN, batch=-1),  # type: ignore[arg-type]
-        lambda: fit_probe(nn.Linear(2, 2), SHOWN, seed=-1),  # type: ignore[arg-type]
-        lambda: fit_probe(nn.Linear(2, 2), SHOWN, classes=0),  # type: ignore[arg-type]
     ):
         with pytest.raises(PermpruneError, match=r"give|choose|pattern"):
             make()

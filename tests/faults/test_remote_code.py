@@ -128,7 +128,6 @@ def commands(folder: Path, text: Path) -> list[list[str | Path]]:
         ["sweep", folder, "--out", folder.with_name("swept"), "--methods", "none", "--patterns", "2:4", *calibrated],
         ["inspect", folder],
         ["evaluate", folder, *data, "--windows", "1", "--length", "16"],
-        ["probe", folder, "--out", folder.with_name("probed"), *data],
         ["finetune", folder, "--out", folder.with_name("tuned"), *data, "--length", "16"],
     ]
 

@@ -1,7 +1,6 @@
 """Folders of pruned models: what is written computes what was pruned, and stays pruned whatever is done with it."""
 
 import copy
-import dataclasses
 import json
 import pickle
 import shutil
@@ -11,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import permprune
 from permprune.checkpoints.origin import held_patterns
-from permprune.checkpoints.record import RECORD, SIDES, Showcase, SizeAndSpeed, read_record
+from permprune.checkpoints.record import RECORD, read_record
 from permprune.checkpoints.weights import GATHERED
-from permprune.pruning.folder import write_record
 
 from ..cli.running import fails, run
 from .pruned import SETTINGS, SMALL, TUNED, WINDOWS, commands, logits, options, write_pruned, write_source
@@ -249,43 +247,6 @@ def test_comparing_methods_on_a_gathered_model_starts_from_it(pruned: dict[str, 
 def test_a_gathered_model_is_not_offloaded(pruned: dict[str, Path], tmp_path: Path) -> None:
     arguments = [*options(pruned["gather"]), "--permute", "ria", "--memory", "300KB", "--out", tmp_path / "out"]
     assert "reorders channels at run time can only be pruned in memory" in fails("prune", pruned["gather"], *arguments)
-
-
-@pytest.mark.parametrize("headed", [True, False])
-@pytest.mark.parametrize("mode", MODES)
-def test_a_probe_of_a_pruned_model_keeps_it_pruned(tiny_vit: Path, tmp_path: Path, mode: str, headed: bool) -> None:
-    if not headed:
-        AutoModel.from_pretrained(tiny_vit, add_pooling_layer=False).save_pretrained(tiny_vit)
-    model, processor, _ = permprune.read_model(str(tiny_vit))
-    pixels = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    examples = permprune.Examples({"pixel_values": pixels})
-    done = permprune.prune(model, examples=examples, mode=mode, **SETTINGS)
-    done.save_pretrained(tmp_path / "pruned", processor)
-    shown = Showcase("neighbours", "", [], {side: SizeAndSpeed(9) for side in SIDES})
-    write_record(dataclasses.replace(read_record(tmp_path / "pruned"), showcase=shown), tmp_path / "pruned")
-    photos = write_photos(tmp_path / "photos")
-    out = tmp_path / "out"
-    assert run("probe", tmp_path / "pruned", "--data", photos, "--classes", "cat,dog", "--out", out)[0] == 0
-    code, stdout, _ = run("verify", out)
-    assert code == 0 and "12 layers" in stdout
-    found = permprune.load(out)
-    assert (out / GATHERED).exists() == (mode == "gather") and len(read_record(out).gathers) == len(done.gathers)
-    with torch.no_grad():
-        base = model.vit if headed else model
-        expected = base(pixel_values=pixels).last_hidden_state
-        torch.testing.assert_close(found.vit(pixel_values=pixels).last_hidden_state, expected)
-    assert found.config.id2label == {0: "cat", 1: "dog"}
-    assert read_record(out).measured is read_record(out).showcase is None
-
-
-def write_photos(folder: Path) -> Path:
-    from PIL import Image
-
-    for shade, name in ((40, "cat"), (200, "dog")):
-        (folder / name).mkdir(parents=True)
-        for number in range(6):
-            Image.new("RGB", (16, 16), (shade, 10 * number, shade)).save(folder / name / f"{number}.png")
-    return folder
 
 
 # Fine-tuning
