@@ -123,7 +123,7 @@ class _Changes:
             if solution.seconds < self.run.seconds:
                 solution, best = self.tried(change, solution, best)
             else:
-                log.warning("%s: no time is left of --minutes %g", change.name, self.run.minutes)
+                log.warning("%s: no time is left of the %g minutes", change.name, self.run.minutes)
         return solution
 
     def tried(self, change: Change, solution: Solution, best: float) -> tuple[Solution, float]:

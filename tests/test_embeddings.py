@@ -129,7 +129,7 @@ def test_what_cannot_be_embedded_or_measured_is_one_line(
     line = refused("evaluate", plain, "--task", "embedding", "--data", texts)
     assert "embedding:pooling=cls" in line and "damaged" not in line
     assert "by mean" in refused("evaluate", encoder, "--task", "embedding:pooling=max", "--data", texts)
-    assert "mean" in refused("prune", encoder, "--task", "embedding:pooling=man", "--out", tmp_path / "out")
+    assert "mean" in refused("prune", encoder, "--set", "task=embedding:pooling=man", "--out", tmp_path / "out")
     assert "translation" in refused("finetune", encoder, "--task", "translation", "--out", tmp_path / "out")
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("sentence1\tsentence2\n" + "the text\tis short\n" * 4)
@@ -158,7 +158,7 @@ def test_a_plain_encoder_that_is_asked_for_is_written_for_sentence_transformers(
     plain: Path, texts: Path, tmp_path: Path
 ) -> None:
     data = ["--calibration", str(texts), "--data", str(texts), "--samples", "4", "--windows", "1", "--length", "16"]
-    task = ["--task", "embedding:pooling=cls", "--permute", "ria"]
+    task = ["--set", "task=embedding:pooling=cls", "--permute", "ria"]
     status, _, error = run("prune", str(plain), *data, *task, "--out", str(tmp_path / "out"))
     assert status == 0, error
     assert run("pack", str(tmp_path / "out"), "--dtype", "fp32", "--out", str(tmp_path / "packed"))[0] == 0

@@ -159,7 +159,7 @@ def test_changes_keep_a_time_limit(
 
     assert TRAINED.rounds_share == pytest.approx(0.3) and UPDATED.rounds_share == 1
     assert stages(TRAINED, prepared, minutes=1e-9) == []
-    assert "training: no time is left of --minutes 1e-09" in caplog.messages
+    assert "training: no time is left of the 1e-09 minutes" in caplog.messages
     monkeypatch.setattr(ADMM, "run", stop)
     dataclasses.replace(UPDATED, order=Identity()).solve(
         prepared.network, dataclasses.replace(prepared.run, minutes=2.0)

@@ -28,7 +28,7 @@ ATTEMPTS = 4
 """Number of damping values that are tried, each ten times the previous one."""
 
 NO_FACTOR = "the second moments of its inputs have no Cholesky factor"
-ADVICE = "calibrate with --precision fp32, and check the calibration text"
+ADVICE = "calibrate with --set precision=fp32, and check the calibration text"
 
 
 def root_mean_square(moments: Float[Tensor, "channels channels"]) -> Float[Tensor, " channels"]:
@@ -153,5 +153,7 @@ def _mean(total: Symmetric, count: float, site: str, *, half: bool) -> Symmetric
     for strip in total.strips:
         strip /= count
     if sharding.total(sum(not torch.isfinite(strip).all() for strip in total.strips))[0]:
-        raise PermpruneError(f"activations at {site} overflow on the calibration data: calibrate with --precision fp32")
+        raise PermpruneError(
+            f"activations at {site} overflow on the calibration data: calibrate with --set precision=fp32"
+        )
     return total.correlations() if half else total

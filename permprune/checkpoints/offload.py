@@ -225,7 +225,7 @@ def _offloaded(checkpoint: ModelFiles, folder: Path) -> tuple[PreTrainedModel, M
     if rebuilt := sorted({*(getattr(model, "_keys_to_ignore_on_save", None) or ())} - {*stored}):
         raise PermpruneError(
             f"{checkpoint.name} can only be pruned whole in memory, since its checkpoint does not store {rebuilt[0]}: "
-            "raise --memory, or leave --offload out"
+            "raise --memory, or leave offload out"
         )
     remove_hook_from_submodules(model)
     for module in model.modules():

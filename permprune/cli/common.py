@@ -26,7 +26,7 @@ from rich.logging import RichHandler
 
 import permprune
 from permprune.cli.checks import STDOUT, require_files, require_text
-from permprune.cli.settings import complete_option, option, options_of, settings_from
+from permprune.cli.settings import RARE, complete_option, option, options_of, set_options, settings_from
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
@@ -67,6 +67,8 @@ def _usage(error: Any) -> str:
         text = f"{text[:1].lower()}{text[1:]}".replace(". Did", ": did")
         return text if text.endswith("?") else f"{text}: see {place} --help"
     known = [name for parameter in error.ctx.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+    if "--set" in known and (name := wrong.lstrip("-").replace("-", "_")) in RARE:
+        return f"no option {wrong}: give --set {name}=VALUE"
     close = get_close_matches(wrong, known, 1)
     return f"no option {wrong}: " + (f'did you mean "{close[0]}"?' if close else f"see {place} --help")
 
@@ -100,6 +102,14 @@ Head = Annotated[
         show_default="a floating-point type",
     ),
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help=f"another setting of the run, such as batch=1; may be repeated: {', '.join(RARE)}",
+    ),
+]
 Json = Annotated[
     Path | None,
     typer.Option("--json", help="write the results to this JSON file; - is stdout, and tables then go to stderr"),
@@ -130,19 +140,22 @@ def command(function: Callable[..., Iterator[None] | None], without: Collection[
     """Register a command; `PermpruneError` becomes one line on stderr and status 2, Ctrl-C status 130, SIGTERM 143.
 
     A parameter whose type is a dataclass stands for the options of its fields (`options_of`), except for those in
-    `without`; several may share an option. Numbers have to be in the range of their type, such as `Count`. Before
-    anything slow is imported, the function runs up to its `yield`, and its inputs and outputs are looked for. A
-    function without one has then done its work.
+    `without`; several may share an option. A command with a `PruneConfig` takes `RARE` ones by --set. Numbers have to
+    be in the range of their type, such as `Count`. Before anything slow is imported, the function runs up to its
+    `yield`, and its inputs and outputs are looked for. A function without one has then done its work.
     """
     arguments = inspect.signature(function, eval_str=True).parameters
     parameters, settings = dict[str, inspect.Parameter](), dict[str, tuple[type, Collection[str]]]()
+    sets = any(parameter.annotation is PruneConfig for parameter in arguments.values())
     for name, parameter in arguments.items():
         offered = {name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)}
         kind = parameter.annotation
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            offered = options_of(kind, without)
+            offered = options_of(kind, (*without, *(RARE if sets else ())))
             settings[name] = kind, offered.keys()
         parameters |= offered
+    if sets:
+        parameters["set"] = inspect.Parameter("set", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Set)
     for name, parameter in parameters.items():
         complete_option(name, parameter)
     hints = {name: parameter.annotation for name, parameter in parameters.items()}
@@ -156,8 +169,9 @@ def command(function: Callable[..., Iterator[None] | None], without: Collection[
                 require_text(given)
                 if streamed and values["json"] is None and _is_first():
                     raise PermpruneError("stdout is closed: give --json a file")
+                rare = set_options([kind for kind, _ in settings.values()], given.get("set") or (), without)
                 for name, (kind, offered) in settings.items():
-                    values[name] = settings_from(kind, {option: given[option] for option in offered})
+                    values[name] = settings_from(kind, {**{option: given[option] for option in offered}, **rare})
                 for name, hint in hints.items():
                     number = Number.of(hint) or Number.of(hint.__origin__)
                     if number is not None:

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 
 from permprune.errors import PermpruneError
-from permprune.options import parse_bytes
+from permprune.options import Number, nearest, parse_bytes
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -36,12 +36,17 @@ RENAMED = {
 PYTHON_ONLY = ("measured", "held_out", "shared", "tasks", "packed", "packed_head")
 """Fields that are no options."""
 
+RARE = (
+    "saliency", "seed", "minutes", "exclude", "task", "metric", "examples", "batch", "recompute", "precision",
+    "offload", "shard",
+)  # fmt: skip
+"""The settings of a run that few people need: commands of runs take them by `--set`, as in --set batch=1."""
+
 PANELS = {
     "A mix of patterns": ("candidates", "keep", "bytes", "max_loss"),
-    "Data": ("samples", "length", "windows", "metric", "examples", "seed"),
+    "Data": ("samples", "length", "windows", "metric", "seed"),
     "Tasks": ("tasks", "task_file", "limit"),
-    "Memory and speed": ("memory", "batch", "recompute", "precision", "offload", "shard", "minutes"),
-    "Model and output": ("exclude", "task", "trust_remote_code", "pack", "head", "json"),
+    "Model and output": ("memory", "set", "task", "trust_remote_code", "pack", "head", "json"),
 }
 """Options that few people need, by their panel in the help."""
 
@@ -122,6 +127,35 @@ def options_of(settings: type, without: Collection[str] = ()) -> dict[str, inspe
                 name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
             )
     return parameters
+
+
+def set_options(settings: Iterable[type], texts: Iterable[str], without: Collection[str] = ()) -> dict[str, Any]:
+    """Return the values of texts such as "batch=1", by option; those of the `settings` but for those in `without`.
+
+    Raises `PermpruneError` for an unknown option, and for one that is given twice but takes one value.
+    """
+    values = dict[str, Any]()
+    hints = {
+        name: (field.name, get_type_hints(kind, localns=NAMED, include_extras=True)[field.name])
+        for kind in settings
+        for name, field in _options(kind).items()
+        if name in RARE and name not in without
+    }
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if name not in hints:
+            raise PermpruneError(f"--set {text}: {nearest(name, hints)}")
+        if not equals or (name in values and not isinstance(values[name], list)):
+            raise PermpruneError(f"--set {text}: give one value of {name}, as in --set {name}=...")
+        field, hint = hints[name]
+        number = Number.of(hint)
+        if number is None and _option_type(field, hint) == list[str]:
+            values[name] = [*values.get(name, []), value]
+        else:
+            values[name] = value if number is None else number.from_text(value)
+            if number is not None:
+                number.require(name, values[name])
+    return values
 
 
 def complete_option(name: str, parameter: inspect.Parameter) -> None:

@@ -132,7 +132,7 @@ class Fitting(Subject):
     def require_offloadable(self, config: PruneConfig) -> None:
         """Raise `PermpruneError` if the settings offload a model that has to be in memory."""
         if config.place != "none" and (whole := self._whole(config)):
-            raise PermpruneError(f"{whole} in memory: leave --offload out")
+            raise PermpruneError(f"{whole} in memory: leave offload out")
 
     def together(self, config: PruneConfig) -> Forecast:
         """Return the forecast of the run of several processes with the settings given.
@@ -202,7 +202,7 @@ class Fitting(Subject):
 
     def _full_host(self, offloaded: Forecast) -> str:
         held, memory = gib(offloaded.host), gib(psutil.virtual_memory().total)
-        return f"the host has {memory}, and a run that offloads to it takes {held} of that: give --offload disk"
+        return f"the host has {memory}, and a run that offloads to it takes {held} of that: give --set offload=disk"
 
     def _smaller(self, config: PruneConfig, memory: int) -> str:
         """What would let a model of text fit in `memory` bytes beside a higher limit; empty if nothing is known."""
@@ -250,9 +250,9 @@ class Fitting(Subject):
         """Why processes cannot divide the weights of this model, or with these settings; empty if they can."""
         recipe = config.recipe
         if self.processes == 1:
-            return "one process has nothing to divide: start several with torchrun, or leave --shard out"
+            return "one process has nothing to divide: start several with torchrun, or leave shard out"
         if whole := self._whole(config):
-            return f"{whole} by processes that hold all of it: leave --shard out"
+            return f"{whole} by processes that hold all of it: leave shard out"
         if not recipe.order.divides_rows:
             able = ", ".join(name for name, other in PERMUTERS.items() if other().divides_rows)
             return (
@@ -296,10 +296,10 @@ def _leaner(config: PruneConfig, machine: Machine) -> Iterator[PruneConfig]:
 def _options(given: PruneConfig, chosen: PruneConfig) -> str:
     """The options that lead from one config to another."""
     options = {
-        "batch": f"--batch {chosen.batch}", "recompute": "--recompute", "precision": f"--precision {chosen.precision}",
-        "offload": f"--offload {chosen.offload}",
+        "batch": chosen.batch, "recompute": "true", "precision": chosen.precision, "offload": chosen.offload,
     }  # fmt: skip
-    return " ".join(text for name, text in options.items() if getattr(chosen, name) != getattr(given, name))
+    changed = [name for name in options if getattr(chosen, name) != getattr(given, name)]
+    return " ".join(f"--set {name}={options[name]}" for name in changed)
 
 
 def _with(given: PruneConfig, chosen: PruneConfig) -> str:

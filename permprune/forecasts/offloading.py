@@ -105,7 +105,9 @@ class Offload:
         updating = min(device, spare(True))
         left = host - (needed := max(stage.bytes("host") for stage in bare))
         if left < 0:
-            raise PermpruneError(f"the host needs {gib(needed)} beside the program: give --offload host more, or disk")
+            raise PermpruneError(
+                f"the host needs {gib(needed)} beside the program: give --set offload=host: more, or disk"
+            )
         room = [updating if own else device for own in smaller]
         offloaded = (self._at_rest(*each, left) for each in zip(bare, stages, room, strict=True))
         return tuple(offloaded), (device, left, device - updating)

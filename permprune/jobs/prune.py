@@ -180,7 +180,7 @@ class _Job:
             crowded = crowding(name, shapes, config, windows=windows, stored=stored, size=size)
         config = config if fitted is None else fitted.config
         if config.offload != "none" and (self.in_memory or distributed.world() > 1):
-            raise PermpruneError("only one process offloads, and a model that it reads itself: leave --offload out")
+            raise PermpruneError("only one process offloads, and a model that it reads itself: leave offload out")
         return config, fitted, crowded
 
     def shapes(self) -> tuple[PreTrainedModel, torch.dtype, tuple[int, int] | None]:

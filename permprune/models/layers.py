@@ -243,7 +243,7 @@ def _less_excluded(layers: list[Layer], exclude: Iterable[str]) -> list[Layer]:
     for glob in exclude:
         matched = {layer.name for layer in layers if fnmatch(layer.name, glob)}
         if not matched:
-            raise PermpruneError(f'--exclude "{glob}" matches no layer that would be pruned, such as {layers[0].name}')
+            raise PermpruneError(f'exclude "{glob}" matches no layer that would be pruned, such as {layers[0].name}')
         excluded |= matched
     return [layer for layer in layers if layer.name not in excluded]
 

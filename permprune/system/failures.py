@@ -24,8 +24,8 @@ SIGNS = (
 """Messages of torch, CUDA, C++ and the system, in lower case."""
 
 ADVICE: Mapping[str, str] = {
+    "set": "fewer examples at a time (--set batch=1), --set recompute=true",
     "batch": "fewer examples at a time (--batch 1)",
-    "recompute": "--recompute",
     "memory": "a limit such as --memory 8GiB",
     "length": "shorter windows (--length)",
     "windows": "fewer windows (--windows)",

@@ -303,7 +303,7 @@ def empty_on_host(like: Tensor, device: torch.device) -> Tensor:
     pages, runtime = mmap.mmap(-1, like.nbytes), torch.cuda.cudart()
     values = torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
     if int(runtime.cudaHostRegister(values.data_ptr(), like.nbytes, 0)):
-        raise PermpruneError("the system does not pin more memory of the host: free some, or give --offload disk")
+        raise PermpruneError("the system does not pin more memory of the host: free some, or give --set offload=disk")
     weakref.finalize(pages, runtime.cudaHostUnregister, values.data_ptr())
     return values
 

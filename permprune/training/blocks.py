@@ -97,7 +97,7 @@ def trained_blocks(network: PrunedNetwork, run: Run, steps: int, saved: Resumabl
     done = values["blocks"]
     for number, (reached, layers) in enumerate(track(blocks if done < len(blocks) else [], "training blocks")):
         if distributed.mean(saved.seconds) > limit:
-            log.warning("blocks: no time is left of --minutes: %d of %d were trained", done, len(blocks))
+            log.warning("blocks: no time is left: %d of %d were trained", done, len(blocks))
             break
         with network.dense_weights():
             dense.go_on(reached)

@@ -97,9 +97,7 @@ class LayerUpdate(Update):
                 names.extend(found)
                 return
             if distributed.mean(saved.seconds) > limit:
-                log.warning(
-                    "%s: no time is left of --minutes: blocks from %s on are not updated", self.name, layers[0].name
-                )
+                log.warning("%s: no time is left: blocks from %s on are not updated", self.name, layers[0].name)
                 raise Done
             network.show({layer.name: network.weights[layer.name].to(layer.stored.dtype) for layer in layers})
             inputs = InputMoments({network.sites[layer.name]: layer for layer in layers})

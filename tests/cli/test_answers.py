@@ -104,7 +104,7 @@ def test_models_without_causal_attention_are_refused(tiny_encoder_decoder: Path,
 def test_offloaded_the_same_is_pruned(chatty: Path, answers: Path, tmp_path: Path) -> None:
     data = ["--calibration", answers, "--data", answers, *SMALL, "--permute", "newton:rounds=1"]
     for place in ("none", "disk"):
-        code, _, stderr = run("prune", chatty, *data, "--offload", place, "--out", tmp_path / place)
+        code, _, stderr = run("prune", chatty, *data, "--set", f"offload={place}", "--out", tmp_path / place)
         assert code == 0, stderr
     held, offloaded = (json.loads((tmp_path / place / "permprune.json").read_text()) for place in ("none", "disk"))
     assert held["permutations"] == offloaded["permutations"]

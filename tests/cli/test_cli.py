@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from permprune.cli.settings import PYTHON_ONLY, options_of, parse_bytes, settings_from
+from permprune.cli.settings import PYTHON_ONLY, options_of, parse_bytes, set_options, settings_from
 from permprune.config import PruneConfig
+from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.jobs.finetune import FineTuning
 from permprune.kv.config import KVConfig
@@ -61,8 +62,8 @@ def test_a_pruned_model_that_overflows_is_written(
     model, out = tmp_path / "model", tmp_path / "out"
     tiny_llama.save_pretrained(model)
     tiny_tokenizer.save_pretrained(model)
-    options = ["--calibration", tiny_text, "--data", tiny_text, *SMALL, "--permute", "none", "--precision", "fp32"]
-    code, stdout, stderr = run("prune", model, *options, "--exclude", "*.layers.1.*", "--out", out)
+    options = ["--calibration", tiny_text, "--data", tiny_text, *SMALL, "--permute", "none", "--set", "precision=fp32"]
+    code, stdout, stderr = run("prune", model, *options, "--set", "exclude=*.layers.1.*", "--out", out)
     assert code == 0 and "perplexity not finite against" in stdout and stderr.count("overflow") == 1
     assert json.loads((out / "permprune.json").read_text())["measured"]["pruned"] is None
     code, stdout, _ = run("verify", out)
@@ -165,7 +166,23 @@ def test_the_values_of_options_become_settings() -> None:
 
 def test_first_comes_what_people_need_first() -> None:
     panels = Counter(option.rich_help_panel for option in COMMAND.commands["prune"].params[1:])
-    assert panels[None] <= 11 and len(panels) == 5  # and --help
+    assert panels[None] <= 10 and len(panels) == 4 and sum(panels.values()) <= 22
+
+
+def test_rare_settings_are_set_by_name() -> None:
+    texts = ["batch=1", "recompute=true", "exclude=*.0.*", "exclude=*.1.*", "metric=f1", "minutes=2.5", "saliency=ria"]
+    values = set_options([PruneConfig, Evaluation], texts)
+    expected = {"batch": 1, "recompute": True, "exclude": ["*.0.*", "*.1.*"], "metric": "f1", "minutes": 2.5}
+    assert values == {**expected, "saliency": "ria"}
+    assert settings_from(PruneConfig, values) == PruneConfig(
+        batch=1, recompute=True, exclude=("*.0.*", "*.1.*"), minutes=2.5, saliency="ria"
+    )
+    for wrong in ("batsch=1", "examples=3", "pattern=2:4", "batch", "batch=none", "recompute=yes"):
+        with pytest.raises(PermpruneError, match=r"did you mean|choose one of|give"):
+            set_options([PruneConfig, Evaluation], [wrong], without=["examples"])
+    assert "no option --batch: give --set batch=VALUE" in fails("prune", "model", "--batch", "1")
+    with pytest.raises(PermpruneError, match="one value of batch"):
+        set_options([PruneConfig], ["batch=1", "batch=2"])
 
 
 def test_methods_are_listed_and_explained() -> None:
@@ -252,16 +269,16 @@ def test_inspect_proves_a_model_of_two_inputs(tiny_whisper: Path) -> None:
         (["--pattern", "24"], '"24" is not an N:M pattern'),
         (["--pattern", "4:4"], "keeps no or all weights"),
         (["--pattern", "2:5"], "which 5 does not divide"),
-        (["--saliency", "luck"], 'unknown saliency "luck"'),
+        (["--set", "saliency=luck"], 'unknown saliency "luck"'),
         (["--update", "luck"], 'unknown update "luck": choose one of none, sparsegpt, admm'),
         (["--permute", "luck"], 'unknown permuter "luck"'),
         (["--mode", "luck"], "mode is 'luck': choose one of fold, gather"),
-        (["--precision", "int8"], "precision is 'int8': choose one of auto, fp32, bf16"),
-        (["--batch", "0"], "batch is 0: give a whole number from 1"),
+        (["--set", "precision=int8"], "precision is 'int8': choose one of auto, fp32, bf16"),
+        (["--set", "batch=0"], "batch is 0: give a whole number from 1"),
         (["--memory", "much"], "is not an amount of memory"),
         (["--calibration", "missing/text.txt"], "no data at missing/text.txt"),
         (["--data", "missing/text.txt"], "no data at missing/text.txt"),
-        (["--exclude", "*"], "no linear layer to prune"),
+        (["--set", "exclude=*"], "no linear layer to prune"),
         (["--length", "1"], "length is 1: give a whole number from 2"),
     ],
 )
@@ -311,7 +328,14 @@ def test_a_full_disk_loses_nothing(source: list[str], tmp_path: Path, monkeypatc
         code, _, stderr = run(*arguments)
         assert code == 2 and "No space left on device" in stderr.splitlines()[-1]
     assert (tmp_path / "out.partial" / "newton.safetensors").exists() and not (tmp_path / "out").exists()
-    free = ["--update", "sparsegpt", "--batch", "2", "--recompute"]  # which the search does not depend on
+    free = [
+        "--update",
+        "sparsegpt",
+        "--set",
+        "batch=2",
+        "--set",
+        "recompute=true",
+    ]  # which the search does not depend on
     code, _, _ = run(*arguments, "--resume", *free)
     assert code == 0
     used = json.loads((tmp_path / "out" / "permprune.json").read_text())["settings"]
@@ -334,7 +358,7 @@ def test_ctrl_c_says_how_to_resume(source: list[str], tmp_path: Path, monkeypatc
         patch.setattr(Checkpoint, "save", interrupt)
         code, _, stderr = run(*arguments, "--out", out)
     assert code == 130 and "--resume" in stderr and not out.exists()
-    code, _, stderr = run(*arguments, "--out", out, "--seed", "1", "--resume")
+    code, _, stderr = run(*arguments, "--out", out, "--set", "seed=1", "--resume")
     assert code == 2 and "seed: use the same" in stderr.splitlines()[-1]
     assert run(*arguments, "--out", out, "--resume")[0] == 0
     first, second = (json.loads((folder / "permprune.json").read_text()) for folder in (whole, out))

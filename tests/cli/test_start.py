@@ -7,11 +7,9 @@ import sys
 import pytest
 
 from permprune.config import PruneConfig
-from permprune.evaluation.metrics import OF_CLASSES, OF_SCORES
 from permprune.jobs.finetune import RATES
 from permprune.options import PACKED
 from permprune.permuters.registry import PERMUTERS
-from permprune.saliency.metrics import SALIENCIES
 from permprune.updates.methods import UPDATES
 
 from .running import run
@@ -102,8 +100,6 @@ def test_permprune_and_transformers_are_imported_in_any_order() -> None:
     ("command", "names"),
     [
         ("prune", [*PERMUTERS]),
-        ("prune", [*SALIENCIES]),
-        ("prune", ["accuracy", *OF_CLASSES, *OF_SCORES]),
         ("prune", [*UPDATES]),
         ("finetune", [*RATES]),
         ("pack", [*PACKED]),

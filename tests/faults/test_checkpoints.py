@@ -61,7 +61,7 @@ def arguments(command: str, folder: Path, text: Path) -> list[str | Path]:
     data = ["--calibration", text, "--data", text, *SMALL]
     return {
         "prune": ["prune", folder, "--out", out, "--permute", "ria", *data],
-        OFFLOADED: ["prune", folder, "--out", out, "--permute", "ria", "--offload", "disk", *data],
+        OFFLOADED: ["prune", folder, "--out", out, "--permute", "ria", "--set", "offload=disk", *data],
         "sweep": ["sweep", folder, "--out", out, "--methods", "none", "--patterns", "2:4", *data],
         "inspect": ["inspect", folder],
         "verify": ["verify", folder],

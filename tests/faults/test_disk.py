@@ -95,7 +95,7 @@ def test_too_little_space_is_said_before_the_work(
     monkeypatch.setattr(Trainer, "fit", lambda *_: pytest.fail("trained"))
     for command in (
         ["prune", *source],
-        ["prune", *source, "--permute", "ria", "--offload", "disk"],
+        ["prune", *source, "--permute", "ria", "--set", "offload=disk"],
         ["sweep", *source],
         ["finetune", *training],
     ):

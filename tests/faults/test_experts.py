@@ -79,7 +79,7 @@ def experts(tmp_path: Path, tiny_tokenizer: tf.PreTrainedTokenizerFast) -> Path:
 
 
 def arguments(text: Path, *exclude: str) -> list[str | Path]:
-    options = [option for glob in exclude for option in ("--exclude", glob)]
+    options = [option for glob in exclude for option in ("--set", f"exclude={glob}")]
     return ["--calibration", text, "--data", text, *SMALL, *options]
 
 
@@ -111,7 +111,7 @@ def test_a_run_that_offloads_says_it_once(
     folder = tmp_path / "mixtral"
     mixtral(vocab_size=128).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
-    out = ("--out", tmp_path / "out", "--permute", "ria", "--offload", "disk")
+    out = ("--out", tmp_path / "out", "--permute", "ria", "--set", "offload=disk")
     code, _, stderr = run("prune", folder, *out, *arguments(tiny_text))
     assert code == 0, stderr
     assert said(caplog) == ["0.565 % of the weights inside the blocks stay dense: model.layers.*.mlp.gate.weight"]

@@ -105,7 +105,7 @@ def test_a_command_names_the_options_it_has(
     assert run("prune", *source, "--permute", "none", "--out", pruned)[0] == 0
     monkeypatch.setattr(LlamaMLP, "forward", torch_has_none)
     said = fails("prune", *source, "--permute", "none", "--out", tmp_path / "out")
-    assert "out of memory" in said and "--batch 1" in said and "--recompute" in said and "--memory 8GiB" in said
+    assert "out of memory" in said and "--set batch=1" in said and "recompute=true" in said and "--memory 8GiB" in said
     assert "--batch 1" in fails("compare", *source, "--methods", "ria")
     said = fails("evaluate", tiny_checkpoint, *data)
     assert "--length" in said and "--windows" in said and "--batch" not in said

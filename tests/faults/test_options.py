@@ -96,11 +96,12 @@ def test_a_permuters_name_is_understood_whole() -> None:
     [
         *((["prune", "--samples", text], "samples") for text in ("0", "-1", "9" * 30)),
         *((["prune", "--length", text], "length") for text in ("0", "-5")),
-        *((["prune", "--batch", text], "batch") for text in ("0", "-1")),
+        *((["prune", "--set", f"batch={text}"], "batch") for text in ("0", "-1")),
         *((["prune", "--windows", text], "windows") for text in ("0", "-1")),
-        *((["prune", "--seed", text], "seed") for text in ("-1", "9" * 23)),
-        *((["prune", "--minutes", text], "minutes") for text in ("-1", "0", "nan", "inf")),
-        *((["compare", option, "0"], option[2:]) for option in ("--samples", "--batch", "--windows", "--minutes")),
+        *((["prune", "--set", f"seed={text}"], "seed") for text in ("-1", "9" * 23)),
+        *((["prune", "--set", f"minutes={text}"], "minutes") for text in ("-1", "0", "nan", "inf")),
+        *((["compare", "--set", f"{name}=0"], name) for name in ("batch", "minutes")),
+        *((["compare", option, "0"], option[2:]) for option in ("--samples", "--windows")),
         *((["evaluate", option, "0"], option[2:]) for option in ("--windows", "--length")),
         *((["evaluate", "--tasks", "cb", "--limit", text], "limit") for text in ("0", "-1")),
         (["compare", "--tasks", "cb", "--limit", "0"], "limit"),
@@ -135,13 +136,13 @@ def test_memory_is_a_finite_amount(text: str) -> None:
 @pytest.mark.parametrize("command", ["prune", "compare", "sweep"])
 def test_a_glob_that_excludes_nothing_is_named(command: str, source: list[str], tmp_path: Path) -> None:
     out = [] if command == "compare" else ["--out", tmp_path / "out"]
-    globs = ["--exclude", "*.q_proj", "--exclude", "*.qproj"]
+    globs = ["--set", "exclude=*.q_proj", "--set", "exclude=*.qproj"]
     assert '"*.qproj" matches no layer' in fails(command, *source, *out, *globs)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_glob_may_match_what_another_does(source: list[str], tmp_path: Path) -> None:
-    globs = ["--exclude", "*.0.*", "--exclude", "*.q_proj"]
+    globs = ["--set", "exclude=*.0.*", "--set", "exclude=*.q_proj"]
     assert run("prune", *source, "--out", tmp_path / "out", "--permute", "none", *globs)[0] == 0
     assert run("verify", tmp_path / "out")[1].startswith("6 layers")
 

@@ -139,7 +139,7 @@ def test_sweep_says_so_once(texts: tuple[Path, Path], tiny_checkpoint: Path, tmp
         assert said(text).count("% of the evaluation data are also in the calibration data") == 1
 
 
-OFFLOADED = ["--length", "16", "--samples", "24", "--windows", "20", "--offload", "disk"]
+OFFLOADED = ["--length", "16", "--samples", "24", "--windows", "20", "--set", "offload=disk"]
 
 
 @pytest.mark.parametrize(("other", "options"), [(0, []), (1, []), (0, OFFLOADED)])

@@ -123,7 +123,7 @@ def commands(folder: Path, text: Path) -> list[list[str | Path]]:
     calibrated = ["--calibration", text, *data, *SMALL[:6]]
     return [
         ["prune", folder, "--out", folder.with_name("held"), *calibrated],
-        ["prune", folder, "--out", folder.with_name("read"), "--permute", "ria", "--offload", "disk", *calibrated],
+        ["prune", folder, "--out", folder.with_name("read"), "--permute", "ria", "--set", "offload=disk", *calibrated],
         ["compare", folder, "--methods", "none", *calibrated],
         ["sweep", folder, "--out", folder.with_name("swept"), "--methods", "none", "--patterns", "2:4", *calibrated],
         ["inspect", folder],
@@ -148,7 +148,7 @@ def test_without_consent_no_command_runs_code_or_asks(
     assert not any(folder.with_name(out).exists() for out in ("held", "read", "swept", "probed", "tuned"))
 
 
-@pytest.mark.parametrize("mode", [("--mode", "fold"), ("--mode", "gather"), ("--offload", "disk")])
+@pytest.mark.parametrize("mode", [("--mode", "fold"), ("--mode", "gather"), ("--set", "offload=disk")])
 def test_with_consent_a_model_of_its_own_code_is_pruned_and_written_with_the_code(
     mode: tuple[str, str], coded: Path, trace: Path, tiny_text: Path, tmp_path: Path
 ) -> None:

@@ -210,7 +210,7 @@ def test_pruning_a_gathered_model_keeps_its_gathers(
     pruned: dict[str, Path], tmp_path: Path, mode: str, pattern: str
 ) -> None:
     folder, out = pruned["gather"], tmp_path / "out"
-    figures = [*options(folder), "--mode", mode, "--pattern", pattern, "--permute", "random", "--seed", "1"]
+    figures = [*options(folder), "--mode", mode, "--pattern", pattern, "--permute", "random", "--set", "seed=1"]
     assert run("prune", folder, *figures, "--out", out)[0] == 0
     assert run("verify", out)[0] == 0, "it computes what the masked model did, whose gathers were those of the folder"
     record = json.loads((out / RECORD).read_text())

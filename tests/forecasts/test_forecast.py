@@ -236,8 +236,8 @@ def test_a_limit_is_kept_by_leaner_settings(config_folder: Path) -> None:
     assert least.tensors < free.tensors
     for memory, options in (
         (free.tensors, ""),
-        (free.tensors - 1, "--batch"),
-        (least.tensors, "--batch 1 --recompute"),
+        (free.tensors - 1, "--set batch"),
+        (least.tensors, "--set batch=1 --set recompute=true"),
     ):
         found = permprune.forecast(str(config_folder), config.replace(memory=memory))
         assert found.tensors <= memory and options in found.advice and bool(found.advice) == bool(options)
@@ -260,7 +260,7 @@ def test_of_settings_that_offload_to_the_host_the_fastest_is_chosen(config_folde
 
 def test_what_fits_nowhere_says_what_it_takes(config_folder: Path) -> None:
     with pytest.raises(
-        PermpruneError, match=r"the model takes about .* GiB with --.*--offload disk: raise --memory to that$"
+        PermpruneError, match=r"the model takes about .* GiB with --.*offload=disk: raise --memory to that$"
     ):
         forecast(config_folder, memory=2**10)
     least = {mode: forecast(config_folder, permute="cp", offload="disk", mode=mode) for mode in ("fold", "gather")}
@@ -281,14 +281,14 @@ def test_a_run_that_fills_the_host_is_refused(config_folder: Path, monkeypatch: 
     config = {"offload": "host", "permute": "newton:rounds=1"}
     needed = forecast(config_folder, **config)
     monkeypatch.setattr("permprune.forecasts.fitting.psutil.virtual_memory", lambda: Mock(total=needed.host - 1))
-    with pytest.raises(PermpruneError, match=r"the host has .* takes .* of that: give --offload disk"):
+    with pytest.raises(PermpruneError, match=r"the host has .* takes .* of that: give --set offload=disk"):
         forecast(config_folder, **config, memory=needed.tensors)
 
 
 def test_what_has_to_be_in_memory_is_not_offloaded(config_folder: Path, tiny_vit: Path) -> None:
     for folder, changes, reason in ((config_folder, {"pattern": "mixed"}, "a mix"), (tiny_vit, {}, "models of images")):
         for memory in (None, 2**40):
-            with pytest.raises(PermpruneError, match=f"{reason} .* in memory: leave --offload out"):
+            with pytest.raises(PermpruneError, match=f"{reason} .* in memory: leave offload out"):
                 forecast(folder, offload="disk", memory=memory, **changes)
 
 
@@ -312,7 +312,7 @@ def test_processes_divide_weights_that_do_not_fit(config_folder: Path) -> None:
         ({"permute": "cp"}, "permuter cp needs all rows of a layer: choose one of none, random, ria"),
         ({"train": "steps=8"}, "an update and training need all rows of a layer: leave both out"),
         ({"update": "sparsegpt"}, "an update and training need all rows of a layer: leave both out"),
-        ({"pattern": "mixed"}, "leave --shard out"),
+        ({"pattern": "mixed"}, "leave shard out"),
     ):
         with pytest.raises(PermpruneError, match=fault):
             run(**{"permute": "newton:rounds=1", **settings}, shard=True)
@@ -353,7 +353,9 @@ def test_prune_warns_where_the_memory_that_is_free_is_too_little(
         monkeypatch.setattr("permprune.forecasts.fitting.psutil.virtual_memory", lambda memory=memory: memory)
         out = tmp_path / str(available)
         prune_to_folder(str(tiny_checkpoint), out, config, evaluation=Evaluation(str(tiny_text), 4, 16))
-        assert bool(re.search(r"which is too little: .* GiB with --recompute .*would fit", caplog.text)) is told
+        assert (
+            bool(re.search(r"which is too little: .* GiB with --set recompute=true .*would fit", caplog.text)) is told
+        )
 
 
 def test_a_config_with_millions_of_layers_is_refused(config_folder: Path) -> None:

@@ -34,7 +34,7 @@ def steps(stdout: str) -> list[str]:
 @pytest.mark.parametrize("extra", [["--mode", "fold"], ["--mode", "gather"], ["--pack", "bf16"]], ids=str)
 def test_prune_shows_models_side_by_side(shown: None, options: list[Any], extra: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, stdout, stderr = run("prune", *options, *extra, "--examples", "2", "--out", out)
+    code, stdout, stderr = run("prune", *options, *extra, "--set", "examples=2", "--out", out)
     assert code == 0, stderr
     record = read_record(out)
     made = record.showcase
@@ -76,7 +76,7 @@ def test_compare_shows_the_best(shown: None, options: list[Any], tmp_path: Path)
 
 
 def test_no_examples(shown: None, options: list[Any], tmp_path: Path) -> None:
-    code, stdout, _ = run("prune", *options, "--examples", "0", "--out", tmp_path / "out")
+    code, stdout, _ = run("prune", *options, "--set", "examples=0", "--out", tmp_path / "out")
     made = read_record(tmp_path / "out").showcase
     assert code == 0 and made and not made.examples and made.note in stdout
 

@@ -98,15 +98,15 @@ def test_two_processes_find_what_one_finds_and_say_an_error_once(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     shared = ["prune", str(tiny_checkpoint), "--calibration", str(tiny_text), "--data", str(tiny_text)]
-    shared += ["--length", "16", "--samples", "40", "--windows", "4", "--precision", "fp32", "--batch", "4"]
-    shared += ["--seed", "1"]
+    shared += ["--length", "16", "--samples", "40", "--windows", "4", "--set", "precision=fp32", "--set", "batch=4"]
+    shared += ["--set", "seed=1"]
     alone, both = ([tmp_path / f"{count} {number}" for number in range(len(CASES))] for count in (1, 2))
     commands = [
-        [*shared, *case, "--out", str(out), "--shard" if case is DIVIDED else "--no-shard"]
+        [*shared, *case, "--out", str(out), "--set", f"shard={str(case is DIVIDED).lower()}"]
         for case, out in zip(CASES, both, strict=True)
     ]
     commands += [["sweep", *shared[1:], "--patterns", "2:4", "--methods", "none", "--out", str(tmp_path / "swept")]]
-    faulty = [["--out", "held"], ["--out", "unlike", "--seed", "{rank}"]]
+    faulty = [["--out", "held"], ["--out", "unlike", "--set", "seed={rank}"]]
     commands += [[*shared, *options[:1], str(tmp_path / options[1]), *options[2:]] for options in faulty]
     (tmp_path / "commands.json").write_text(json.dumps(commands))
     threads = torch.get_num_threads()

@@ -268,7 +268,7 @@ def test_a_full_device_ends_in_one_line(
 ) -> None:
     source = small_checkpoint(tmp_path / "source", tiny_tokenizer, torch.bfloat16, num_hidden_layers=2)
     config = PruneConfig(permute="ria", calibration=str(tiny_text), length=16, samples=24)
-    with allocated() as device, pytest.raises(OutOfMemory, match="--recompute"):
+    with allocated() as device, pytest.raises(OutOfMemory, match="--set recompute=true"):
         device.limit = device.now + 250_000  # the weights fit, with their statistics they do not
         permprune.prune_to_folder(str(source), tmp_path / "out", config, evaluation=Evaluation(str(tiny_text), 4, 16))
     assert not (tmp_path / "out").exists()

@@ -99,7 +99,7 @@ def test_blocks_end_with_the_time_limit_and_go_on_with_a_longer_one(
 
     network, run, whole = prepared.network, prepared.run, trained(prepared, 3)
     part = trained_blocks(network, run, 3, Slow(Checkpoint(tmp_path, {}), "blocks"), limit=5000.0)
-    assert caplog.messages[-1] == "blocks: no time is left of --minutes: 1 of 2 were trained"
+    assert caplog.messages[-1] == "blocks: no time is left: 1 of 2 were trained"
     assert {name for name in part if torch.equal(part[name], whole[name])} == {name for name in whole if ".0." in name}
     rest = trained_blocks(network, run, 3, Resumable(Checkpoint(tmp_path, {}), "blocks"))
     assert all(torch.equal(rest[name], weight) for name, weight in whole.items())
