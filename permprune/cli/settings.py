@@ -132,7 +132,7 @@ def options_of(settings: type, without: Collection[str] = ()) -> dict[str, inspe
 def set_options(settings: Iterable[type], texts: Iterable[str], without: Collection[str] = ()) -> dict[str, Any]:
     """Return the values of texts such as "batch=1", by option; those of the `settings` but for those in `without`.
 
-    Raises `PermpruneError` for an unknown option, and for one that is given twice but takes one value.
+    Of several values of one option that takes one, the last counts. Raises `PermpruneError` for an unknown option.
     """
     values = dict[str, Any]()
     hints = {
@@ -145,8 +145,8 @@ def set_options(settings: Iterable[type], texts: Iterable[str], without: Collect
         name, equals, value = text.partition("=")
         if name not in hints:
             raise PermpruneError(f"--set {text}: {nearest(name, hints)}")
-        if not equals or (name in values and not isinstance(values[name], list)):
-            raise PermpruneError(f"--set {text}: give one value of {name}, as in --set {name}=...")
+        if not equals:
+            raise PermpruneError(f"--set {text}: give its value, as in --set {name}=...")
         field, hint = hints[name]
         number = Number.of(hint)
         if number is None and _option_type(field, hint) == list[str]:
