@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -14,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from permprune.data.items import Selection
-from permprune.data.sources import ANSWERS, PROMPTS, Row, columns_of, dataset, read_rows
+from permprune.data.sources import ANSWERS, PROMPTS, Row, columns_of, dataset
 from permprune.data.text import start_tokens
 from permprune.errors import PermpruneError, first_line
 from permprune.examples import IGNORED, Examples, Part
@@ -38,17 +37,17 @@ Render = Callable[[Sequence[Turn], bool], str]
 """(turns, whether an answer is asked for) -> the text of a conversation in a chat template."""
 
 
-def has_answers(source: str | Path | None, part: Part) -> bool:
+def has_answers(source: str | None, part: Part) -> bool:
     """Whether a source is a table or data set with a column of conversations, or with one of prompts and of answers.
 
     Raises `PermpruneError` if a data set does not load.
     """
-    columns = {} if source is None else columns_of(str(source), part)
+    columns = {} if source is None else columns_of(source, part)
     return MESSAGES in columns or all(any(name in columns for name in names) for names in (PROMPTS, ANSWERS))
 
 
 def load_answers(
-    source: str | Path, model: PreTrainedModel, processor: Processor | None, selection: Selection, length: int
+    source: str, model: PreTrainedModel, processor: Processor | None, selection: Selection, length: int
 ) -> Examples:
     """Load conversations, or prompts with their answers, as inputs of a causal language model.
 
@@ -107,17 +106,15 @@ def counted(windows: Examples) -> Examples:
     return Examples({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
 
 
-def _conversations(source: str | Path, selection: Selection) -> list[tuple[str, list[Turn]]]:
+def _conversations(source: str, selection: Selection) -> list[tuple[str, list[Turn]]]:
     """The rows that are chosen of a table or data set as turns, each with its place for error messages."""
-    path = Path(source)
-    if path.is_file():
-        named = [(f"{path}, row {number}", row) for number, row in enumerate(read_rows(path, selection.part)[0], 1)]
-        read = [(place, _turns(row, place)) for place, row in named]
-        prompts = [str([turn["content"] for turn in turns if turn["role"] != ANSWERER]) for _, turns in read]
-        return [read[index] for index in selection.indices(prompts)]
-    with dataset(str(source), selection.part) as rows:
-        named = [(f"{source}, {name}", row) for name, row in selection.of_data_set(str(source)).rows(rows)]
-    return [(place, _turns(row, place)) for place, row in named]
+    with dataset(source, selection.part) as rows:
+        if isinstance(rows, list):
+            read = [(place, _turns(row, place)) for n, row in enumerate(rows, 1) for place in [f"{source}, row {n}"]]
+            prompts = [str([turn["content"] for turn in turns if turn["role"] != ANSWERER]) for _, turns in read]
+            return [read[index] for index in selection.indices(prompts)]
+        chosen = [(f"{source}, {name}", row) for name, row in selection.of_data_set(source).rows(rows)]
+        return [(place, _turns(row, place)) for place, row in chosen]
 
 
 def _turns(row: Row, place: str) -> list[Turn]:

@@ -77,13 +77,15 @@ def read_labelled_text(source: str | Path, part: Part, labelled: bool = True) ->
     columns = next((texts for texts in TEXTS if all(text in rows[0] for text in texts)), None)
     if columns is None:
         columns = (find_column(rows[0], [text for (text, *more) in TEXTS if not more], str(source)),)
+    for number, row in enumerate(rows, 1):
+        for column in columns:
+            if not isinstance(row.get(column), str):
+                raise PermpruneError(f"{source}, row {number} has no text in its column {column}")
     texts = [[row[column] for row in rows] for column in columns]
-    for column, found in zip(columns, texts, strict=True):
-        if wrong := next((number for number, text in enumerate(found, 1) if not isinstance(text, str)), None):
-            raise PermpruneError(f"{source}, row {wrong} has no text in its column {column}")
     has_labels = labelled or not rows[0].keys().isdisjoint(LABEL_COLUMNS)
     label = find_column(rows[0], LABEL_COLUMNS, str(source)) if has_labels else ""
-    return LabelledTexts(str(source), texts, [row[label] for row in rows] if has_labels else [], names.get(label))
+    labels = [row.get(label) for row in rows] if has_labels else []
+    return LabelledTexts(str(source), texts, labels, names.get(label))
 
 
 def load_labelled_text(

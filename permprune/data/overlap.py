@@ -46,40 +46,27 @@ def _covered(calibration: list[Tensor], windows: Tensor) -> float:
     """The fraction of the tokens of windows (count, length) in a run that occurs in the calibration windows."""
     span = min(SPAN, *(windowed.shape[1] for windowed in (*calibration, windows)))
     weights = torch.randint(-(2**63), 2**63 - 1, (span,), generator=torch.Generator().manual_seed(0))
-    known = torch.cat([_run_hashes(windowed, weights).flatten() for windowed in calibration]).unique()
-    shared = torch.isin(_run_hashes(windows, weights), known)
+
+    def hashes(windows: Tensor) -> Tensor:  # of every run, int64 (count, length - span + 1)
+        return torch.stack([window.unfold(0, span, 1) @ weights for window in windows])
+
+    known = torch.cat([hashes(windowed).flatten() for windowed in calibration]).unique()
+    shared = torch.isin(hashes(windows), known)
     covered = torch.zeros_like(windows, dtype=torch.bool)
     for place in range(span):
         covered[:, place : place + shared.shape[1]] |= shared
     return float(covered.double().mean())
 
 
-def _run_hashes(windows: Tensor, weights: Tensor) -> Tensor:
-    """A 64-bit hash of every run of tokens in windows, int64 (count, length): int64 (count, length - span + 1).
-
-    `weights` are the coefficients of the hash, int64 (span,).
-    """
-    runs = windows.shape[1] - len(weights) + 1
-    total = torch.zeros(len(windows), runs, dtype=torch.int64)
-    for place, weight in enumerate(weights):
-        total += weight * windows[:, place : place + runs]
-    return total
-
-
 def _digests(examples: Examples, names: Sequence[str]) -> list[bytes]:
-    """A digest of the tensors `names` of each example, without padding."""
+    """A digest of the tensors `names` of each example, without padding: what a mask hides, and zeros."""
     digests = []
     for example in examples.split(1):
-        mask = example.get("attention_mask")
-        digest = hashlib.blake2b(digest_size=16)
+        mask, digest = example.get("attention_mask"), hashlib.blake2b(digest_size=16)
         for name in names:
-            tensor = example[name].cpu()
-            if mask is not None and mask.shape == tensor.shape[:2]:
-                tensor = tensor[mask.cpu().bool()]
-            elif name == "pixel_values" and tensor.dim() == 5:  # (1, images, ...), padded with empty images
-                tensor = tensor[0, tensor[0].flatten(1).any(1)]
-            elif name == "input_values":  # a waveform, padded with zeros
-                tensor = tensor[:, : tensor.shape[1] - int(tensor[0].flip(0).eq(0).long().cumprod(0).sum())]
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            tensor = example[name]
+            masked = mask is not None and mask.shape == tensor.shape[:2]
+            tensor = tensor[mask.bool()] if masked else tensor[tensor != 0]  # type: ignore[union-attr]
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         digests.append(digest.digest())
     return digests
