@@ -1,10 +1,8 @@
 """Prompts with answers, and conversations, as examples of a language model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -21,6 +19,7 @@ from permprune.plan import calibration_examples
 from ..conversations import ANSWERS, PROMPTS, TEMPLATE, turns, with_template, write_answers, write_rows
 from ..fixtures import BLOCK
 from ..vision_language import qwen
+from .tables import write_table
 
 Tokenizer = PreTrainedTokenizerFast
 
@@ -70,22 +69,13 @@ def test_answers_count_and_prompts_and_padding_do_not(
     ],
     ids=lambda row: next(iter(row)),
 )
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "folder"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet", "train.jsonl"])
 def test_tables_and_data_sets(
-    row: dict[str, Any], suffix: str, chatty: Tokenizer, tiny_llama: LlamaForCausalLM, tmp_path: Path
+    row: dict[str, Any], name: str, chatty: Tokenizer, tiny_llama: LlamaForCausalLM, tmp_path: Path
 ) -> None:
-    path = tmp_path / f"rows.{suffix}"
-    match suffix:
-        case "json":
-            path.write_text(json.dumps([row, row]))
-        case "parquet":
-            datasets.Dataset.from_list([row, row]).to_parquet(path)
-        case "jsonl":
-            write_rows(path, [row, row])
-        case _:
-            path.mkdir()
-            write_rows(path / "train.jsonl", [row, row])
-    assert counted(load(tiny_llama, chatty, path), chatty) == [["two</s>"]] * 2
+    path = write_table(tmp_path / name, [row, row])
+    examples = load(tiny_llama, chatty, tmp_path if name.startswith("train") else path)
+    assert counted(examples, chatty) == [["two</s>"]] * 2
 
 
 def test_an_input_follows_its_instruction(chatty: Tokenizer, tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:

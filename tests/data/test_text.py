@@ -1,6 +1,4 @@
-import json
 import logging
-from pathlib import Path
 from random import Random
 
 import datasets
@@ -15,10 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
 
-
-def _jsonl(path, *texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
+from .tables import SUFFIXES, write_table
 
 
 def test_file_is_one_document_unchanged(tmp_path):
@@ -27,68 +22,31 @@ def test_file_is_one_document_unchanged(tmp_path):
     assert load_documents(file, "evaluation") == [" \n = Ärger = \r\n\n text \n"]
 
 
-def test_jsonl_is_a_document_a_line(tmp_path):
-    file = _jsonl(tmp_path / "a.jsonl", "one\u2028still one", "", "two")
-    assert load_documents(str(file), "calibration") == ["one\u2028still one", "two"]
-
-
 def test_default_text_has_two_parts():
     calibration, evaluation = load_documents(None, "calibration"), load_documents(None, "evaluation")
     assert not set(calibration) & set(evaluation)
 
 
-@pytest.mark.parametrize(
-    ("line", "place"),
-    [('{"txt": "x"}', "row 2"), ('{"text": 3}', "row 2"), ("[1]", "line 3"), ("no json", "line 3"), ("3", "line 3")],
-)
-def test_bad_line_is_named(tmp_path, line, place):
-    file = _jsonl(tmp_path / "a.jsonl", "good")
-    file.write_text(file.read_text() + "\n" + line)
-    with pytest.raises(PermpruneError, match=place):
-        load_documents(file, "calibration")
-
-
-def test_labels_of_a_jsonl_table_are_not_left_out_in_silence(tmp_path, caplog):
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"text": "one", "label": 1}\n{"text": null, "label": 0}\n')
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".CSV"])
+def test_a_table_is_a_document_a_row(suffix, tmp_path, caplog):
+    file, texts = tmp_path / f"a{suffix}", ["one\u2028still one", "", 'a "quoted" one']
+    write_table(file, [{"number": number, "text": text} for number, text in enumerate(texts)])
+    assert load_documents(str(file), "calibration") == [texts[0], texts[2]] and not caplog.records
+    write_table(file, [{"text": "one", "label": "yes"}])
     assert load_documents(file, "calibration") == ["one"]
     assert 'has labels, but the model takes none: only its column "text" is read' in caplog.text
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "A.CSV"])
-def test_a_table_has_its_texts_in_a_column(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    comma = "\t" if name.endswith("tsv") else ","
-    file = tmp_path / name
-    file.write_text(f"number{comma}text\n1{comma}one\n2{comma}two\n")
-    assert load_documents(file, "calibration") == ["one", "two"] and not caplog.records
-    file.write_text(f"text{comma}label\none{comma}yes\ntwo{comma}no\n")
-    assert load_documents(file, "calibration") == ["one", "two"]
-    assert 'has labels, but the model takes none: only its column "text" is read' in caplog.text
-    file.write_text(f"sentence{comma}label\none{comma}yes\n")
+    write_table(file, [{"sentence": "one", "label": "yes"}])
     with pytest.raises(PermpruneError, match='has no column "text": name one so among its columns, which are sentence'):
         load_documents(file, "calibration")
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.parquet"])
-def test_json_and_parquet_are_tables(name: str, tmp_path: Path) -> None:
-    file = tmp_path / name
-
-    def write(rows: list[dict[str, object]]) -> None:
-        if name.endswith("parquet"):
-            datasets.Dataset.from_list(rows).to_parquet(file)
-        else:
-            file.write_text(json.dumps(rows))
-
-    write([{"text": "one", "number": 1}, {"text": None, "number": 2}, {"text": "two", "number": 3}])
-    assert load_documents(file, "calibration") == ["one", "two"]
-    write([{"text": 1}])
-    with pytest.raises(PermpruneError, match=f'{name}, row 1 has no text in its column "text"'):
+    write_table(file, [{"text": 1}])
+    with pytest.raises(PermpruneError, match=f'a{suffix}, row 1 has no text in its column "text"'):
         load_documents(file, "calibration")
 
 
-def test_a_row_without_the_column_is_not_left_out_in_silence(tmp_path: Path) -> None:
-    file = tmp_path / "a.json"
-    file.write_text('[{"text": "one"}, {"txt": "two"}]')
+def test_null_is_no_text_and_a_row_without_the_column_is_an_error(tmp_path):
+    file = write_table(tmp_path / "a.json", [{"text": "one"}, {"text": None}])
+    assert load_documents(file, "calibration") == ["one"]
+    write_table(file, [{"text": "one"}, {"txt": "two"}])
     with pytest.raises(PermpruneError, match='row 2 has no text in its column "text"'):
         load_documents(file, "calibration")
 
@@ -115,11 +73,14 @@ def test_missing_file(name, tmp_path, monkeypatch):
 
 
 def test_dataset_splits(tmp_path):
-    _jsonl(tmp_path / "train.jsonl", "to learn", "more")
-    _jsonl(tmp_path / "test.jsonl", "to test")
+    write_table(tmp_path / "train.jsonl", [{"text": "to learn"}, {"text": "more"}])
+    write_table(tmp_path / "test.jsonl", [{"text": "to test"}])
     assert load_documents(str(tmp_path), "calibration") == ["to learn", "more"]
     assert load_documents(str(tmp_path), "evaluation") == ["to test"]
     assert load_documents(f"{tmp_path}@test", "calibration") == ["to test"]
+    write_table(tmp_path / "train.jsonl", [{"sentence": "x"}])
+    with pytest.raises(PermpruneError, match='has no column "text"'):
+        load_documents(str(tmp_path), "calibration")
 
 
 def test_dataset_name_and_configuration(monkeypatch):
@@ -153,12 +114,6 @@ def test_dataset_is_read_only_so_far(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: endless())
     monkeypatch.setattr("permprune.data.text.MAX_CHARACTERS", 25)
     assert len(load_documents("name", "calibration")) == 3
-
-
-def test_dataset_without_text(tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"sentence": "x"}\n')
-    with pytest.raises(PermpruneError, match='has no column "text"'):
-        load_documents(str(tmp_path), "calibration")
 
 
 def test_dataset_that_does_not_load(monkeypatch):
