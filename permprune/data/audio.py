@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from io import BytesIO
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def load_speech(
         return_tensors="pt",
     )
     tensors: dict[str, Tensor] = {name: tensor for name, tensor in made.items() if name in taken}
-    if selection.part == "calibration" and not any(labels):
+    if selection.part == "calibration" and not any(label is not None for label in labels):
         what = "transcripts" if classes is None else "classes"
         log.info("the sound in %s has no %s: the dense model's outputs are the targets", source, what)
     elif classes is not None:
@@ -152,6 +151,5 @@ def _resampled(sound: Sound, wanted: int) -> Samples:
         return samples
     from scipy.signal import resample_poly  # imported here because it is slow to import
 
-    common = gcd(rate, wanted)
-    resampled: Samples = resample_poly(samples, wanted // common, rate // common).astype(np.float32)
+    resampled: Samples = resample_poly(samples, wanted, rate).astype(np.float32)
     return resampled

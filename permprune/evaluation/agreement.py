@@ -77,25 +77,26 @@ def agreement(model: nn.Module, examples: Examples, dense: nn.Module | DenseOutp
     """
     if not isinstance(dense, DenseOutputs):
         dense = dense_outputs(dense, examples, batch)
-    if isinstance(dense.task, Embedding):
+    examples, task, batch = dense.examples, dense.task, dense.batch
+    if isinstance(task, Embedding):
         with frozen(model):
-            pruned = embed_all(model, dense.examples, dense.task.pooling, dense.batch)
-        return embedding_agreement(pruned, dense.predictions[0])
-    device = compute_device(model)
-    same, distance, count = 0, 0.0, 0
+            return embedding_agreement(embed_all(model, examples, task.pooling, batch), dense.predictions[0])
+    device, sums = compute_device(model), torch.zeros(3, dtype=torch.float64)
     with frozen(model):
-        parts = distributed.share(batches(dense.examples, dense.batch))
-        for inputs, expected in zip(track(parts, "agreement"), dense.predictions, strict=True):
-            predictions = dense.task(model, inputs.to(device))
-            distance, count = distance + float(predictions.distance(expected)), count + predictions.terms
-            if isinstance(predictions, Predictions):
-                same += int((predictions.logits.argmax(-1).cpu() == expected.argmax(-1)).sum())
-    same_total, distance, total = distributed.total(same, distance, count)
-    if variances := getattr(dense.task, "variances", None):
-        return [Result("imitation", FEATURE_ERROR, distance / total / len(variances), count=int(total))]
+        parts = track(distributed.share(batches(examples, batch)), "agreement")
+        for inputs, expected in zip(parts, dense.predictions, strict=True):
+            found = task(model, inputs.to(device))
+            same = 0.0
+            if isinstance(found, Predictions):
+                same = float((found.logits.argmax(-1).cpu() == expected.argmax(-1)).sum())
+            sums += torch.tensor([same, float(found.distance(expected)), found.terms], dtype=torch.float64)
+    distributed.add_([sums])
+    same, distance, count = sums.tolist()
+    if variances := getattr(task, "variances", None):
+        return [Result("imitation", FEATURE_ERROR, distance / count / len(variances), count=int(count))]
     return [
-        share("imitation", TOP_1_AGREEMENT, right=same_total, count=total),
-        Result("imitation", KL_DIVERGENCE, distance / total, count=int(total)),
+        share("imitation", TOP_1_AGREEMENT, right=same, count=count),
+        Result("imitation", KL_DIVERGENCE, distance / count, count=int(count)),
     ]
 
 
