@@ -22,7 +22,7 @@ from permprune.system.progress import MEASURE, READ, TRAIN, WRITE, stage, stages
 with on_first_use(globals()):
     from transformers import PreTrainedModel
 
-    from permprune.checkpoints.origin import linear_layers, origin_of, recorded_patterns, require_patterns
+    from permprune.checkpoints.origin import origin_of, require_patterns
     from permprune.checkpoints.probe import check_outputs
     from permprune.checkpoints.record import Epoch, Optimised
     from permprune.checkpoints.schema import decode
@@ -39,13 +39,12 @@ with on_first_use(globals()):
     from permprune.kernels.product.layout import require_packable
     from permprune.losses.targets import Imitation, Task, choose_task
     from permprune.models.forward import is_causal_lm, is_ctc
-    from permprune.models.layers import Layer, block_linears, require_changeable
+    from permprune.models.layers import block_linears, require_changeable
     from permprune.models.processors import Processor
     from permprune.pattern import Pattern
     from permprune.pruning.folder import require_probe, write_model
     from permprune.system import digests, distributed
     from permprune.system.search_state import Checkpoint
-    from permprune.training.int4 import packable
     from permprune.training.loop import Trainer, Training
     from permprune.training.weights import weight_scale
     from permprune.training.zeros import patterns_of
@@ -123,9 +122,7 @@ class FineTuning:
     """Tokens in an example; by default at most 128, or 512 for windows of text."""
 
     pack: str | None = None
-    """Write packed weights as fp32, bf16, fp16, int8 or int4 (see `permprune pack`); by default not packed, with zeros.
-
-    Training then goes through int4: every step runs with the values as they are packed, solved at first."""
+    """Write packed weights as fp32, bf16, fp16, int8 or int4 (see `permprune pack`); by default with zeros."""
 
     rows: Count | None = None
     """Examples to draw from the data; by default all, or 256 windows of text."""
@@ -149,8 +146,6 @@ class FineTuning:
             require_choice("pack", self.pack, PACKED)
         if self.hidden is not None and self.teacher is None:
             raise PermpruneError("--hidden weighs the distance to a teacher, and there is none: name a --teacher")
-        if self.pack == "int4" and self.adapters is not None:
-            raise PermpruneError("--adapters change weights that int4 could not store: give --adapters or --pack int4")
         if self.adapters is not None and self.train != "all":
             raise PermpruneError(f"--adapters trains linear layers, --train {self.train} does not: give one of the two")
 
@@ -272,8 +267,7 @@ def _finetune(
     measure = _meter(model, opened.processor, held_out, options, teacher)
     identity = _identity(opened.name, model, options, teacher)
     identity |= {"training examples": examples.digest, "held-out examples": held_out.digest}
-    stored = _stored_as_int4(model) if options.pack == "int4" else {}
-    with parameters_to_train(model, patterns, options, stored=stored, examples=examples) as weights:
+    with parameters_to_train(model, patterns, options) as weights:
         # Best weights, weights and two moments in fp32; the old state is kept until the new one is written.
         state = 28 * sum(weight.numel() for weight in weights.values())
         require_space(work.out, weight_bytes(model, opened.stored) + state)
@@ -369,19 +363,11 @@ def _identity(
     return {
         "model": name,
         **options.to_json(),
-        "pack": options.pack if options.pack == "int4" else None,  # training depends on no other
+        "pack": None,  # training does not depend on it
         **digests.model_digests(model, model.state_dict().items()),
         "teacher weights": taught and taught[digests.WEIGHTS],
         **digests.versions(),
     }
-
-
-def _stored_as_int4(model: PreTrainedModel) -> dict[str, Layer]:
-    """The pruned layers, by name, whose weights packing stores as int4."""
-    record = origin_of(model).record
-    recorded = recorded_patterns(model, [] if record is None else record.layers)
-    linears = linear_layers(model)
-    return packable([linears[name] for name in recorded], recorded)
 
 
 def _write(result: FineTuned, processor: Processor | None, work: WorkFolder) -> None:

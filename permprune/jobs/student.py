@@ -22,10 +22,9 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.targets import Task
 from permprune.models.forward import is_causal_lm, is_encoder_decoder, short_inputs
-from permprune.models.layers import Layer, block_linears
+from permprune.models.layers import block_linears
 from permprune.models.modality import kind_of
 from permprune.training.heads import with_head
-from permprune.training.int4 import through_int4
 from permprune.training.weights import adapted, trained_weights
 from permprune.training.zeros import KeptZeros
 
@@ -35,19 +34,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def parameters_to_train(
-    model: PreTrainedModel,
-    patterns: Patterns,
-    options: FineTuning,
-    *,
-    stored: dict[str, Layer],
-    examples: Examples,
+    model: PreTrainedModel, patterns: Patterns, options: FineTuning
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """A context in which pruned weights stay zero; it returns the parameters to train, by name.
-
-    Inside, the layers `stored` run with their weights as int4 stores them, solved on the first of the `examples`.
-    """
+    """A context in which pruned weights stay zero; it returns the parameters to train, by name."""
     if options.adapters is None:
-        with KeptZeros(model, patterns), through_int4(model, stored, patterns, examples):
+        with KeptZeros(model, patterns):
             yield trained_weights(model, options.train)
         return
     layers = block_linears(model)

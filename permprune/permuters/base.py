@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 from permprune.options import described, require_fields
 from permprune.pattern import Pattern
 from permprune.system.imports import on_first_use
-from permprune.system.progress import log
 
 with on_first_use(globals()):
     import torch
@@ -61,14 +60,6 @@ class Solution:
         network.set_weights(self.weights)
         network.set_orders(self.orders)
         network.set_bits(self.bits)
-
-
-@dataclass(frozen=True)
-class SavedSolution:
-    """A solution on disk, and what may have ended its search early."""
-
-    solution: Solution
-    limits: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -179,9 +170,6 @@ class Permuter(ABC):
     free: ClassVar[tuple[str, ...]] = ()
     """Options that may change when an interrupted search is resumed, such as the number of rounds."""
 
-    time_limited: ClassVar[bool] = True
-    """Whether a time limit can end the search."""
-
     def __post_init__(self) -> None:
         require_fields(self)
 
@@ -220,33 +208,15 @@ class Permuter(ABC):
         return Checkpoint(run.checkpoint.folder, {**run.checkpoint.settings, **searched})
 
     def solve(self, network: PrunedNetwork, run: Run) -> Solution:
-        """Return the solution and apply it to the network; search only if it was not found before.
-
-        It is looked up in `run.solved`, and then among the solutions that an interrupted run saved.
-        """
-        run = run if self.time_limited else replace(run, minutes=None)
+        """Return the solution, which the network then shows; it is looked up in `run.solved` first."""
         key = (self, network, *run.cache_key)
         if key not in run.solved:
             network.set_weights({})
             network.set_bits({})
-            run.solved[key] = self._saved_solution(network, run)
-        solution = run.solved[key]
-        solution.show(network)
-        return solution
-
-    def _saved_solution(self, network: PrunedNetwork, run: Run) -> Solution:
-        """Return the solution that an interrupted run saved under the same limits; otherwise search, and save it."""
-        limits = {"minutes": run.minutes, **{name: self.options()[name] for name in self.free}}
-        checkpoint, file = self.checkpoint(run), f"{self.name}.found"
-        saved = checkpoint.load_object(file, SavedSolution)
-        if saved is not None and saved.limits == limits:
-            log.info("%s: solution loaded from the interrupted run", self.name)
-            return saved.solution
-        release_freed_memory()  # of the calibration or of the previous search
-        solution = self.search(network, run)
-        if not solution.stopped:
-            checkpoint.save_object(file, SavedSolution(solution, limits))
-        return solution
+            release_freed_memory()  # of the calibration or of the previous search
+            run.solved[key] = self.search(network, run)
+        run.solved[key].show(network)
+        return run.solved[key]
 
 
 class Scores(Protocol):
@@ -268,8 +238,6 @@ class Scores(Protocol):
 @dataclass(frozen=True)
 class LocalPermuter(Permuter):
     """A permuter that solves each problem independently of the others."""
-
-    time_limited: ClassVar[bool] = False
 
     @abstractmethod
     def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator) -> Tensor:

@@ -109,7 +109,7 @@ class CostMatrixLearner(Iterative[CostMatrixState]):
         return self.steps
 
     def init(self, landscape: Landscape) -> CostMatrixState:
-        network, start = landscape.network, landscape.begin(self.start)
+        network, start = landscape.network, self.start.solve(landscape.network, landscape.run)
         costs = {}
         for problem in network.problems:
             size = self.part_size(problem.size, network.pattern_of(problem))

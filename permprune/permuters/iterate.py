@@ -52,10 +52,6 @@ class Landscape:
         """The dense model's outputs for the held-out examples, if the loss needs them."""
         return self.network.compute_teacher_outputs(self.run.held_out, self.loss)
 
-    def begin(self, start: Permuter) -> Solution:
-        """Return the solution of a permuter, which the network shows."""
-        return start.solve(self.network, self.run)
-
     def held_out_loss(self) -> float:
         """Return the loss on the held-out examples."""
         return self.network.loss(self.run.held_out, self.loss, self.teacher_outputs)
@@ -140,12 +136,8 @@ class Iterative(Permuter, Generic[S]):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        start, rounds = self.stage("start"), self.stage(f"{self.unit}s")
-        return (start, rounds) if self.total else (start,)
-
-    def stage(self, what: str) -> str:
-        """The name of a stage of this search."""
-        return f"{self.name}, {what}"
+        names = (f"{self.name}, start", f"{self.name}, {self.unit}s")
+        return names if self.total else names[:1]
 
     @abstractmethod
     def init(self, landscape: Landscape) -> S:
@@ -159,10 +151,6 @@ class Iterative(Permuter, Generic[S]):
         """Whether no other step follows."""
         ended = state.number >= self.total or not landscape.network.problems
         return ended or state.seconds > landscape.run.seconds
-
-    def finish(self, landscape: Landscape, state: S) -> Solution:
-        """Return the solution, after what follows the last round."""
-        return Solution(state.orders, state.seconds, state.curve)
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         """Search from the state that an interrupted run saved, or else from the start.
@@ -179,7 +167,7 @@ class Iterative(Permuter, Generic[S]):
         else:
             state = self.init(landscape)
             stopped = run.notify(self._round(landscape, state))
-        stage(self.stage(f"{self.unit}s"))
+        stage(self.stages[-1])
         with bar(self.name, self.total, state.number) as advance:
             while not stopped and not self.done(landscape, state):
                 state = state.timed(partial(self.step, landscape))
@@ -188,8 +176,7 @@ class Iterative(Permuter, Generic[S]):
                 stopped = run.notify(self._round(landscape, state))
         if stopped:
             log.info("%s was stopped by a callback after %s %d", self.name, self.unit, state.number)
-            return Solution(state.orders, state.seconds, state.curve, stopped=True)
-        return self.finish(landscape, state)
+        return Solution(state.orders, state.seconds, state.curve, stopped=stopped)
 
     def _round(self, landscape: Landscape, state: S) -> Round:
         """What callbacks are given."""

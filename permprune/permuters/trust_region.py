@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import ClassVar
 
@@ -13,7 +13,6 @@ from permprune.permuters.base import Permuter
 from permprune.permuters.iterate import TOLERANCE, Iterative, Landscape, SearchState
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.reconstruction import Reconstruction
-from permprune.permuters.trust_region_state import Proposal, Trial, TrustRegionState, Visit
 from permprune.system.imports import on_first_use
 from permprune.system.progress import log
 
@@ -39,6 +38,54 @@ LEAST_SLOPE = 1e-5
 
 STILL = 1e-3
 """A problem counts as unmoved if its predicted change of the loss is below this share of the mean."""
+
+
+@dataclass(frozen=True, eq=False)
+class Visit:
+    """Orders at which gradients were computed, and the rounds whose examples they were computed on."""
+
+    orders: dict[str, Tensor]
+    rounds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustRegionState(SearchState):
+    """The state of a `TrustRegion` search.
+
+    Attributes:
+        damping: A factor on the curvature of each problem's quadratic model; a larger one makes shorter steps.
+        visits: The orders so far, with the rounds of each; the last are the current ones.
+        slopes: If the last step was kept, the slopes of the loss along it at its start, by problem that moved.
+        memory: What the proposals of each problem pass from round to round.
+    """
+
+    damping: dict[str, float]
+    visits: tuple[Visit, ...]
+    slopes: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A new order of a problem, the change of the loss that its model predicts, and the memory to store if kept."""
+
+    order: Tensor
+    predicted_change: float
+    memory: Tensor | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A step of all problems, which the network shows.
+
+    `slopes` are those of the loss along the step at its start, by problem; `loss` is the held-out loss at its end, and
+    `damping` that of the models that proposed the step.
+    """
+
+    proposals: dict[str, Proposal]
+    slopes: dict[str, float]
+    loss: float
+    damping: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -88,7 +135,7 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     def init(self, landscape: Landscape) -> TrustRegionState:
         """Start from the orders of `start`, or from the natural ones if their held-out loss is lower."""
-        network, start = landscape.network, landscape.begin(self.start)
+        network, start = landscape.network, self.start.solve(landscape.network, landscape.run)
         best, orders = landscape.better_of(start.orders, self.start.name), network.orders
         state = TrustRegionState(
             orders=orders,

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.engine.session import Session
-from permprune.permuters.base import LocalPermuter, Permuter, Random
+from permprune.permuters.base import Permuter, Random
 from permprune.permuters.registry import PERMUTERS
 from permprune.permuters.trust_region import Newton
 from permprune.system import search_state as checkpoint
@@ -217,7 +217,8 @@ def test_a_solution_is_not_sought_twice(
         code, _, stderr = run(*command)
     assert code == 130 and "--resume" in stderr
     with monkeypatch.context() as patch:
-        patch.setattr(method, "search", lambda *_: pytest.fail("searched again"))
+        for part in ("init", "step"):
+            patch.setattr(method, part, lambda *_: pytest.fail("searched again"))
         assert run(*command, "--resume")[0] == 0
 
 
@@ -297,8 +298,7 @@ def test_what_was_found_is_recalled_by_all_that_it_depends_on(prepared: Prepared
     assert method.solve(network, dataclasses.replace(run, checkpoint=Checkpoint(None, {}))) is first
     for change in ({"seed": 1}, {"train": run.train[:4]}, {"held_out": run.held_out[:1]}, {"examples_per_window": 2}):
         assert method.solve(network, dataclasses.replace(run, **change)) is not first
-    shorter = method.solve(network, dataclasses.replace(run, minutes=1e-9))
-    assert (shorter is first) == isinstance(method, LocalPermuter)
+    assert method.solve(network, dataclasses.replace(run, minutes=1e-9)) is not first
     other = method.solve(network, dataclasses.replace(run, seed=1))
     assert any(not torch.equal(other.orders[name], order) for name, order in first.orders.items()) or method != Random()
     assert torch.equal(network.orders[network.problems[0].name], other.orders[network.problems[0].name])

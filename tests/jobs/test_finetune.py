@@ -24,7 +24,6 @@ from permprune.jobs.finetune import FineTuning, finetune
 from permprune.jobs.prune import prune_to_folder
 from permprune.jobs.student import teacher_of
 from permprune.jobs.verify import verify
-from permprune.kernels.product.module import PackedLinear
 from permprune.losses.objective import Objective, block_outputs
 from permprune.losses.targets import labelled, next_token
 from permprune.models.autocast import autocast
@@ -232,29 +231,6 @@ def test_text_is_learned_through_norms_alone_or_adapters_that_are_merged(
     after = dict(load(tmp_path / "adapted").named_parameters())
     assert {name for name in before if torch.equal(before[name], after[name])} == {"model.embed_tokens.weight"}
     assert all(torch.equal(before[name] == 0, after[name] == 0) for name in before)
-
-
-def test_what_is_trained_through_int4_is_packed_as_it_is(
-    tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
-) -> None:
-    text, pruned, tuned = str(tiny_text), tmp_path / "pruned", tmp_path / "tuned"
-    LlamaForCausalLM.from_pretrained(tiny_checkpoint).bfloat16().save_pretrained(tiny_checkpoint)
-    settings = PruneConfig(calibration=text, samples=24, length=16, permute="ria")
-    prune_to_folder(str(tiny_checkpoint), pruned, settings, evaluation=Evaluation(text, 4, 16))
-    options = FineTuning(text, teacher=str(tiny_checkpoint), epochs=2, rows=40, length=16, lr=3e-3, pack="int4")
-    found = finetune(str(pruned), tuned, options)
-    assert found.result.value < found.before and load_record(tuned)["optimised"]["pack"] == "int4"
-    verify(tuned)
-    trained = dict(found.model.named_parameters())
-    packed = {name: module for name, module in load(tuned).named_modules() if isinstance(module, PackedLinear)}
-    assert len(packed) == 14
-    for name, module in packed.items():
-        assert module.layout.dtype == torch.int4
-        assert torch.equal(module.packed.unpack(), trained[f"{name}.weight"])
-    with pytest.raises(PermpruneError, match="no record of permprune"):
-        finetune(str(tiny_checkpoint), tmp_path / "out", FineTuning(text, pack="int4"))
-    with pytest.raises(PermpruneError, match="give --adapters or --pack int4"):
-        FineTuning(text, adapters=2, pack="int4")
 
 
 def test_what_cannot_be_packed_is_not_trained_and_what_was_trained_is_packed_in_another_type(

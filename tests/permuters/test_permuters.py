@@ -21,8 +21,7 @@ from permprune.permuters.iterate import Landscape
 from permprune.permuters.learned import Learned
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS, permuter
-from permprune.permuters.trust_region import DISCOUNT, LEAST_SLOPE, Newton, TrustRegion
-from permprune.permuters.trust_region_state import TrustRegionState
+from permprune.permuters.trust_region import DISCOUNT, LEAST_SLOPE, Newton, TrustRegion, TrustRegionState
 from permprune.pruning.gradients import Gradients
 from permprune.pruning.problem import Orders
 from permprune.system.search_state import Checkpoint
