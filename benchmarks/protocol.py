@@ -28,7 +28,7 @@ from quality import data_name, mean_of
 from rows import recipe_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune import Examples, PruneConfig, Result, TaskList, read_model
+from permprune import Examples, PruneConfig, Result, TaskList, evaluate_tasks, read_model
 from permprune.data.text import load_documents, tokenize
 from permprune.engine.held import Held, prepare
 from permprune.evaluation.lm_tasks import WIKITEXT, WIKITEXT_ID, WINDOW, average, cut
@@ -171,12 +171,12 @@ def scorer(
     texts = {WIKITEXT: cut(wikitext2(options.wikitext), tokenizer, WINDOW)[: options.windows]}
     if kept:
         texts[HELD_BACK] = tokenize(kept, tokenizer, WINDOW, options.windows or MOST, fewer=True)
-    tasks = TaskList(tuple(options.tasks), limit=options.limit).load() if options.tasks else None
+    tasks = TaskList(tuple(options.tasks), limit=options.limit)
 
     def score(texts_only: bool = False) -> Row:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16):
             results = {name: row_of(perplexity(model, windows, batch=1)) for name, windows in texts.items()}
-            found = tasks(model, tokenizer) if tasks and not texts_only else []
+            found = evaluate_tasks(model, tasks, tokenizer) if tasks.names and not texts_only else []
             return {"texts": results, "results": [row_of(own) for own in found]}
 
     return score

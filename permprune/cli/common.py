@@ -28,9 +28,7 @@ import permprune
 from permprune.cli.checks import STDOUT, require_files, require_text
 from permprune.cli.settings import RARE, complete_option, option, options_of, set_options, settings_from
 from permprune.config import PruneConfig
-from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
-from permprune.evaluation.lm_tasks import TaskList
 from permprune.options import Number
 from permprune.system.failures import interruptible
 from permprune.system.imports import called_later
@@ -239,22 +237,6 @@ def _speaking(speaks: bool) -> Iterator[None]:
     console.quiet = True
     with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
         yield
-
-
-def beside(
-    config: PruneConfig, evaluation: Evaluation, tasks: TaskList | None = None
-) -> tuple[PruneConfig, Evaluation]:
-    """Return the config and the evaluation of a run (`Evaluation.beside`), with the tasks if there are any."""
-    tasks = tasks if tasks and are_named(tasks) else None
-    return dataclasses.replace(evaluation, tasks=tasks).beside(config)
-
-
-def are_named(tasks: TaskList) -> bool:
-    """Whether there are tasks. Raises `PermpruneError` if there are none, but settings of tasks."""
-    named = bool(tasks.names or tasks.files)
-    if not named and tasks != TaskList():
-        raise PermpruneError("--limit and the like are settings of tasks: name some with --tasks, or leave them out")
-    return named
 
 
 def show(*tables: RenderableType) -> None:

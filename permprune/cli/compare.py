@@ -14,7 +14,6 @@ from permprune.cli.settings import parts
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
-from permprune.evaluation.lm_tasks import TaskList
 
 
 @partial(cli.command, without=("effort", "permute", "max_loss", "offload", "shard"))
@@ -22,19 +21,18 @@ def compare(
     model: cli.Model,
     config: PruneConfig,
     evaluation: Evaluation,
-    tasks: TaskList,
     methods: cli.Methods = ("none,ria,reconstruction,newton,learned"),
     out: Annotated[
         Path | None, typer.Option(help="folder for the checkpoint of the best method; must not exist yet")
     ] = None,
     json: cli.Json = None,
 ) -> Iterator[None]:
-    """Compare permuters on one MODEL: perplexity, share of the gap closed, task scores, seconds and peak memory."""
+    """Compare permuters on one MODEL: perplexity, share of the gap closed, seconds and peak memory."""
 
     from permprune.permuters.registry import permuters
 
     names = [name for name in parts(methods) if name != "dense"]
-    config, evaluation = cli.beside(config, evaluation, tasks)
+    config, evaluation = evaluation.beside(config)
     if not parts(methods):
         raise PermpruneError("--methods names no search: give at least one")
     permuters(names)

@@ -43,7 +43,9 @@ def evaluate(
     With --dense a model is compared with another: a sentence encoder by embeddings, neighbours and similarities.
     """
 
-    scored = cli.are_named(tasks)
+    scored = bool(tasks.names or tasks.files)
+    if not scored and tasks != TaskList():
+        raise PermpruneError("--limit is a setting of tasks: name some with --tasks, or leave it out")
     pooling_asked(task)
     if kv is not None and (scored or evaluation.metric or dense or task):
         raise PermpruneError("--kv measures perplexity on text: leave out --tasks, --metric, --dense and the like")

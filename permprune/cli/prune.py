@@ -32,7 +32,7 @@ def prune(
 
     config.require_one_choice()
     require_data(config, evaluation)
-    config, evaluation = cli.beside(config, evaluation)
+    config, evaluation = evaluation.beside(config)
     config.packed_as(pack, head)  # raises
     yield
 

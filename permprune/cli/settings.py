@@ -33,7 +33,7 @@ RENAMED = {
 }
 """Options that have another name than the field."""
 
-PYTHON_ONLY = ("measured", "held_out", "shared", "tasks", "packed", "packed_head")
+PYTHON_ONLY = ("measured", "held_out", "shared", "packed", "packed_head")
 """Fields that are no options."""
 
 RARE = (

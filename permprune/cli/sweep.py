@@ -13,7 +13,6 @@ from permprune.cli import common as cli
 from permprune.cli.settings import numbers_in, parts
 from permprune.config import MIX_FIELDS, PruneConfig
 from permprune.engine.measuring import Evaluation
-from permprune.evaluation.lm_tasks import TaskList
 
 if TYPE_CHECKING:
     from permprune.jobs.sweep_cells import Sweep
@@ -28,7 +27,6 @@ def sweep(
     out: Annotated[Path, typer.Option(help="folder for the report, picture and results; must not exist yet")],
     config: PruneConfig,
     evaluation: Evaluation,
-    tasks: TaskList,
     patterns: Annotated[
         str, typer.Option(help="N:M patterns, separated by commas; mixed@0.6: one for each layer, keeping this share")
     ] = "1:4,2:4,4:8,2:8,8:16,mixed",
@@ -43,7 +41,7 @@ def sweep(
 
     from permprune.jobs.sweep_cells import plan_cells
 
-    config, evaluation = cli.beside(config, evaluation, tasks)
+    config, evaluation = evaluation.beside(config)
     cells = parts(patterns), parts(methods), numbers_in("budgets", budgets, float)
     plan_cells(*cells)
     yield

@@ -7,7 +7,6 @@ from typing import Any
 
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
-from permprune.evaluation.lm_tasks import TaskList, average, task_figures
 from permprune.evaluation.result import Result, require_label_metric
 from permprune.models.modality import EVALUATION_WINDOWS, evaluation_batch, evaluation_count, kind_of
 from permprune.options import Count, Length, Natural, require_fields
@@ -49,9 +48,6 @@ class Evaluation:
     metric: str | None = None
     """The metric for labels: accuracy, matthews, f1, pearson or spearman; by default accuracy for classes, pearson for
     scores."""
-
-    tasks: TaskList | None = None
-    """Tasks to measure as well in `compare` and `sweep`."""
 
     shown: Natural = 3
     """Examples for which the answers of the dense and the pruned models are shown, 0 for none; four times as many if
@@ -123,8 +119,8 @@ class Measurement:
     """The result of the model with a method, or without pruning ("dense"), and the cost of the method.
 
     `seconds` is the time of the search including its start. `peak_memory_mb` is the peak memory of the process in MiB,
-    None if the system does not report it. `others` are other metrics of the same predictions, `tasks` the scores on the
-    requested tasks, and `answers` the model's answers to the examples that are shown.
+    None if the system does not report it. `others` are other metrics of the same predictions, and `answers` the model's
+    answers to the examples that are shown.
     """
 
     method: str
@@ -132,19 +128,13 @@ class Measurement:
     seconds: float
     peak_memory_mb: float | None
     others: list[Result] = dataclasses.field(default_factory=list)
-    tasks: list[Result] = dataclasses.field(default_factory=list)
     answers: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def score(self) -> Result | None:
-        """The mean accuracy on the tasks; None without tasks."""
-        return average(self.tasks)
 
     def to_json(self) -> dict[str, Any]:
         """Return the measurement as JSON values; the key of the value is the name of the metric."""
         cost = {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
         values = {result.metric.name: result.value for result in (self.result, *self.others)}
-        return {"method": self.method, **values, **cost, **task_figures(self.tasks)}
+        return {"method": self.method, **values, **cost}
 
 
 def transcriber(model: PreTrainedModel, processor: Processor | None) -> PreTrainedTokenizerBase | None:

@@ -29,16 +29,15 @@ from permprune.system.progress import log, stage
 class Session:
     """Runs of one or several methods on a calibrated model, measured beside the dense model.
 
-    `open_weights` reads and calibrates the model; the evaluation's tasks are loaded before it is called, and its data
-    before anything is searched. If a loss limits the patterns of a mix, half of the data are for `choosing` them. A
-    context manager: it restores the dense weights at the end, unless the model was pruned. `answers` are those of the
-    models of `SIDES` to the examples that are shown, after `beside`.
+    `open_weights` reads and calibrates the model; the evaluation's data are loaded before anything is searched. If a
+    loss limits the patterns of a mix, half of the data are for `choosing` them. A context manager: it restores the
+    dense weights at the end, unless the model was pruned. `answers` are those of the models of `SIDES` to the examples
+    that are shown, after `beside`.
     """
 
     def __init__(self, open_weights: Callable[[], Held], evaluation: Evaluation) -> None:
         self.evaluation, self.pruned = evaluation, False
         self.answers: dict[str, list[str]] = {}
-        self.tasks = evaluation.tasks.load() if evaluation.tasks else None
         reset_peak_memory()
         stage(progress.READ)
         self.weights = open_weights()
@@ -184,15 +183,12 @@ class Session:
             log.warning("%s: %s", label, error)
             result, others = dataclasses.replace(self.dense.result, value=math.inf, stderr=None), []
         peak = peak_memory_mb()
-        measured = self.weights.model if model is None else model
-        tasks = self.tasks(measured, self.weights.processor) if self.tasks else []
         return Measurement(
             method=label,
             result=result,
             seconds=seconds,
             peak_memory_mb=peak,
             others=others,
-            tasks=tasks,
             answers=self.shown.answers(model),
         )
 

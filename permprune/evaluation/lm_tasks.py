@@ -74,8 +74,8 @@ class TaskList:
     def __post_init__(self) -> None:
         require_fields(self)
 
-    def load(self) -> LoadedTasks:
-        """Load the tasks with their data. Raises `PermpruneError` if lm-eval, a task or its data is missing."""
+    def load(self) -> list[Any]:
+        """Load the tasks of lm-eval. Raises `PermpruneError` if lm-eval, a task or its data is missing."""
         if not self.names and not self.files:
             raise PermpruneError("--tasks names no task: give at least one")
         if file := next(filter(_FILE.search, self.names), None):
@@ -86,12 +86,9 @@ class TaskList:
             raise PermpruneError(f"there is no task file {missing}: give lm-eval's YAML of a task or a group")
         if distributed.world() > 1:
             raise PermpruneError("tasks can only be measured by one process: evaluate without torchrun")
-        text = load_documents(WIKITEXT_ID, "evaluation")[0] if WIKITEXT in self.names else None
         names = [name for name in dict.fromkeys(self.names) if name != WIKITEXT]
-        return LoadedTasks(self, text, self._load(names) if names or self.files else [])
-
-    def _load(self, names: list[str]) -> list[Any]:
-        """Load lm-eval's tasks of these names and of the files."""
+        if not names and not self.files:
+            return []
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -111,59 +108,49 @@ class TaskList:
             raise PermpruneError(f"{', '.join([*names, *self.files])}: {first_line(error)}") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedTasks:
-    """The result of `TaskList.load`: lm-eval's tasks, and the text of WikiText-2 if it is one of the tasks."""
-
-    chosen: TaskList
-    text: str | None
-    tasks: list[Any]
-
-    def __call__(self, model: PreTrainedModel, processor: Processor | None) -> list[Result]:
-        """Evaluate the model on each task; returns a result for each of its metrics.
-
-        The model's weights and its training mode are left as they were. Raises `PermpruneError` unless it is a causal
-        language model.
-        """
-        if not is_causal_lm(model):
-            raise PermpruneError(
-                f"a {type(model).__name__} is not a language model, which tasks need: use --data without --tasks"
-            )
-        tokenizer, limit, results = tokenizer_of(processor), self.chosen.limit, list[Result]()
-        if self.tasks:
-            from lm_eval.defaults import DEFAULT_OTHER_SEED
-            from lm_eval.evaluator import evaluate
-            from lm_eval.models.huggingface import HFLM
-
-            for task in self.tasks:  # as lm-eval's command line does
-                task.set_config(key="num_fewshot", value=task.get_config("num_fewshot") or 0)
-                task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-            tasks = {task.task_name: task for task in self.tasks}
-            with _quiet(), evaluating(model):
-                wrapped = HFLM(model, backend="causal", tokenizer=deepcopy(tokenizer), batch_size=EVALUATION_BATCH)
-                figures: Any = evaluate(wrapped, {"tasks": tasks, "groups": {}}, limit=limit, log_samples=False)
-            results += [result for name in figures["n-samples"] for result in _results(name, figures)]
-        if self.text is not None:
-            windows = cut(self.text, tokenizer, min(WINDOW, positions_of(model) or WINDOW))[:limit]
-            results.append(dataclasses.replace(perplexity(model, windows, batch=1), task=WIKITEXT))
-        return results
-
-
 @failures_reported()
 def evaluate_tasks(
     model: ModelSource, tasks: TaskList, processor: Processor | None = None, *, trust_remote_code: bool = False
 ) -> list[Result]:
     """Evaluate a model on tasks; returns a result for each task and metric.
 
-    `model` is a name, a folder, or a model in memory with its `processor`; `trust_remote_code` is that of `read_model`.
-    With several tasks, the last result is their mean accuracy. Raises `PermpruneError` if the model or a task cannot be
-    loaded or run.
+    `model` is a name, a folder, or a model in memory with its `processor`, whose weights and training mode are left as
+    they were; `trust_remote_code` is that of `read_model`. With several tasks, the last result is their mean accuracy.
+    Raises `PermpruneError` if the model is not a causal language model, or if it or a task cannot be loaded or run.
     """
-    measure = tasks.load()
+    loaded = tasks.load()
+    text = load_documents(WIKITEXT_ID, "evaluation")[0] if WIKITEXT in tasks.names else None
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)
-    results = measure(opened.model, opened.processor)
+    if not is_causal_lm(opened.model):
+        raise PermpruneError(
+            f"a {type(opened.model).__name__} is not a language model, which tasks need: use --data without --tasks"
+        )
+    tokenizer = tokenizer_of(opened.processor)
+    results = _measured(loaded, opened.model, tokenizer, tasks.limit) if loaded else []
+    if text is not None:
+        length = min(WINDOW, positions_of(opened.model) or WINDOW)
+        windows = cut(text, tokenizer, length)[: tasks.limit]
+        results.append(dataclasses.replace(perplexity(opened.model, windows, batch=1), task=WIKITEXT))
     mean = average(results)
     return results if mean is None or mean.count == 1 else [*results, mean]
+
+
+def _measured(
+    tasks: list[Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> list[Result]:
+    """Evaluate a model on tasks of lm-eval, as its command line does."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    for task in tasks:
+        task.set_config(key="num_fewshot", value=task.get_config("num_fewshot") or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    named = {"tasks": {task.task_name: task for task in tasks}, "groups": {}}
+    with _quiet(), evaluating(model):
+        wrapped = HFLM(model, backend="causal", tokenizer=deepcopy(tokenizer), batch_size=EVALUATION_BATCH)
+        figures: Any = evaluate(wrapped, named, limit=limit, log_samples=False)
+    return [result for name in figures["n-samples"] for result in _results(name, figures)]
 
 
 def average(results: Sequence[Result]) -> Result | None:
@@ -175,16 +162,6 @@ def average(results: Sequence[Result]) -> Result | None:
     error = math.hypot(*errors) / len(scored) if len(errors) == len(scored) else None
     mean = math.fsum(result.value for result in scored) / len(scored)
     return Result("average", TASK_ACCURACY, mean, count=len(scored), stderr=error, unit="tasks")
-
-
-def task_figures(results: Sequence[Result]) -> dict[str, Any]:
-    """Return entries for a row of figures: "tasks", and their mean accuracy as "score" and "score_stderr".
-
-    Without results this is {}.
-    """
-    mean = average(results)
-    score = {} if mean is None else {"score": mean.value, "score_stderr": mean.stderr}
-    return {**score, "tasks": [result.to_json() for result in results]} if results else {}
 
 
 def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:

@@ -48,8 +48,6 @@ F1 = Metric("F1", higher_is_better=True)
 PEARSON = Metric("Pearson correlation", higher_is_better=True)
 SPEARMAN = Metric("Spearman correlation", higher_is_better=True)
 TASK_ACCURACY = Metric("acc", higher_is_better=True)
-TASK_SCORE = Metric("score", higher_is_better=True)
-"""The mean of the tasks' accuracies."""
 TOP_5_ACCURACY = Metric("top-5 accuracy", higher_is_better=True)
 """In records of earlier releases."""
 

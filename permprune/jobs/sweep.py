@@ -22,7 +22,7 @@ from permprune.engine.held import Held
 from permprune.engine.measuring import Evaluation
 from permprune.engine.session import Session
 from permprune.engine.stages import stages_of_attempts
-from permprune.evaluation.result import TASK_SCORE, gap_closed
+from permprune.evaluation.result import gap_closed
 from permprune.evaluation.size import model_bytes
 from permprune.forecasts.costs import state_bytes
 from permprune.jobs.sweep_cells import CELL_FIELDS, Cell, DenseRow, Sweep, SweepRow, of_pattern, pareto, plan_cells
@@ -195,23 +195,20 @@ def _minutes(states: Path) -> float:
 def _rows(cells: list[Cell], saved: Checkpoint) -> tuple[DenseRow, list[SweepRow]]:
     """Read the row of the dense model and those of the cells, in the order of `cells`.
 
-    Sets the fields of the rows that depend on other rows: `gap_closed`, `size`, `front` and `score_front`.
+    Sets the fields of the rows that depend on other rows: `gap_closed`, `size` and `front`.
     """
     dense = _saved_row(DenseRow, saved, DENSE)
     rows = [_saved_row(SweepRow, saved, _row_name(cell)) for cell in cells]
     metric, none = dense.result.metric, {row.pattern: row.result.value for row in rows if row.method == "none"}
     front = pareto([(row.bytes, row.result.value) for row in rows], metric)
-    scores = [(row.bytes, row.score.value) for row in rows if row.score]
-    score_front: Sequence[bool | None] = pareto(scores, TASK_SCORE) if scores else [None] * len(rows)
     return dense, [
         dataclasses.replace(
             row,
             gap_closed=gap_closed(row.result.value, dense.result.value, none[row.pattern], metric=metric),
             size=row.bytes / dense.bytes,
             front=best,
-            score_front=scored,
         )
-        for row, best, scored in zip(rows, front, score_front, strict=True)
+        for row, best in zip(rows, front, strict=True)
     ]
 
 

@@ -75,8 +75,7 @@ class SweepRow(Measurement):
 
     `bytes` is the theoretical size of the pruned model and `size` its ratio to the dense model's. `layers` is the
     number of layers by pattern. `kept` and `error` are means over the layers (`LayerMeasure`), and `curve` has the
-    rounds of the search. `front` is whether the cell is on the Pareto front of size and metric (see `pareto`), and
-    `score_front` the same for the score on tasks (None without tasks).
+    rounds of the search. `front` is whether the cell is on the Pareto front of size and metric (see `pareto`).
     """
 
     pattern: str
@@ -89,13 +88,11 @@ class SweepRow(Measurement):
     size: float = math.nan
     gap_closed: float | None = None
     front: bool = False
-    score_front: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         names = ("bytes", "layers", "kept", "error", "curve", "gap_closed", "size", "front")
         values = {"pattern": self.pattern, **super().to_json(), "minutes": self.minutes, "stderr": self.result.stderr}
-        values |= {name: encode(getattr(self, name)) for name in names}
-        return values if self.score_front is None else values | {"score_front": self.score_front}
+        return values | {name: encode(getattr(self, name)) for name in names}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

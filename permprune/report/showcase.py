@@ -13,7 +13,7 @@ from rich.text import Text
 
 from permprune.checkpoints.record import PACKED, SIDES
 from permprune.pattern import MIXED
-from permprune.report.words import DASH, NONE, columns, count, number, overlap_note, percent, whole, with_error
+from permprune.report.words import DASH, NONE, columns, count, number, overlap_note, percent, whole
 
 Mark = Literal["", "right", "wrong", "missing"]
 
@@ -69,14 +69,13 @@ def comparison_table(result: dict[str, Any]) -> Table:
     """Return a table of a comparison's contents, as of `Comparison.to_json`; its title is what the rows share."""
     title = f"{result['model']}, {result['pattern']}, {result['saliency']} masks, {result['mode']} mode"
     title += "" if result["update"] == NONE else f", {result['update']} update"
-    scored, note = "score" in result["rows"][0], overlap_note(result["overlap"])
-    numbers = columns(result["metric"], "gap closed", *(["task score"] if scored else []), "seconds", "peak MiB")
+    note = overlap_note(result["overlap"])
+    numbers = columns(result["metric"], "gap closed", "seconds", "peak MiB")
     table = Table("method", *numbers, title=title, caption=note, caption_justify="left")
     for row in result["rows"]:
         closed = "" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}"
-        score = [with_error(row["score"], row["score_stderr"])] if scored else []
-        figures = (number(row[result["metric"]]), closed, *score)
-        table.add_row(row["method"], *figures, f"{row['seconds']:.0f}", whole(row["peak_memory_mb"]))
+        cost = f"{row['seconds']:.0f}", whole(row["peak_memory_mb"])
+        table.add_row(row["method"], number(row[result["metric"]]), closed, *cost)
     return table
 
 

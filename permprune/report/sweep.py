@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -35,7 +35,6 @@ from permprune.report.words import (
     percent,
     way,
     whole,
-    with_error,
 )
 from permprune.system.files import write_whole
 
@@ -43,11 +42,6 @@ Result = Mapping[str, Any]
 
 TICKS = {1: "1 s", 10: "10 s", 60: "1 min", 300: "5 min", 1200: "20 min", 3600: "1 h", 14400: "4 h", 57600: "16 h"}
 """Ticks of the time axis: seconds and their labels."""
-
-SCORE = "score"
-"""The key of the mean score on tasks, in rows that have one."""
-
-SCORE_NAME = "mean task score"
 
 COLUMNS = 4
 """Number of columns of a legend."""
@@ -75,7 +69,7 @@ def render_sweep(result: Result) -> str:
 
 def write_sweep(result: Result, folder: Path) -> None:
     """Write report.html and pareto.png to a folder. Raises `PermpruneError` if they cannot be written."""
-    page, picture = render_sweep(result), save(pareto(result, _values(result)), "png")
+    page, picture = render_sweep(result), save(pareto(result), "png")
     write_whole(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
     write_whole(folder / "pareto.png", lambda temporary: temporary.write_bytes(picture))
 
@@ -90,34 +84,19 @@ def sweep_decision(result: Result) -> str:
     run = way(best["pattern"], best["method"], result["settings"]["update"])
     beside = None if best["method"] == NONE else none[metric]
     sentence = outcome(metric, best[metric], result["dense"][metric], beside)
-    whole = result["dense"].get(SCORE)
-    score = f", {percent(best[SCORE] / whole)} of the dense {SCORE_NAME}" if whole else ""
     least = f"the least loss of {count(len(rows), 'cell')}, at {percent(best['size'])} of the dense size"
-    return f"{run}{sentence}{score}, {least}."
-
-
-def _values(result: Result) -> list[str]:
-    """The values that are drawn against size."""
-    return [result["metric"], *([SCORE] if SCORE in result["dense"] else [])]
+    return f"{run}{sentence}, {least}."
 
 
 def _pictures(result: Result) -> list[tuple[str, str, str]]:
     """Return the title, the description and the data URI of each picture."""
     line = "A line joins the cells to which no other is superior in both size and quality."
-    measured, drawn = result["measured"], []
+    measured = result["measured"]
     data = f"{measured['count']:,} {measured['unit']} of {measured['data']}"
-    for value in _values(result):
-        name, on = (SCORE_NAME, _tasks(result)) if value == SCORE else (value, data)
-        drawn.append((f"Size against {name}", f"{on}. {line}", data_uri(pareto(result, [value]))))
-    return [*drawn, ("What time buys", "The line of a pattern is the best found so far.", data_uri(minutes(result)))]
-
-
-def _tasks(result: Result) -> str:
-    """Describe the score: its tasks with their numbers of examples, and the standard error for the dense model."""
-    dense = result["dense"]
-    scored = [task for task in dense["tasks"] if task["metric"] == "acc"]
-    names = ", ".join(f"{task['task']} ({task['examples']:,})" for task in scored)
-    return names if dense["score_stderr"] is None else f"{names}, with an error of about {dense['score_stderr']:.2g}"
+    return [
+        (f"Size against {result['metric']}", f"{data}. {line}", data_uri(pareto(result))),
+        ("What time buys", "The line of a pattern is the best found so far.", data_uri(minutes(result))),
+    ]
 
 
 def _front(result: Result) -> list[Mapping[str, Any]]:
@@ -143,41 +122,37 @@ def sweep_table(result: Result) -> Table:
     """Return a table of the contents of a sweep's figures.json; rows on the Pareto front are bold."""
     metric = result["metric"]
     title = f"{result['model']}, dense {metric} {number(result['dense'][metric])}"
-    scored, note = SCORE in result["dense"], overlap_note(result["measured"]["overlap"])
-    numbers = columns("minutes", "size", metric, "gap closed", *(["task score"] if scored else []), "time", "peak MiB")
+    note = overlap_note(result["measured"]["overlap"])
+    numbers = columns("minutes", "size", metric, "gap closed", "time", "peak MiB")
     table = Table("pattern", "method", *numbers, title=title, caption=note, caption_justify="left")
     for pattern, rows in groupby(result["rows"], itemgetter("pattern")):
         table.add_section()
         for row in rows:
             minutes = "" if row["minutes"] is None else f"{row['minutes']:g}"
             cells = (minutes, fine_percent(row["size"]), number(row[metric]), percent(row["gap_closed"]))
-            score = [with_error(row["score"], row["score_stderr"])] if scored else []
             cost = (duration(row["seconds"]), whole(row["peak_memory_mb"]))
-            table.add_row(pattern, row["method"], *cells, *score, *cost, style="bold" if row["front"] else "")
+            table.add_row(pattern, row["method"], *cells, *cost, style="bold" if row["front"] else "")
     return table
 
 
 @styled
-def pareto(result: Result, values: Sequence[str]) -> Figure:
-    """Draw `values`, the metric and `SCORE`, of every cell against its size, each in a panel of its own.
-
-    A line joins the cells on the Pareto front.
-    """
-    colors, markers = _keys(result)
-    picture = figure(WIDTH * len(values), 3.6)
-    for axes, value in zip(picture.subplots(1, len(values), squeeze=False).flat, values, strict=True):
-        rows, best = _finite(result, value), "score_front" if value == SCORE else "front"
-        front = sorted((row["size"], row[value]) for row in rows if row[best])
-        axes.plot(*zip(*front, strict=True), color=GRAY, linewidth=1.0, zorder=1) if front else None
-        for row in rows:
-            style = {"markersize": 7, "alpha": 1.0} if row[best] else {"markersize": 5.5, "alpha": 0.75}
-            color, marker = colors[row["method"]], markers[row["pattern"]]
-            axes.plot(row["size"], row[value], color=color, marker=marker, linestyle="", **style)
-        _metric_axis(axes, result, value)
-        axes.set_xlabel("size, share of the dense model (smaller is better)")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.grid()
+def pareto(result: Result) -> Figure:
+    """Draw the metric of every cell against its size; a line joins the cells on the Pareto front."""
+    metric, (colors, markers) = result["metric"], _keys(result)
+    picture = figure(WIDTH, 3.6)
+    axes = picture.subplots()
+    rows = _finite(result, metric)
+    front = sorted((row["size"], row[metric]) for row in rows if row["front"])
+    axes.plot(*zip(*front, strict=True), color=GRAY, linewidth=1.0, zorder=1) if front else None
+    for row in rows:
+        style: Any = {"markersize": 7, "alpha": 1.0} if row["front"] else {"markersize": 5.5, "alpha": 0.75}
+        color, marker = colors[row["method"]], markers[row["pattern"]]
+        axes.plot(row["size"], row[metric], color=color, marker=marker, linestyle="", **style)
+    _metric_axis(axes, result, metric)
+    axes.set_xlabel("size, share of the dense model (smaller is better)")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.grid()
     _legend(picture, colors, markers)
     return picture
 
@@ -224,7 +199,7 @@ def _keys(result: Result) -> tuple[dict[str, str], dict[str, str]]:
 
 def _metric_axis(axes: Axes, result: Result, value: str) -> None:
     values = [row[value] for row in _finite(result, value)]
-    metric_axis(axes, SCORE_NAME if value == SCORE else value, values, result["dense"][value])
+    metric_axis(axes, value, values, result["dense"][value])
 
 
 def _legend(picture: Figure, colors: Mapping[str, str], markers: Mapping[str, str]) -> None:

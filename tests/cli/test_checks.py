@@ -61,7 +61,6 @@ WRONG = {
     "evaluate smollm2-135m --limit 2": "name some with --tasks",
     "evaluate smollm2-135m --tasks cb --metric f1": "leave out --data, --metric",
     "evaluate smollm2-135m --tasks cb --windows 4": "leave out --data, --metric, --windows",
-    "compare smollm2-135m --limit 100": "name some with --tasks",
     "evaluate smollm2-135m --kv nowhere": "there is no folder nowhere",
     "finetune smollm2-135m --out out --train heads": 'did you mean "head"',
     "finetune smollm2-135m --out out --teacher smollm2": 'did you mean "smollm2-135m"',

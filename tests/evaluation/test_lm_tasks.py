@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import lm_eval
 import pytest
@@ -21,9 +20,8 @@ import permprune
 from permprune import PermpruneError, Result, TaskList, evaluate_tasks
 from permprune.config import PruneConfig
 from permprune.evaluation import lm_tasks
-from permprune.evaluation.lm_tasks import LoadedTasks, average, cut
+from permprune.evaluation.lm_tasks import average, cut
 from permprune.evaluation.result import TASK_ACCURACY
-from permprune.report.words import with_error
 from permprune.system.progress import console
 
 from ..cli.running import fails, run
@@ -76,15 +74,12 @@ def test_a_saved_folder_scores_as_lm_eval_by_hand_says(pruned: Callable[[str], P
 
 def test_a_gathered_folder_scores_by_its_own_likelihoods(pruned: Callable[[str], Path], file: Path) -> None:
     folder = pruned("gather")
-    tasks = TaskList(files=(str(file),)).load()
-    acc, acc_norm = tasks(*permprune.read_model(str(folder))[:2])
+    acc, acc_norm = evaluate_tasks(str(folder), TaskList(files=(str(file),)))
     model, tokenizer = permprune.load(folder), AutoTokenizer.from_pretrained(folder)
     likelihood = partial(_log_likelihood, model, tokenizer)
     rows = [[likelihood(f"Question: {row['goal']}\nAnswer:", f" {row[key]}") for key in CHOICES] for row in ROWS]
     scores, lengths = torch.tensor(rows), torch.tensor([[len(row[key]) for key in CHOICES] for row in ROWS])
     right = torch.tensor([row["label"] for row in ROWS])
-    said = torch.tensor([instance.resps[0][0] for instance in tasks.tasks[0].instances]).view_as(scores)
-    torch.testing.assert_close(said, scores)
     assert acc.value == (scores.argmax(1) == right).double().mean()
     assert acc_norm.value == ((scores / lengths).argmax(1) == right).double().mean()
 
@@ -102,7 +97,7 @@ def test_wikitext2_is_what_the_recipe_of_wanda_gives(begins: bool, tiny_checkpoi
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     if begins:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    (result,) = TaskList(("wikitext2",)).load()(model, tokenizer)
+    (result,) = evaluate_tasks(model, TaskList(("wikitext2",)), tokenizer)
     ids = tokenizer(WIKITEXT, return_tensors="pt").input_ids
     assert ids.eq(1).sum() == begins
     length, losses = 128, []
@@ -127,7 +122,11 @@ def test_a_limit_leaves_the_first_examples(tiny_checkpoint: Path, file: Path) ->
 
 
 def test_what_is_shown_while_tasks_run_is_not_redirected(
-    tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Any,
+    tiny_tokenizer: Any,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def evaluate(*_: Any, **__: Any) -> dict[str, Any]:
         print("a bar of lm-eval", file=sys.stderr)
@@ -135,7 +134,7 @@ def test_what_is_shown_while_tasks_run_is_not_redirected(
         return {"n-samples": {}}
 
     monkeypatch.setattr("lm_eval.evaluator.evaluate", evaluate)
-    LoadedTasks(TaskList(("any",)), None, [MagicMock()])(tiny_llama, tiny_tokenizer)
+    evaluate_tasks(tiny_llama, TaskList(files=(str(file),)), tiny_tokenizer)
     console.print("over")
     assert capsys.readouterr().err == "still running\nover\n"
 
@@ -143,7 +142,7 @@ def test_what_is_shown_while_tasks_run_is_not_redirected(
 def test_the_model_and_its_tokenizer_are_left_alone(tiny_llama: Any, tiny_tokenizer: Any, file: Path) -> None:
     tiny_llama.train()
     before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
-    TaskList(("wikitext2",), files=(str(file),)).load()(tiny_llama, tiny_tokenizer)
+    evaluate_tasks(tiny_llama, TaskList(("wikitext2",), files=(str(file),)), tiny_tokenizer)
     assert tiny_llama.training
     assert tiny_tokenizer.pad_token is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_llama.state_dict().items())
@@ -183,7 +182,7 @@ def test_a_perplexity_alone_needs_no_lm_eval(
     tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    (result,) = TaskList(("wikitext2",)).load()(tiny_llama, tiny_tokenizer)
+    (result,) = evaluate_tasks(tiny_llama, TaskList(("wikitext2",)), tiny_tokenizer)
     assert math.isfinite(result.value)
 
 
@@ -212,41 +211,18 @@ def test_evaluate_writes_a_row_for_each_metric(
         assert ("±" in line) is (row["stderr"] is not None)
 
 
-@pytest.mark.slow
-def test_compare_and_sweep_score_each_method(
-    tiny_checkpoint: Path, tiny_text: Path, file: Path, tmp_path: Path
-) -> None:
-    figures = tmp_path / "figures.json"
-    texts = ["--calibration", tiny_text, "--data", tiny_text, "--length", "16", "--samples", "24", "--windows", "4"]
-    tasks = ["--task-file", file, "--methods", "ria"]
-    code, stdout, _ = run("compare", tiny_checkpoint, *texts, *tasks, "--json", figures)
-    assert code == 0 and "task score" in stdout
-    dense, none, ria = json.loads(figures.read_text())["rows"]
-    code, _, _ = run("evaluate", tiny_checkpoint, *tasks[:2], "--json", figures)
-    assert code == 0 and dense["tasks"] == json.loads(figures.read_text())["results"]
-    assert with_error(ria["score"], ria["score_stderr"]) in stdout
-    out = tmp_path / "sweep"
-    code, stdout, _ = run("sweep", tiny_checkpoint, *texts, *tasks, "--patterns", "2:4", "--out", out)
-    assert code == 0 and "task score" in stdout
-    swept = json.loads((out / "figures.json").read_text())
-    assert swept["dense"]["tasks"] == dense["tasks"]
-    assert [row["tasks"] for row in swept["rows"]] == [none["tasks"], ria["tasks"]]
-
-
 @pytest.mark.parametrize("name", ["own.yaml", "./own.yaml", "OWN.YML", "../task/own.yaml", "/tmp/own", "a\\own", "own"])
-@pytest.mark.parametrize("command", ["evaluate", "compare", "sweep"])
 def test_tasks_are_names_and_run_nothing(
-    command: str, name: str, file: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, file: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(file.parent)
     file.with_name("own").write_bytes(file.read_bytes())
-    out = ["--out", tmp_path / "out"] if command == "sweep" else []
     expected = f"give --task-file {name}, which runs"
     if name == "own":  # a name like any other, and a file here
         manager = partial(TaskManager, include_defaults=False)
         monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager())
         expected = "lm-eval has no such task"
-    assert expected in fails(command, tiny_checkpoint, "--tasks", name, *out)
+    assert expected in fails("evaluate", tiny_checkpoint, "--tasks", name)
     assert not (file.parent / "ran").exists()
 
 
@@ -274,6 +250,5 @@ def test_task_files_that_are_none(file: Path, tiny_checkpoint: Path, tmp_path: P
         fails("evaluate", tiny_checkpoint, "--task-file", file)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "compare", "sweep"])
-def test_the_help_says_that_code_runs(command: str) -> None:
-    assert "code that it names runs" in " ".join(run(command, "--help")[1].replace("│", " ").split())
+def test_the_help_says_that_code_runs() -> None:
+    assert "code that it names runs" in " ".join(run("evaluate", "--help")[1].replace("│", " ").split())

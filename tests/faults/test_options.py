@@ -104,7 +104,6 @@ def test_a_permuters_name_is_understood_whole() -> None:
         *((["compare", option, "0"], option[2:]) for option in ("--samples", "--windows")),
         *((["evaluate", option, "0"], option[2:]) for option in ("--windows", "--length")),
         *((["evaluate", "--tasks", "cb", "--limit", text], "limit") for text in ("0", "-1")),
-        (["compare", "--tasks", "cb", "--limit", "0"], "limit"),
         *((["sweep", "--budgets", text], "budgets") for text in ("0", "-1", "nan", "5,inf")),
         *(
             (["finetune", option, "0"], option[2:])

@@ -1,6 +1,5 @@
 """The sweep: its cells, what they give, and that nothing is done twice after a kill."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -11,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from permprune import Evaluation, Pattern, PermpruneError, PruneConfig, Result, Sweep, TaskList, compare, sweep
+from permprune import Evaluation, Pattern, PermpruneError, PruneConfig, Result, Sweep, compare, sweep
 from permprune.engine.session import Session
-from permprune.evaluation.result import PERPLEXITY, TASK_ACCURACY, TOP_1_ACCURACY
+from permprune.evaluation.result import PERPLEXITY, TOP_1_ACCURACY
 from permprune.jobs.sweep_cells import Cell, pareto, plan_cells
 from permprune.permuters.registry import PERMUTERS
 
@@ -161,24 +160,6 @@ def test_a_cell_that_is_not_finite_is_a_row_like_others(
     assert [row.result.value for row in rows] == [math.inf, 12.0]
     assert [row.front for row in rows] == [False, True]
     assert json.loads((tmp_path / "out" / "figures.json").read_text())["rows"][0]["perplexity"] is None
-
-
-def test_tasks_are_asked_of_the_dense_model_once_and_have_a_front_of_their_own(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scores = iter([0.9, 0.5, 0.6, 0.7, 0.4])
-
-    def load(tasks: TaskList) -> Any:
-        return lambda *asked: [Result("piqa", TASK_ACCURACY, next(scores), count=100, stderr=0.05)]
-
-    monkeypatch.setattr(TaskList, "load", load)
-    asked = dataclasses.replace(setting[2], tasks=TaskList(("piqa",)))
-    found = run_sweep(setting, tmp_path / "out", ["2:4", "1:4"], ["random"], evaluation=asked)
-    assert found.dense.score and found.dense.score.value == 0.9 and next(scores, None) is None
-    assert [row.score and row.score.value for row in found.rows] == [0.5, 0.6, 0.7, 0.4]
-    assert [row.score_front for row in found.rows] == [False, False, True, False]
-    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
-    assert figures["dense"]["score"] == 0.9 and [row["score"] for row in figures["rows"]] == [0.5, 0.6, 0.7, 0.4]
 
 
 def test_the_front_is_what_nothing_beats() -> None:
