@@ -1,4 +1,4 @@
-"""The HTML page of a run: the result in a sentence, then pictures, then settings."""
+"""The HTML page of a run: the result in a sentence, then three pictures, then settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from permprune.models.layers import DenseWeights
 from permprune.report import pictures
 from permprune.report.page import data_uri, fill
 from permprune.report.showcase import answers, side_rows, table_note, titles
-from permprune.report.speed import short_name, speed_bars, summary
+from permprune.report.speed import short_name, summary
 from permprune.report.words import (
     NONE,
     count,
@@ -45,6 +45,7 @@ def render(record: Mapping[str, Any]) -> str:
         title=f"{record['model']}, {record['settings']['pattern']}",
         decision=_pruned(record),
         trained=_then_trained(record),
+        optimised=record.get("optimised"),
         overlap=overlap_note((record["measured"] or {}).get("overlap")),
         table=measured_rows(record),
         titles=titles(record["settings"]["pattern"]),
@@ -138,27 +139,15 @@ def _stages(curve: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str
 
 
 def _pictures(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the pictures of what a record has, as data URIs by the names that the page has for them."""
+    """Return the pictures of what a record has, at most three, as data URIs by the names that the page has for them."""
     drawn: dict[str, Figure] = {}
     if (measured := record["measured"]) is not None:
         values = (measured["dense"], measured["none"], measured["pruned"])
         drawn["measured"] = pictures.bars(*values, measured["metric"], record["settings"]["permute"])
     if record["curve"]:
         drawn["search"] = pictures.learning_curve(record["curve"])
-    if optimised := record.get("optimised"):
-        drawn["optimised"] = pictures.epochs(optimised["curve"], optimised["metric"], optimised.get("dense"))
-    if figures := record.get("bench"):
-        drawn["speed"] = speed_bars(figures)
     if layers := record["layers"]:
-        drawn["saliency"], drawn["error"] = pictures.kept_saliency(layers), pictures.output_error(layers)
-        mix = record.get("mix")
-        shown = [{"name": name, "pattern": text} for name, text in mix["layers"].items()] if mix else layers
-        if len({layer["pattern"] for layer in shown}) > 1:
-            drawn["patterns"] = pictures.patterns(shown)
-        if mix and mix["curve"]:
-            drawn["mixes"] = pictures.mixes(mix)
-    if sample := record["sample"]:
-        drawn["sample"] = pictures.sample(sample)
+        drawn["error"] = pictures.output_error(layers)
     return {name: data_uri(picture) for name, picture in drawn.items()}
 
 

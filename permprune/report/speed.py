@@ -1,4 +1,4 @@
-"""Benchmarks as a table for the terminal, as a chart, and as text for the report."""
+"""Benchmarks as a table for the terminal, and as text for the report."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.table import Column, Table
 
-from permprune.report.style import BLUE, GRAY, WIDTH, figure, horizontal_bars, styled
 from permprune.report.words import columns, count, number
 
 Figures = Mapping[str, Any]
@@ -82,17 +80,3 @@ def summary(figures: Figures, row: Mapping[str, Any]) -> str:
         f"{row['bytes'] / smallest:.2f} of the size of the smallest dense model{cached}; times the {what} of "
         f"the fastest: {'; '.join(speeds)}"
     )
-
-
-@styled
-def speed_bars(figures: Figures) -> Figure:
-    """Draw bar charts of the tokens or inputs per second of each model, of the first and of the last measurement."""
-    rows = figures["rows"]
-    places = sorted({0, len(rows[0]["speeds"]) - 1})
-    picture = figure(WIDTH, len(places) * (1.0 + 0.4 * len(rows)))
-    for place, axes in zip(places, picture.subplots(len(places), squeeze=False)[:, 0], strict=True):
-        names, values = zip(*((short_name(row["name"]), rate(row["speeds"][place])) for row in rows), strict=True)
-        horizontal_bars(axes, names, values, [GRAY if row["dense"] else BLUE for row in rows])
-        speeds = rows[0]["speeds"]
-        axes.set_xlabel(f"{'tokens' if generates(speeds) else 'items'}/s at {cell_name(speeds[place])}")
-    return picture

@@ -58,12 +58,6 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def bare(axes: Axes) -> None:
-    """Remove the box and the ticks of axes."""
-    axes.spines[:].set_visible(False)
-    axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
-
-
 def legend(picture: Figure, handles: Sequence[Artist], columns: int, **options: Any) -> None:
     """Draw a legend above a picture's axes."""
     picture.legend(handles=handles, loc="outside upper left", ncols=columns, **options)

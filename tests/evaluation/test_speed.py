@@ -9,8 +9,7 @@ from permprune.checkpoints.benchmark import BenchedModel, Benchmark, Speed, Thro
 from permprune.checkpoints.schema import Malformed, decode
 from permprune.evaluation.speed import batch_inputs, cells, measure_speed
 from permprune.kv.cache import PrunedCache
-from permprune.report.speed import bench_table, short_name, speed_bars, summary
-from permprune.report.style import save
+from permprune.report.speed import bench_table, short_name, summary
 
 from .. import modalities
 
@@ -97,7 +96,6 @@ def test_speeds_of_inputs_are_shown_and_survive_json() -> None:
     assert figures["rows"][1]["speeds"][1]["items"] == 10
     table = bench_table(figures)
     assert table.row_count == 4 and table.title == "1 thread of the CPU"
-    assert "items/s at batch 8" in save(speed_bars(figures)).decode()
     with pytest.raises(Malformed):
         Benchmark(1, "CPU", [rows[0], BenchedModel("b", False, 1, 9, [Speed(1, 0, 1, 1), Speed(8, 0, 1, 1)])])
 
@@ -132,12 +130,8 @@ def test_a_summary_is_beside_the_best_dense_model_of_each_figure() -> None:
     assert figures["rows"][2]["speeds"][1]["decode"] == 80 and figures["rows"][0]["speeds"][0]["prefill"] == 256
 
 
-def test_the_table_and_the_picture_have_every_model() -> None:
-    figures = benchmark().to_json()
-    assert bench_table(figures).row_count == 6
-    picture = save(speed_bars(figures)).decode()
-    assert all(name in picture for name in ("llama (fp32)", "llama (bf16)", "packed"))
-    assert "batch 1, context 128" in picture and "batch 8, context 128" in picture
+def test_the_table_has_every_measurement_of_every_model() -> None:
+    assert bench_table(benchmark().to_json()).row_count == 6
 
 
 def test_figures_survive_json_and_broken_ones_are_malformed() -> None:

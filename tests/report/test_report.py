@@ -106,21 +106,19 @@ def rendered() -> str:
     return render(RECORD)
 
 
-def test_the_page_states_the_decision_and_shows_five_pictures(rendered: str) -> None:
+def test_the_page_states_the_decision_and_shows_three_pictures(rendered: str) -> None:
     page = Page(rendered)
     assert (
         "2:4 with newton: perplexity 63.40 against 30.10 dense and 175.7 without permutation: 58 % of the gap closed."
         in page.text
     )
-    assert len(page.images) == 5
-    assert "A few weights of model.layers.0.mlp.down_proj, in groups of 4" in page.text
+    assert len(page.images) == 3
     for picture in page.images:
         assert_svg(picture)
     assert page.outside == [], "the page needs nothing beside itself"
     assert "script" not in page.tags
 
 
-@pytest.mark.slow
 def test_the_page_shows_what_training_after_pruning_brought() -> None:
     curve = [{"epoch": n, "loss": None, "value": value, "seconds": 9.0} for n, value in enumerate([0.8, 0.85, 0.84])]
     optimised = {
@@ -133,9 +131,7 @@ def test_the_page_shows_what_training_after_pruning_brought() -> None:
     teacher_outputs = Page(render(changed(optimised={**optimised, "dense": 0.9})))
     keeps = "Trained after that it keeps 94 % of the dense top-1 accuracy (0.850 ± 0.010 of 0.9000; 0.8000 before)."
     assert keeps in teacher_outputs.text
-    assert len(page.images) == 6
-    for picture in page.images:
-        assert_svg(picture)
+    assert "all other figures on this page were measured before training" in page.text
 
 
 def test_the_page_lists_settings_versions_times_and_orders(rendered: str) -> None:
@@ -146,13 +142,12 @@ def test_the_page_lists_settings_versions_times_and_orders(rendered: str) -> Non
     assert "50 %" in text, "two of the four channels moved"
 
 
-def test_a_mix_shows_the_pattern_of_each_layer() -> None:
+def test_a_mix_is_described_with_the_loss_of_each_attempt() -> None:
     layers = {layer["name"]: layer["pattern"] for layer in MIXED} | {"model.layers.9.mlp.up_proj": "dense"}
     points = [{"keep": keep, "bytes": 10**6, "expected": 9 - keep, "measured": 9.1 - keep} for keep in (0.4, 0.6, 1.0)]
     attempts = [{"keep": 0.6, "chosen": 31.0, "confirmed": 32.0}]
     mix = {"layers": layers, "keep": 0.6, "bytes": 10**6, "rounds": [8.5], "curve": points, "attempts": attempts}
     page = Page(render(changed(layers=MIXED, settings={**RECORD["settings"], "pattern": "mixed"}, mix=mix)))
-    assert len(page.images) == 7 and "Pattern of each layer" in page.text
     assert "1 layer 3:4" in page.text and "32.00 on data for the result" in page.text
     assert "A mix of patterns with newton: perplexity" in page.text
 
@@ -170,7 +165,7 @@ def test_a_record_without_perplexities_says_so() -> None:
     page = Page(render(changed(measured=None, gap_closed=None)))
     assert "The network was not measured." in page.text
     assert "output error of a layer 4.00 % against 5.00 % without permutation" in page.text
-    assert len(page.images) == 4
+    assert len(page.images) == 2
 
 
 def test_a_bare_record_still_gives_a_page() -> None:
@@ -226,7 +221,6 @@ def test_everything_in_a_record_is_escaped() -> None:
     record = changed(model=evil, note=evil, versions={evil: evil}, permutations={evil: [[1, 0]]})
     record["settings"] = {**RECORD["settings"], "permute": evil, "calibration": evil, "exclude": [evil]}
     record["measured"]["data"] = evil
-    record["sample"]["layer"] = evil
     record["layers"][0]["name"] = f"model.layers.0.{evil}"
     page = Page(render(record))
     assert "script" not in page.tags
@@ -238,9 +232,6 @@ def test_everything_in_a_record_is_escaped() -> None:
 @pytest.mark.parametrize("kind", ["svg", "png"])
 def test_every_picture_is_a_whole_file(kind: Format) -> None:
     drawn = [
-        pictures.kept_saliency(LAYERS),
-        pictures.patterns(MIXED),
-        pictures.sample(RECORD["sample"]),
         pictures.output_error(LAYERS),
         pictures.learning_curve(CURVE),
         pictures.bars(30.1, 175.7, float("inf"), "perplexity", f"newton:{OPTIONS}"),
