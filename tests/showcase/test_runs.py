@@ -87,7 +87,7 @@ def test_a_speed_that_cannot_be_measured_costs_nothing_else(
     def broken(*_: object, **__: object) -> None:
         raise ValueError("no clock")
 
-    monkeypatch.setattr("permprune.jobs.speeds.measure", broken)
+    monkeypatch.setattr("permprune.jobs.speeds.measure_speed", broken)
     assert run("prune", *options, "--out", tmp_path / "out")[0] == 0
     made = read_record(tmp_path / "out").showcase
     assert made and made.examples and not made.unit and "no clock" in caplog.text
