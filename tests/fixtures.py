@@ -53,7 +53,7 @@ from permprune.forecasts.passes import batch_pass, example_pass  # noqa: E402
 from permprune.jobs.speeds import add_speeds  # noqa: E402
 from permprune.kernels import library  # noqa: E402
 from permprune.pruning.problem import Outline  # noqa: E402
-from permprune.report import run, sweep  # noqa: E402
+from permprune.report import run  # noqa: E402
 from permprune.showcase.base import NotShown  # noqa: E402
 from permprune.showcase.kinds import showing_of  # noqa: E402
 from permprune.zoo.models import resolve_model  # noqa: E402
@@ -99,24 +99,22 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("permprune.pruning.masked.SPAN", 2**12)
 
 
-PICTURES = {report: report._pictures for report in (run, sweep)}
+PICTURES = run._pictures
 
 
 @pytest.fixture(scope="session", autouse=True)
 def pictureless() -> Iterator[None]:
-    """Reports without pictures, which take longer to draw than such small models to prune."""
+    """Reports of runs without pictures, which take longer to draw than such small models to prune."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_pictures", lambda _: {})
-        patch.setattr(sweep, "_pictures", lambda _: [])
         yield
 
 
 @pytest.fixture(scope="module")
 def with_pictures() -> Iterator[None]:
-    """Reports with their pictures."""
+    """Reports of runs with their pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        for report, pictures in PICTURES.items():
-            patch.setattr(report, "_pictures", pictures)
+        patch.setattr(run, "_pictures", PICTURES)
         yield
 
 

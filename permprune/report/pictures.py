@@ -7,10 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, figure, horizontal_bars, legend, styled
 from permprune.report.words import better
@@ -88,25 +86,6 @@ def bars(dense: float, none: float, pruned: float, metric: str, method: str) -> 
     return picture
 
 
-def metric_axis(axes: Axes, metric: str, values: Sequence[float], dense: float | None) -> None:
-    """Label the vertical axis, of a metric's values, and draw a line at the dense model's, if that is given.
-
-    Perplexities are on a log scale.
-    """
-    label = metric
-    if dense is not None:
-        values = [*values, dense]
-        axes.axhline(dense, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
-        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-        axes.annotate("dense", (1.0, dense), (3, 0), **place, va="center", fontsize=8)
-    if metric == "perplexity":
-        finite = [value for value in values if math.isfinite(value)] or [1.0]
-        axes.set(yscale="log", ylim=(min(finite) / 1.12, max(finite) * 1.12))
-        _plain_ticks(axes.yaxis)
-        label = f"{metric}, log scale"
-    axes.set_ylabel(f"{label}\n({better(metric)})")
-
-
 def layer_kinds(layers: Sequence[Record], before: str, after: str) -> dict[str, Points]:
     """Group the linear layers by kind; returns (layer index, before, after) of each.
 
@@ -138,16 +117,3 @@ def _short_names(paths: list[str]) -> dict[str, str]:
             path,
         )
     return names
-
-
-def _plain_ticks(axis: Axis) -> None:
-    """Set ticks at 1, 2 and 5 times the powers of ten, or evenly spaced ones if the range is too short for these."""
-    low, high = axis.get_view_interval()
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [step * 10.0**power for power in powers for step in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    if len(ticks) < 3:
-        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
-    axis.set_ticks(ticks)
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,4 +1,4 @@
-"""A sweep as a table for the terminal, and as a page: the result in a sentence, pictures of the trade-off, all cells.
+"""A sweep as a table for the terminal, and as a page: the result in a sentence, a picture of the trade-off, all cells.
 
 A cell is the result of one combination of pattern, method and time budget.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
@@ -21,10 +22,10 @@ from rich.table import Table
 
 from permprune.evaluation.result import metric_named
 from permprune.report.page import data_uri, fill
-from permprune.report.pictures import metric_axis
 from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, figure, legend, save, styled
 from permprune.report.words import (
     NONE,
+    better,
     columns,
     count,
     duration,
@@ -39,9 +40,6 @@ from permprune.report.words import (
 from permprune.system.files import write_whole
 
 Result = Mapping[str, Any]
-
-TICKS = {1: "1 s", 10: "10 s", 60: "1 min", 300: "5 min", 1200: "20 min", 3600: "1 h", 14400: "4 h", 57600: "16 h"}
-"""Ticks of the time axis: seconds and their labels."""
 
 COLUMNS = 4
 """Number of columns of a legend."""
@@ -62,7 +60,8 @@ def render_sweep(result: Result) -> str:
         dense=dense,
         front=sorted(_front(result), key=lambda row: float(row["size"])),
         groups=_groups(result),
-        pictures=_pictures(result),
+        picture=data_uri(pareto(result)),
+        measured=result["measured"],
         settings=result["settings"],
     )
 
@@ -86,17 +85,6 @@ def sweep_decision(result: Result) -> str:
     sentence = outcome(metric, best[metric], result["dense"][metric], beside)
     least = f"the least loss of {count(len(rows), 'cell')}, at {percent(best['size'])} of the dense size"
     return f"{run}{sentence}, {least}."
-
-
-def _pictures(result: Result) -> list[tuple[str, str, str]]:
-    """Return the title, the description and the data URI of each picture."""
-    line = "A line joins the cells to which no other is superior in both size and quality."
-    measured = result["measured"]
-    data = f"{measured['count']:,} {measured['unit']} of {measured['data']}"
-    return [
-        (f"Size against {result['metric']}", f"{data}. {line}", data_uri(pareto(result))),
-        ("What time buys", "The line of a pattern is the best found so far.", data_uri(minutes(result))),
-    ]
 
 
 def _front(result: Result) -> list[Mapping[str, Any]]:
@@ -148,38 +136,10 @@ def pareto(result: Result) -> Figure:
         style: Any = {"markersize": 7, "alpha": 1.0} if row["front"] else {"markersize": 5.5, "alpha": 0.75}
         color, marker = colors[row["method"]], markers[row["pattern"]]
         axes.plot(row["size"], row[metric], color=color, marker=marker, linestyle="", **style)
-    _metric_axis(axes, result, metric)
+    _metric_axis(axes, metric, [row[metric] for row in rows], result["dense"][metric])
     axes.set_xlabel("size, share of the dense model (smaller is better)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.grid()
-    _legend(picture, colors, markers)
-    return picture
-
-
-@styled
-def minutes(result: Result) -> Figure:
-    """Draw the metric of every cell against the time of its search, with a line at the best so far for each pattern."""
-    metric = result["metric"]
-    rows = _finite(result, metric)
-    colors, markers = _keys(result)
-    picture = figure(WIDTH, 3.6)
-    axes = picture.subplots()
-    axes.set_xscale("log")
-    for pattern, marker in markers.items():
-        cells = sorted((row for row in rows if row["pattern"] == pattern), key=lambda row: float(row["seconds"]))
-        values = [row[metric] for row in cells]
-        best = [min(values[: end + 1], key=metric_named(metric).cost) for end in range(len(cells))]
-        seconds = [max(1.0, row["seconds"]) for row in cells]
-        axes.plot(seconds, best, color=GRAY, linewidth=0.8, drawstyle="steps-post", zorder=1)
-        for row, second in zip(cells, seconds, strict=True):
-            axes.plot(second, row[metric], color=colors[row["method"]], marker=marker, markersize=6)
-    _metric_axis(axes, result, metric)
-    axes.set_xlabel("time of the search (log scale)")
-    low, high = axes.get_xlim()
-    ticks = {seconds: label for seconds, label in TICKS.items() if low <= seconds <= high}
-    axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid()
     _legend(picture, colors, markers)
     return picture
@@ -197,9 +157,36 @@ def _keys(result: Result) -> tuple[dict[str, str], dict[str, str]]:
     return colors, {pattern: MARKERS[place % len(MARKERS)] for place, pattern in enumerate(shapes)}
 
 
-def _metric_axis(axes: Axes, result: Result, value: str) -> None:
-    values = [row[value] for row in _finite(result, value)]
-    metric_axis(axes, value, values, result["dense"][value])
+def _metric_axis(axes: Axes, metric: str, values: Sequence[float], dense: float | None) -> None:
+    """Label the vertical axis, of a metric's values, and draw a line at the dense model's, if that is given.
+
+    Perplexities are on a log scale.
+    """
+    label = metric
+    if dense is not None:
+        values = [*values, dense]
+        axes.axhline(dense, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
+        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        axes.annotate("dense", (1.0, dense), (3, 0), **place, va="center", fontsize=8)
+    if metric == "perplexity":
+        finite = [value for value in values if math.isfinite(value)] or [1.0]
+        axes.set(yscale="log", ylim=(min(finite) / 1.12, max(finite) * 1.12))
+        _plain_ticks(axes.yaxis)
+        label = f"{metric}, log scale"
+    axes.set_ylabel(f"{label}\n({better(metric)})")
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Set ticks at 1, 2 and 5 times the powers of ten, or evenly spaced ones if the range is too short for these."""
+    low, high = axis.get_view_interval()
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in powers for step in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    if len(ticks) < 3:
+        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+    axis.set_ticks(ticks)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _legend(picture: Figure, colors: Mapping[str, str], markers: Mapping[str, str]) -> None:

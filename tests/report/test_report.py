@@ -73,17 +73,9 @@ RECORD: dict[str, Any] = {
     "curve": CURVE,
     "permutations": {"model.layers.0.mlp.down_proj.input": [[1, 0, 2, 3]]},
     "gathers": [{"site": "model.norm.output", "output": "model.norm", "inputs": [], "order": [3, 2, 1, 0]}],
-    "sample": {
-        "layer": "model.layers.0.mlp.down_proj",
-        "m": 4,
-        "kept_none": 0.78,
-        "kept": 0.79,
-        "natural": {"score": [[100, 90, 60, 1, 2, 3, 1, 0]], "kept": [[1, 1, 0, 0, 1, 1, 0, 0]]},
-        "permuted": {"score": [[100, 1, 60, 1, 2, 3, 90, 0]], "kept": [[1, 0, 1, 0, 0, 1, 1, 0]]},
-    },
 }
 BARE: dict[str, Any] = {
-    "measured": None, "gap_closed": None, "layers": [], "curve": [], "permutations": {}, "gathers": [], "sample": None,
+    "measured": None, "gap_closed": None, "layers": [], "curve": [], "permutations": {}, "gathers": [],
 }  # fmt: skip
 COMPARED = {
     "model": "someone/small-model", "pattern": "2:4", "saliency": "wanda", "mode": "fold", "update": "none",

@@ -1,4 +1,4 @@
-"""The page and the pictures of a sweep."""
+"""The page and the picture of a sweep."""
 
 import copy
 import math
@@ -9,11 +9,9 @@ import pytest
 from PIL import Image
 
 from permprune.report.style import save
-from permprune.report.sweep import minutes, pareto, render_sweep, sweep_decision, write_sweep
+from permprune.report.sweep import pareto, render_sweep, sweep_decision, write_sweep
 
 from .pages import Page, assert_svg
-
-pytestmark = pytest.mark.usefixtures("with_pictures")
 
 
 def row(pattern: str, method: str, value: float, size: float, front: bool = False, **fields: Any) -> dict[str, Any]:
@@ -57,9 +55,8 @@ def test_the_page_states_the_decision_and_every_cell(rendered: str) -> None:
         "2:4 with newton: perplexity 51.90 against 30.10 dense and 163.9 without permutation, "
         "the least loss of 6 cells, at 65 % of the dense size."
     ) in page.text
-    assert len(page.images) == 2 and page.outside == [] and "script" not in page.tags
-    for picture in page.images:
-        assert_svg(picture)
+    assert len(page.images) == 1 and page.outside == [] and "script" not in page.tags
+    assert_svg(page.images[0])
     for part in (
         "newton, 5\N{NO-BREAK SPACE}min",
         "newton, 20\N{NO-BREAK SPACE}min",
@@ -116,10 +113,9 @@ def test_nothing_in_a_sweep_breaks_out() -> None:
 
 
 @pytest.mark.parametrize("result", [RESULT, changed(rows=[row("2:4", "none", math.inf, 0.65)])])
-def test_pictures_are_whole(result: dict[str, Any]) -> None:
+def test_the_picture_is_whole(result: dict[str, Any]) -> None:
     assert_svg(save(pareto(result)))
-    assert_svg(save(minutes(result)))
-    assert save(minutes(result), "png").startswith(b"\x89PNG")
+    assert save(pareto(result), "png").startswith(b"\x89PNG")
 
 
 def test_files_are_written_whole(rendered: str, tmp_path: Path) -> None:
