@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 
 compare: $(INSTALLED)
 	mkdir -p demo
-	$(BIN)/permprune --verbose compare $(MODEL) --set minutes=5 --json demo/long.json
+	$(BIN)/permprune --verbose compare $(MODEL) --methods none,ria,reconstruction,newton,learned --budgets 5 --json demo/long.json
 
 # Hours of one thread; DATA holds the files that benchmarks/recipes.py names, ONLY names some of the recipes.
 DATA := data

@@ -23,7 +23,7 @@ from permprune.permuters.kept import RIAPermuter
 from permprune.permuters.learned import Learned
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.trust_region import Newton
-from permprune.report.showcase import comparison_table
+from permprune.report.comparison import comparison_table
 from permprune.system.progress import console
 
 OBJECTIVES = {

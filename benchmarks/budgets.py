@@ -18,7 +18,7 @@ import rows
 from permprune.config import PruneConfig
 from permprune.engine.held import Held
 from permprune.engine.measuring import Evaluation, Meter
-from permprune.jobs.sweep_cells import of_pattern
+from permprune.jobs.cells import of_pattern
 from permprune.zoo.models import resolve_model
 
 

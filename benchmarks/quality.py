@@ -29,7 +29,7 @@ from permprune import PruneConfig, read_model
 from permprune.engine.held import Held, prepare
 from permprune.engine.measuring import Evaluation, Meter
 from permprune.evaluation.result import gap_closed, metric_named
-from permprune.jobs.sweep_cells import of_pattern
+from permprune.jobs.cells import of_pattern
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.memory import peak_memory_mb, reset_peak_memory

@@ -24,7 +24,8 @@ from .forecasts.fitting import forecast as forecast
 from .forecasts.forecast import Forecast as Forecast
 from .inference.pack import pack as pack, unpack as unpack
 from .jobs.bench import bench as bench
-from .jobs.compare import Comparison as Comparison, ComparisonRow as ComparisonRow, compare as compare
+from .jobs.cells import Comparison as Comparison, ComparisonRow as ComparisonRow
+from .jobs.compare import compare as compare
 from .jobs.evaluate import evaluate as evaluate
 from .jobs.finetune import FineTuned as FineTuned, FineTuning as FineTuning, finetune as finetune
 from .jobs.inspect import InspectedSpace as InspectedSpace, inspect as inspect
@@ -32,8 +33,6 @@ from .jobs.kv import calibrate_kv as calibrate_kv, evaluate_kv as evaluate_kv
 from .jobs.kv_search import KVSearch as KVSearch
 from .jobs.packing import Packed as Packed, pack_folder as pack_folder, unpack_folder as unpack_folder
 from .jobs.prune import prune_to_folder as prune_to_folder
-from .jobs.sweep import sweep as sweep
-from .jobs.sweep_cells import Sweep as Sweep, SweepRow as SweepRow
 from .jobs.verify import Verified as Verified, verify as verify
 from .kv.cache import PrunedCache as PrunedCache
 from .kv.config import KVConfig as KVConfig

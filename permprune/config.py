@@ -136,7 +136,7 @@ class PruneConfig:
     """The search for an order of channels: none, random, ria, cp, permllm, reconstruction, learned-paper, learned or
     newton, with options after the name, such as newton:rounds=6; by default newton without an effort.
 
-    `compare` and `sweep` take a list of methods in place of this one."""
+    `compare` takes a list of methods in place of this one."""
 
     update: str | Update | None = None
     """The update of the weights that are kept, which compensates for the others: none, sparsegpt or admm; by default

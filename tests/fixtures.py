@@ -124,7 +124,6 @@ def unshown() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("permprune.showcase.shown.showing_of", _nothing_shown)
         patch.setattr("permprune.jobs.prune.add_speeds", lambda folder, *_, **__: read_record(folder))
-        patch.setattr("permprune.jobs.compare.add_speeds", lambda folder, *_, **__: read_record(folder))
         yield
 
 
@@ -137,7 +136,6 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs with examples and speeds."""
     monkeypatch.setattr("permprune.showcase.shown.showing_of", showing_of)
     monkeypatch.setattr("permprune.jobs.prune.add_speeds", add_speeds)
-    monkeypatch.setattr("permprune.jobs.compare.add_speeds", add_speeds)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ from permprune.cli import (  # noqa: F401 - each registers its command
     plan,
     prune,
     push,
-    sweep,
     verify,
 )
 from permprune.cli.common import app

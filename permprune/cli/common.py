@@ -204,7 +204,7 @@ def _finish(name: str, work: Iterator[None], given: Mapping[str, Any]) -> None:
         except KeyboardInterrupt as interrupt:
             from permprune.system.files import WorkFolder
 
-            kept = "resume" in given and WorkFolder(given["out"]).holds_state()
+            kept = "resume" in given and given["out"] is not None and WorkFolder(given["out"]).holds_state()
             hint = "; repeat the command with --resume to continue" if kept else ""
             print(f"permprune: interrupted{hint}", file=sys.stderr)
             raise typer.Exit(128 + (interrupt.args or (signal.SIGINT,))[0]) from None

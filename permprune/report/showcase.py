@@ -13,7 +13,7 @@ from rich.text import Text
 
 from permprune.checkpoints.record import PACKED, SIDES
 from permprune.pattern import MIXED
-from permprune.report.words import DASH, NONE, columns, count, number, overlap_note, percent, whole
+from permprune.report.words import DASH, columns, count, number, percent
 
 Mark = Literal["", "right", "wrong", "missing"]
 
@@ -62,20 +62,6 @@ def side_table(record: Mapping[str, Any]) -> Table:
     table = Table("", *models, title=title, caption=note, caption_justify="left")
     for row in side_rows(record):
         table.add_row(*row)
-    return table
-
-
-def comparison_table(result: dict[str, Any]) -> Table:
-    """Return a table of a comparison's contents, as of `Comparison.to_json`; its title is what the rows share."""
-    title = f"{result['model']}, {result['pattern']}, {result['saliency']} masks, {result['mode']} mode"
-    title += "" if result["update"] == NONE else f", {result['update']} update"
-    note = overlap_note(result["overlap"])
-    numbers = columns(result["metric"], "gap closed", "seconds", "peak MiB")
-    table = Table("method", *numbers, title=title, caption=note, caption_justify="left")
-    for row in result["rows"]:
-        closed = "" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}"
-        cost = f"{row['seconds']:.0f}", whole(row["peak_memory_mb"])
-        table.add_row(row["method"], number(row[result["metric"]]), closed, *cost)
     return table
 
 

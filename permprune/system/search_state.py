@@ -1,4 +1,4 @@
-"""Saved states, from which interrupted searches, trainings and sweeps are resumed."""
+"""Saved states, from which interrupted searches, trainings and comparisons are resumed."""
 
 from __future__ import annotations
 

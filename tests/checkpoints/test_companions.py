@@ -88,7 +88,6 @@ def test_every_command_that_writes_a_model_copies_them(sentence_encoder: Path, t
     assert all(name in said for name in ("custom.py", "1_Pooling/state.pkl", "secret.txt", "onnx", "checkpoint-5"))
     for arguments in (
         ["finetune", sentence_encoder, "--data", labelled, "--epochs", "1", "--train", "head"],
-        ["compare", sentence_encoder, *shared, "--methods", "ria"],
         ["pack", pruned],
     ):
         out = packed if arguments[0] == "pack" else tmp_path / f"{arguments[0]} {arguments[1].name}"

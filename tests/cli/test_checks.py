@@ -53,10 +53,10 @@ WRONG = {
     "prune empty.txt --out out": "is a file: give the model's folder",
     "compare smollm2-135m --methods ria,newtons": 'did you mean "newton"',
     "compare smollm2-135m --json empty": "is not a file",
-    "sweep smollm2-135m --out out --patterns 2:4,x": '"x" is not an N:M pattern',
-    "sweep smollm2-135m --out out --patterns mixed@much": "keeps no share of the weights",
-    "sweep smollm2-135m --out out --patterns mixed@0.2": "keep more",
-    "sweep smollm2-135m --out out --budgets 0": "budgets is 0.0",
+    "compare smollm2-135m --out out --patterns 2:4,x": '"x" is not an N:M pattern',
+    "compare smollm2-135m --out out --patterns mixed@much": "keeps no share of the weights",
+    "compare smollm2-135m --out out --patterns mixed@0.2": "keep more",
+    "compare smollm2-135m --out out --budgets 0": "budgets is 0.0",
     "evaluate smollm2-135m --tasks cb --limit 0": "limit is 0",
     "evaluate smollm2-135m --limit 2": "name some with --tasks",
     "evaluate smollm2-135m --tasks cb --metric f1": "leave out --data, --metric",
@@ -75,7 +75,7 @@ WRONG = {
     "bench full --turns 0": "turns is 0",
     f"prune {'x' * 5000} --out out": "model cannot be looked for: File name too long",
     f"prune smollm2-135m --out out --data {'y/' * 3000}": "data cannot be looked for: File name too long",
-    "compare smollm2-135m --methods ,": "--methods names no search",
+    "compare smollm2-135m --methods ,": "--methods names none",
     "fetch smollm": 'did you mean "smollm2-135m"',
 }
 """Wrong command lines, and a part of their messages."""
@@ -171,7 +171,7 @@ def test_json_on_stdout(
     monkeypatch.chdir(tmp_path)
     options = ["--calibration", tiny_text, "--data", tiny_text, "--length", "16", "--samples", "24", "--windows", "2"]
     code, stdout, stderr = run("compare", tiny_checkpoint, *options, "--methods", "ria", "--json", name)
-    assert code == 0 and [row["method"] for row in json.loads(stdout)["rows"]] == ["dense", "none", "ria"]
+    assert code == 0 and [row["method"] for row in json.loads(stdout)["rows"]] == ["none", "ria"]
     assert "perplexity" in stderr and not (tmp_path / "-").exists()
 
 

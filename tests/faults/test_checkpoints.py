@@ -24,7 +24,7 @@ from ..fixtures import BLOCK, SENTENCES, make_tiny_llama
 from ..modalities import images, vit_config
 
 OFFLOADED = "prune offloaded"
-COMMANDS = ("prune", OFFLOADED, "sweep", "inspect", "verify", "evaluate")
+COMMANDS = ("prune", OFFLOADED, "compare", "inspect", "verify", "evaluate")
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer_config.json"
 BIN = "pytorch_model.bin"
@@ -62,7 +62,7 @@ def arguments(command: str, folder: Path, text: Path) -> list[str | Path]:
     return {
         "prune": ["prune", folder, "--out", out, "--permute", "ria", *data],
         OFFLOADED: ["prune", folder, "--out", out, "--permute", "ria", "--set", "offload=disk", *data],
-        "sweep": ["sweep", folder, "--out", out, "--methods", "none", "--patterns", "2:4", *data],
+        "compare": ["compare", folder, "--out", out, "--methods", "none", "--patterns", "2:4", *data],
         "inspect": ["inspect", folder],
         "verify": ["verify", folder],
         "evaluate": ["evaluate", folder, "--data", text, "--windows", "1", "--length", "16"],
@@ -171,7 +171,7 @@ def test_of_a_damaged_cache_each_command_says_how_to_clear_it(
     shutil.copytree(whole, cached)
     change, clause = FAULTS[fault]
     change(cached)
-    for command in ("prune", "sweep", "inspect", "evaluate"):
+    for command in ("prune", "compare", "inspect", "evaluate"):
         line = fails(*arguments(command, Path("smollm2-135m"), tiny_text))
         assert line.startswith("permprune: smollm2-135m does not load: ") and clause in line
         assert line.endswith(f"the cached copy is damaged: delete {cached}, and it will be created again")
@@ -282,7 +282,7 @@ def test_a_tokenizer_with_tokens_that_the_model_does_not_know_is_refused(
     if kind == "tiny_bert":
         data = tmp_path / "sentences.tsv"
         data.write_text("text\tlabel\n" + "the order of the channels\tyes\nanother text\tno\n" * 9)
-    for command in ("prune", "sweep", "evaluate"):
+    for command in ("prune", "compare", "evaluate"):
         line = fails(*arguments(command, folder, data))
         assert "the tokenizer gives token 128, but the model has 128 tokens" in line
         shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)

@@ -66,14 +66,14 @@ def test_a_disk_that_is_full_when_the_model_is_written_costs_no_search(
     assert not list(tmp_path.glob("out.*"))
 
 
-def test_a_disk_that_is_full_after_training_or_a_sweep_costs_neither(
+def test_a_disk_that_is_full_after_training_or_a_comparison_costs_neither(
     source: list[str], training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     cells = ["--patterns", "2:4", "--methods", "random"]
     for command, work, printed, size in (
         (["finetune", *training, "--train", "norms", "--out", out], (Trainer, "_epoch"), "before training", 2**15),
-        (["sweep", *source, *cells, "--out", out], (Session, "attempt"), "the least loss of 2 cells", 2**12),
+        (["compare", *source, *cells, "--out", out], (Session, "attempt"), "the least loss of 2 cells", 2**12),
     ):
         with files_up_to(size):
             code, stdout, stderr = run(*command)
@@ -96,7 +96,7 @@ def test_too_little_space_is_said_before_the_work(
     for command in (
         ["prune", *source],
         ["prune", *source, "--permute", "ria", "--set", "offload=disk"],
-        ["sweep", *source],
+        ["compare", *source],
         ["finetune", *training],
     ):
         code, _, stderr = run(*command, "--out", tmp_path / "out")
@@ -105,7 +105,7 @@ def test_too_little_space_is_said_before_the_work(
         assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("command", ["prune", "sweep", "finetune"])
+@pytest.mark.parametrize("command", ["prune", "compare", "finetune"])
 @pytest.mark.parametrize("out", ["file/out", "/proc/out", "folder", "link", "dangling", "no/out", "n" * 300])
 def test_a_folder_that_cannot_be_made_is_said_before_the_work(command: str, out: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
@@ -157,7 +157,7 @@ def test_tables_are_printed_before_files_are_written(
 def test_a_file_in_the_way_of_a_report_is_said_before_the_work(tmp_path: Path) -> None:
     """The folder for an interrupted run has a name that something else may have."""
     (tmp_path / "out.partial").write_text("mine")
-    for command in ("prune", "sweep", "finetune"):
+    for command in ("prune", "compare", "finetune"):
         said = fails(command, "smollm2-135m", "--out", tmp_path / "out")
         assert "out.partial is not a work folder of permprune" in said
     assert (tmp_path / "out.partial").read_text() == "mine"
@@ -172,7 +172,7 @@ def test_files_of_others_are_left_alone(training: list[str], tmp_path: Path, lin
             (mine / name).write_text("mine")
         if linked:
             (tmp_path / f"out.{ending}").symlink_to(mine)
-        for command in ("prune", "sweep", "finetune"):
+        for command in ("prune", "compare", "finetune"):
             for resume in ([], ["--resume"]):
                 line = fails(command, training[0], "--out", tmp_path / "out", *resume)
                 assert "out.partial " in line and "choose another --out" in line

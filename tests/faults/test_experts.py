@@ -87,8 +87,7 @@ def arguments(text: Path, *exclude: str) -> list[str | Path]:
     "command",
     [
         ["prune", "--out", "out", "--permute", "ria"],
-        ["compare", "--methods", "none,ria"],
-        ["sweep", "--out", "out", "--methods", "none", "--patterns", "2:4,1:4"],
+        ["compare", "--out", "out", "--methods", "none", "--patterns", "2:4,1:4"],
     ],
 )
 def test_each_run_says_it_once(

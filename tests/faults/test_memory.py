@@ -177,6 +177,6 @@ def test_a_process_that_gets_no_more_memory_says_so(
         WriteError(Path("out"), "no space", "free some"),
     ],
 )
-def test_processes_of_a_sweep_hand_errors_on(error: permprune.PermpruneError) -> None:
+def test_processes_of_a_comparison_hand_errors_on(error: permprune.PermpruneError) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)

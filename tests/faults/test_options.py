@@ -100,11 +100,11 @@ def test_a_permuters_name_is_understood_whole() -> None:
         *((["prune", "--windows", text], "windows") for text in ("0", "-1")),
         *((["prune", "--set", f"seed={text}"], "seed") for text in ("-1", "9" * 23)),
         *((["prune", "--set", f"minutes={text}"], "minutes") for text in ("-1", "0", "nan", "inf")),
-        *((["compare", "--set", f"{name}=0"], name) for name in ("batch", "minutes")),
+        (["compare", "--set", "batch=0"], "batch"),
         *((["compare", option, "0"], option[2:]) for option in ("--samples", "--windows")),
         *((["evaluate", option, "0"], option[2:]) for option in ("--windows", "--length")),
         *((["evaluate", "--tasks", "cb", "--limit", text], "limit") for text in ("0", "-1")),
-        *((["sweep", "--budgets", text], "budgets") for text in ("0", "-1", "nan", "5,inf")),
+        *((["compare", "--budgets", text], "budgets") for text in ("0", "-1", "nan", "5,inf")),
         *(
             (["finetune", option, "0"], option[2:])
             for option in ("--epochs", "--lr", "--batch", "--length", "--rows", "--adapters")
@@ -120,7 +120,7 @@ def test_numbers_out_of_range_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     name, *rest = command
-    out = ["--out", "out"] if name in ("prune", "sweep", "finetune") else []
+    out = ["--out", "out"] if name in ("prune", "compare", "finetune") else []
     line = fails(name, "./no-model", *out, *rest)  # refused before the model is looked for
     assert f"{option} is " in line and any(least in line for least in ("from 0", "from 1", "from 2", "above 0"))
     assert not list(tmp_path.iterdir())
@@ -132,7 +132,7 @@ def test_memory_is_a_finite_amount(text: str) -> None:
     assert parse_bytes("1B") == 1
 
 
-@pytest.mark.parametrize("command", ["prune", "compare", "sweep"])
+@pytest.mark.parametrize("command", ["prune", "compare"])
 def test_a_glob_that_excludes_nothing_is_named(command: str, source: list[str], tmp_path: Path) -> None:
     out = [] if command == "compare" else ["--out", tmp_path / "out"]
     globs = ["--set", "exclude=*.q_proj", "--set", "exclude=*.qproj"]
@@ -146,7 +146,7 @@ def test_a_glob_may_match_what_another_does(source: list[str], tmp_path: Path) -
     assert run("verify", tmp_path / "out")[1].startswith("6 layers")
 
 
-@pytest.mark.parametrize("command", ["prune", "sweep", "finetune"])
+@pytest.mark.parametrize("command", ["prune", "compare", "finetune"])
 @pytest.mark.parametrize("out", ["", ".", "..", "/", "file/out", "link", "a\udcffb"])
 def test_out_is_a_new_name_in_a_folder(
     command: str, out: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

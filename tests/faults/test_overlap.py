@@ -124,15 +124,15 @@ def test_compare_says_so(texts: tuple[Path, Path], tiny_checkpoint: Path, tmp_pa
         arguments = ["--calibration", one, "--data", data, *SMALL, "--methods", "none", "--json", figures]
         code, stdout, stderr = run("compare", tiny_checkpoint, *arguments)
         assert code == 0, stderr
-        assert json.loads(figures.read_text())["overlap"] == pytest.approx(share, abs=0.1)
+        assert json.loads(figures.read_text())["measured"]["overlap"] == pytest.approx(share, abs=0.1)
         assert said(stderr).count("% of the evaluation data are also in the calibration data") == int(share)
         assert said(stdout).count("% of the evaluation data are also in the calibration data") == int(share)
 
 
-def test_sweep_says_so_once(texts: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_comparison_of_patterns_says_so_once(texts: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--calibration", texts[0], "--data", texts[0], *SMALL, "--methods", "none", "--patterns", "1:4,2:4"]
-    code, stdout, stderr = run("sweep", tiny_checkpoint, *arguments, "--out", out)
+    code, stdout, stderr = run("compare", tiny_checkpoint, *arguments, "--out", out)
     assert code == 0, stderr
     assert json.loads((out / "figures.json").read_text())["measured"]["overlap"] == pytest.approx(1.0, abs=0.1)
     for text in (stdout, stderr, (out / "report.html").read_text()):
@@ -173,7 +173,7 @@ def test_one_folder_however_its_path_is_written(
     options = ["--calibration", "pictures", *data, "--methods", "none", "--json", "figures.json"]
     code, _, stderr = run("compare", tiny_vit, *options)
     assert code == 0, stderr
-    assert json.loads((tmp_path / "figures.json").read_text())["overlap"] == 0.0
+    assert json.loads((tmp_path / "figures.json").read_text())["measured"]["overlap"] == 0.0
     assert "twice" in fails("compare", tiny_vit, *options, "--calibration", data[1])
 
 
@@ -197,4 +197,4 @@ def test_images_that_are_in_both(tiny_vit: Path, tmp_path: Path) -> None:
     data = ["--calibration", tmp_path / "one", "--data", tmp_path / "two", "--windows", "2", "--json", figures]
     code, stdout, stderr = run("compare", tiny_vit, *data, "--methods", "none")
     assert code == 0 and "50 % of the evaluation" in said(stdout), stderr
-    assert json.loads(figures.read_text())["overlap"] == 0.5
+    assert json.loads(figures.read_text())["measured"]["overlap"] == 0.5

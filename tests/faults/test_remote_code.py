@@ -124,8 +124,7 @@ def commands(folder: Path, text: Path) -> list[list[str | Path]]:
     return [
         ["prune", folder, "--out", folder.with_name("held"), *calibrated],
         ["prune", folder, "--out", folder.with_name("read"), "--permute", "ria", "--set", "offload=disk", *calibrated],
-        ["compare", folder, "--methods", "none", *calibrated],
-        ["sweep", folder, "--out", folder.with_name("swept"), "--methods", "none", "--patterns", "2:4", *calibrated],
+        ["compare", folder, "--out", folder.with_name("swept"), "--methods", "none", "--patterns", "2:4", *calibrated],
         ["inspect", folder],
         ["evaluate", folder, *data, "--windows", "1", "--length", "16"],
         ["finetune", folder, "--out", folder.with_name("tuned"), *data, "--length", "16"],
@@ -190,7 +189,7 @@ def test_code_that_is_not_needed_does_not_run(tiny_checkpoint: Path, trace: Path
     assert type(read_model(str(tiny_checkpoint))[0]) is tf.LlamaForCausalLM and not trace.exists()
 
 
-@pytest.mark.parametrize("command", ["compare", "sweep", "inspect"])
+@pytest.mark.parametrize("command", ["compare", "inspect"])
 def test_with_consent_other_commands_run_on_such_a_model(command: str, coded: Path, tiny_text: Path) -> None:
     (line,) = [line for line in commands(coded, tiny_text) if line[0] == command]
     code, _, stderr = run(*line, TRUST)

@@ -152,12 +152,12 @@ def test_a_checkpoint_that_changes_during_a_run_is_named(
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["part", "all"])
-def test_the_cells_of_another_sweep_are_refused(
+def test_the_cells_of_another_comparison_are_refused(
     source: list[str], tmp_path: Path, done: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["sweep", *source, "--out", tmp_path / "out", "--patterns", "2:4", "--methods", "random"]
+    command = ["compare", *source, "--out", tmp_path / "out", "--patterns", "2:4", "--methods", "random"]
     with monkeypatch.context() as patch, interrupted(Session, "attempt", 2 if done else 1, patch):
-        patch.setattr("permprune.report.sweep.sweep_table", stop)
+        patch.setattr("permprune.report.comparison.comparison_table", stop)
         assert run(*command)[0] == 130
     with counted(Session, "attempt", monkeypatch) as runs:
         for what in CHANGES:
@@ -167,11 +167,13 @@ def test_the_cells_of_another_sweep_are_refused(
     assert run(*command, "--memory", "8GiB", "--resume")[0] == 0
 
 
-def test_a_damaged_file_of_a_sweep_is_named(source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["sweep", *source, "--out", tmp_path / "out", "--patterns", "2:4", "--methods", "random"]
+def test_a_damaged_file_of_a_comparison_is_named(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["compare", *source, "--out", tmp_path / "out", "--patterns", "2:4", "--methods", "random"]
     with interrupted(Session, "attempt", 1, monkeypatch):
         assert run(*command)[0] == 130
-    for name in ("dense", "cells/2-4 none"):
+    for name in ("dense", "cells/2%3A4 none"):
         path = tmp_path / "out.partial" / f"{name}.safetensors"
         whole = path.read_bytes()
         for content in (b"", b"{", whole.replace(b"2", b"3"), whole.replace(b"value", b"valve"), whole[:-9]):
@@ -272,7 +274,7 @@ def test_the_state_of_another_training_is_refused(
     assert run(*command, "--resume")[0] == 0
 
 
-@pytest.mark.parametrize("command", ["prune", "sweep", "finetune"])
+@pytest.mark.parametrize("command", ["prune", "compare", "finetune"])
 def test_a_second_run_on_one_out_is_refused_at_once(source: list[str], tmp_path: Path, command: str) -> None:
     out = tmp_path / "out"
     options = [source[0], "--data", source[4], "--out", out]

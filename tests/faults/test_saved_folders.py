@@ -239,8 +239,7 @@ def test_comparing_methods_on_a_gathered_model_starts_from_it(pruned: dict[str, 
     figures = tmp_path / "compare.json"
     arguments = [*options(pruned["gather"]), "--methods", "random", "--json", figures]
     assert run("compare", pruned["gather"], *arguments)[0] == 0
-    dense = json.loads(figures.read_text())["rows"][0]
-    assert dense["method"] == "dense"
+    dense = json.loads(figures.read_text())["dense"]
     assert dense["perplexity"] == pytest.approx(perplexity(pruned["gather"], tmp_path), rel=1e-5)
 
 

@@ -40,8 +40,7 @@ def test_positions() -> None:
 FEW = ["--samples", "6", "--windows", "1"]
 COMMANDS: dict[str, list[str]] = {
     "prune": ["--calibration", "DATA", *FEW, "--permute", "none", "--out", "OUT"],
-    "compare": ["--calibration", "DATA", *FEW, "--methods", "none"],
-    "sweep": ["--calibration", "DATA", *FEW, "--methods", "none", "--patterns", "2:4", "--out", "OUT"],
+    "compare": ["--calibration", "DATA", *FEW, "--methods", "none", "--patterns", "2:4", "--out", "OUT"],
     "evaluate": ["--windows", "1"],
     "finetune": ["--epochs", "1", "--rows", "8", "--out", "OUT"],
     "kv": ["--calibration", "DATA", "--samples", "1", "--windows", "1", "--out", "OUT"],

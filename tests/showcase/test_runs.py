@@ -1,6 +1,5 @@
 """What runs show: on the terminal, in the record, the report and the card."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +59,6 @@ def test_prune_shows_models_side_by_side(shown: None, options: list[Any], extra:
         again = read_record(tmp_path / "packed").showcase
         assert again and again.sides["pruned"].bytes == made.sides["pruned"].packed
         assert again.sides["pruned"].speed is None and again.examples == made.examples
-
-
-@pytest.mark.slow
-def test_compare_shows_the_best(shown: None, options: list[Any], tmp_path: Path) -> None:
-    given = [option for option in options if option not in ("--permute", "ria")]
-    code, stdout, stderr = run("compare", *given, "--methods", "random", "--json", tmp_path / "figures.json")
-    assert code == 0, stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert len(figures["showcase"]["examples"]) == 3 and figures["showcase"]["examples"][0]["given"] in stdout
-    code, stdout, stderr = run("compare", *given, "--methods", "random", "--out", tmp_path / "out")
-    made = read_record(tmp_path / "out").showcase
-    assert code == 0 and made and made.sides["pruned"].speed and "permprune verify" in stdout
-    assert [vars(one) for one in made.examples] == figures["showcase"]["examples"]
 
 
 def test_no_examples(shown: None, options: list[Any], tmp_path: Path) -> None:

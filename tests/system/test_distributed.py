@@ -105,7 +105,7 @@ def test_two_processes_find_what_one_finds_and_say_an_error_once(
         [*shared, *case, "--out", str(out), "--set", f"shard={str(case is DIVIDED).lower()}"]
         for case, out in zip(CASES, both, strict=True)
     ]
-    commands += [["sweep", *shared[1:], "--patterns", "2:4", "--methods", "none", "--out", str(tmp_path / "swept")]]
+    commands += [["compare", *shared[1:], "--patterns", "2:4", "--methods", "none", "--out", str(tmp_path / "swept")]]
     faulty = [["--out", "held"], ["--out", "unlike", "--set", "seed={rank}"]]
     commands += [[*shared, *options[:1], str(tmp_path / options[1]), *options[2:]] for options in faulty]
     (tmp_path / "commands.json").write_text(json.dumps(commands))

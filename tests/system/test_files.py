@@ -88,7 +88,7 @@ def test_a_work_folder_stays_with_its_state_and_goes_when_the_work_is_done(tmp_p
         pass
     with (
         pytest.raises(PermpruneError, match="belongs to an interrupted permprune prune"),
-        work.held("sweep", resume=True),
+        work.held("compare", resume=True),
     ):
         pass
     with work.held("prune", resume=True):

@@ -1,4 +1,4 @@
-"""`permprune sweep`, run as a person runs it."""
+"""`permprune compare`, run as a person runs it."""
 
 import json
 from pathlib import Path
@@ -22,19 +22,19 @@ def figures(out: Path) -> list[tuple[Any, ...]]:
     return [(row["pattern"], row["method"], row["minutes"], row["perplexity"]) for row in rows]
 
 
-def test_a_sweep_prints_a_table_and_the_decision(source: list[str], tmp_path: Path) -> None:
+def test_a_comparison_prints_a_table_and_the_decision(source: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--patterns", "2:4,mixed", "--methods", "ria,newton:rounds=2", "--budgets", "0.0001,9"]
-    code, stdout, stderr = run("sweep", *source, *options, "--mode", "gather", "--out", out)
+    code, stdout, stderr = run("compare", *source, *options, "--mode", "gather", "--out", out)
     assert code == 0, stderr
     assert "the least loss of 8 cells" in " ".join(stdout.split()) and "0.0001" in stdout
     assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert "Size against perplexity" in (out / "report.html").read_text()
-    assert "exists already" in fails("sweep", *source, "--out", out)
+    assert "exists already" in fails("compare", *source, "--out", out)
 
 
 @pytest.mark.parametrize("fixture", ["tiny_vit"])
-def test_a_sweep_of_images(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_a_comparison_of_images(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     import numpy as np
     from PIL import Image
 
@@ -46,13 +46,13 @@ def test_a_sweep_of_images(fixture: str, request: pytest.FixtureRequest, tmp_pat
             Image.fromarray(pixels).save(tmp_path / "pictures" / kind / f"{number}.png")
     data = ["--calibration", tmp_path / "pictures", "--data", tmp_path / "pictures", "--samples", "6", "--windows", "1"]
     options = ["--patterns", "1:4,2:4", "--methods", "ria", "--out", tmp_path / "out"]
-    code, stdout, stderr = run("sweep", request.getfixturevalue(fixture), *data, *options)
+    code, stdout, stderr = run("compare", request.getfixturevalue(fixture), *data, *options)
     assert code == 0 and "of the dense top-1 accuracy" in " ".join(stdout.split()), stderr
 
 
 def test_bad_input_is_one_line(source: list[str], tmp_path: Path) -> None:
     out = ["--out", tmp_path / "out"]
-    assert '--budgets is "short": give numbers' in fails("sweep", *source, *out, "--budgets", "short")
-    assert "which 5 does not divide" in fails("sweep", *source, *out, "--patterns", "2:4,2:5")
-    code, _, stderr = run("sweep", *source, *out, "--pattern", "2:4")
+    assert '--budgets is "short": give numbers' in fails("compare", *source, *out, "--budgets", "short")
+    assert "which 5 does not divide" in fails("compare", *source, *out, "--patterns", "2:4,2:5")
+    code, _, stderr = run("compare", *source, *out, "--pattern", "2:4")
     assert code == 2 and "no option --pattern" in stderr

@@ -1,4 +1,4 @@
-"""The page and the picture of a sweep."""
+"""The page and the picture of a comparison."""
 
 import copy
 import math
@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from permprune.report.comparison import (
+    comparison_decision,
+    comparison_table,
+    pareto,
+    render_comparison,
+    write_comparison,
+)
 from permprune.report.style import save
-from permprune.report.sweep import pareto, render_sweep, sweep_decision, write_sweep
 
 from .pages import Page, assert_svg
 
@@ -46,7 +52,7 @@ def changed(**fields: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def rendered() -> str:
     """The page of `RESULT`."""
-    return render_sweep(RESULT)
+    return render_comparison(RESULT)
 
 
 def test_the_page_states_the_decision_and_every_cell(rendered: str) -> None:
@@ -69,7 +75,7 @@ def test_the_page_states_the_decision_and_every_cell(rendered: str) -> None:
 
 
 def test_the_picture_is_a_file_of_its_own(tmp_path: Path) -> None:
-    write_sweep(RESULT, tmp_path)
+    write_comparison(RESULT, tmp_path)
     with Image.open(tmp_path / "pareto.png") as picture:
         assert picture.width > picture.height
 
@@ -99,16 +105,16 @@ def test_the_picture_is_a_file_of_its_own(tmp_path: Path) -> None:
     ],
 )
 def test_the_decision_fits_the_outcome(result: dict[str, Any], sentence: str) -> None:
-    assert sweep_decision(result) == sentence
+    assert comparison_decision(result) == sentence
 
 
-def test_nothing_in_a_sweep_breaks_out() -> None:
+def test_nothing_in_a_comparison_breaks_out() -> None:
     evil = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>$\\bad$"
     result = changed(model=evil, note=evil)
     result["settings"]["calibration"] = result["measured"]["data"] = evil
     for own in result["rows"]:
         own["method"] = evil if own["method"] == "newton" else own["method"]
-    page = Page(render_sweep(result))
+    page = Page(render_comparison(result))
     assert "script" not in page.tags and page.outside == [] and page.text.count(evil) >= 6
 
 
@@ -119,6 +125,13 @@ def test_the_picture_is_whole(result: dict[str, Any]) -> None:
 
 
 def test_files_are_written_whole(rendered: str, tmp_path: Path) -> None:
-    write_sweep(RESULT, tmp_path)
+    write_comparison(RESULT, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pareto.png", "report.html"]
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == rendered
+
+
+def test_the_table_names_what_the_rows_share() -> None:
+    title = "someone/small-model, wanda masks, fold mode; dense perplexity 30.10"
+    assert comparison_table(RESULT).title == title
+    updated = changed(settings={**RESULT["settings"], "update": "sparsegpt"})
+    assert comparison_table(updated).title == title.replace("mode;", "mode, sparsegpt update;")

@@ -1,4 +1,4 @@
-"""A sweep as a table for the terminal, and as a page: the result in a sentence, a picture of the trade-off, all cells.
+"""A comparison as a table for the terminal, and as a page: a sentence, a picture of the trade-off, all cells.
 
 A cell is the result of one combination of pattern, method and time budget.
 """
@@ -45,15 +45,15 @@ COLUMNS = 4
 """Number of columns of a legend."""
 
 
-def render_sweep(result: Result) -> str:
-    """Render the page for the contents of a sweep's figures.json. Everything in it is escaped."""
+def render_comparison(result: Result) -> str:
+    """Render the page for the contents of a comparison's figures.json. Everything in it is escaped."""
     metric, dense = result["metric"], result["dense"]
     return fill(
-        "sweep.html",
+        "comparison.html",
         model=result["model"],
         version=importlib.metadata.version("permprune"),
-        title=f"{result['model']}, sweep",
-        decision=sweep_decision(result),
+        title=f"{result['model']}, comparison",
+        decision=comparison_decision(result),
         note=result["note"],
         overlap=overlap_note(result["measured"]["overlap"]),
         metric=metric,
@@ -66,15 +66,15 @@ def render_sweep(result: Result) -> str:
     )
 
 
-def write_sweep(result: Result, folder: Path) -> None:
+def write_comparison(result: Result, folder: Path) -> None:
     """Write report.html and pareto.png to a folder. Raises `PermpruneError` if they cannot be written."""
-    page, picture = render_sweep(result), save(pareto(result), "png")
+    page, picture = render_comparison(result), save(pareto(result), "png")
     write_whole(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
     write_whole(folder / "pareto.png", lambda temporary: temporary.write_bytes(picture))
 
 
-def sweep_decision(result: Result) -> str:
-    """Summarise the result of a sweep in one sentence: the cell with the best metric, and its size."""
+def comparison_decision(result: Result) -> str:
+    """Summarise the result of a comparison in one sentence: the cell with the best metric, and its size."""
     metric, rows = result["metric"], result["rows"]
     if not (front := _front(result)):
         return f"None of {count(len(rows), 'cell')} has a finite {metric}."
@@ -106,10 +106,13 @@ def _groups(result: Result) -> list[tuple[str, list[Mapping[str, Any]]]]:
     return groups
 
 
-def sweep_table(result: Result) -> Table:
-    """Return a table of the contents of a sweep's figures.json; rows on the Pareto front are bold."""
+def comparison_table(result: Result) -> Table:
+    """Return a table of the contents of a comparison's figures.json; rows on the Pareto front are bold."""
     metric = result["metric"]
-    title = f"{result['model']}, dense {metric} {number(result['dense'][metric])}"
+    settings = result["settings"]
+    title = f"{result['model']}, {settings['saliency']} masks, {settings['mode']} mode"
+    title += "" if settings["update"] == NONE else f", {settings['update']} update"
+    title += f"; dense {metric} {number(result['dense'][metric])}"
     note = overlap_note(result["measured"]["overlap"])
     numbers = columns("minutes", "size", metric, "gap closed", "time", "peak MiB")
     table = Table("pattern", "method", *numbers, title=title, caption=note, caption_justify="left")

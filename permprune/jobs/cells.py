@@ -1,11 +1,12 @@
-"""The cells of a sweep and their results, as data."""
+"""The cells of a comparison and their results, as data."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from permprune.checkpoints.schema import encode
 from permprune.config import PruneConfig
@@ -14,8 +15,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.result import Metric
 from permprune.options import Positive, require
 from permprune.pattern import MIXED, Pattern
-from permprune.permuters.base import CurvePoint, LocalPermuter
-from permprune.permuters.registry import permuter
+from permprune.permuters.base import CurvePoint, LocalPermuter, Permuter
 
 CELL_FIELDS = ("pattern", "keep", "permute", "minutes")
 """Fields of the config that differ between cells."""
@@ -23,7 +23,7 @@ CELL_FIELDS = ("pattern", "keep", "permute", "minutes")
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One combination of a pattern, a method and a time limit of the search in `minutes` (None for no limit).
+    """One combination of a pattern, a method by its label, and a time limit of the search in `minutes` (or None).
 
     The pattern of a mix may have the share of the weights that it keeps: "mixed@0.6".
     """
@@ -36,7 +36,7 @@ class Cell:
     def name(self) -> str:
         """The name of the cell's files, without an extension."""
         budget = "" if self.minutes is None else f" {self.minutes:g}"
-        return f"{self.pattern} {self.method}{budget}".replace(":", "-")
+        return quote(f"{self.pattern} {self.method}{budget}", safe=" =@,")
 
 
 def of_pattern(config: PruneConfig, pattern: str) -> PruneConfig:
@@ -50,32 +50,33 @@ def of_pattern(config: PruneConfig, pattern: str) -> PruneConfig:
         raise PermpruneError(f'"{pattern}" keeps no share of the weights: give one, as {MIXED}@0.6') from None
 
 
-def plan_cells(patterns: Sequence[str | Pattern], methods: Sequence[str], budgets: Sequence[float]) -> list[Cell]:
-    """Return the cells, ordered by pattern, method and increasing budget.
+def plan_cells(
+    patterns: Sequence[str | Pattern], methods: Mapping[str, Permuter], budgets: Sequence[float]
+) -> list[Cell]:
+    """Return the cells, ordered by pattern, method and increasing budget; methods that work layer by layer have none.
 
-    Raises `PermpruneError` for an unknown pattern or method and for a budget that is not positive.
+    Raises `PermpruneError` for an unknown pattern and for a budget that is not positive.
     """
-    if not patterns:
-        raise PermpruneError("a sweep needs at least one pattern")
     for budget in budgets:
         require("budgets", budget, Positive)
     cells = []
     for pattern in dict.fromkeys(map(str, patterns)):
         of_pattern(PruneConfig(), pattern)
-        for method in dict.fromkeys(["none", *methods]):
-            local = isinstance(permuter(method), LocalPermuter)
-            limits: Sequence[float | None] = [None] if local or not budgets else sorted(set(budgets))
-            cells += [Cell(pattern, method, minutes) for minutes in limits]
+        for label, method in methods.items():
+            limited = budgets and not isinstance(method, LocalPermuter)
+            limits: Sequence[float | None] = sorted(set(budgets)) if limited else [None]
+            cells += [Cell(pattern, label, minutes) for minutes in limits]
     return cells
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepRow(Measurement):
+class ComparisonRow(Measurement):
     """The measurement of one cell.
 
     `bytes` is the theoretical size of the pruned model and `size` its ratio to the dense model's. `layers` is the
     number of layers by pattern. `kept` and `error` are means over the layers (`LayerMeasure`), and `curve` has the
-    rounds of the search. `front` is whether the cell is on the Pareto front of size and metric (see `pareto`).
+    rounds of the search. `gap_closed` is the share that the method closes of the gap between no permutation and the
+    dense model. `front` is whether the cell is on the Pareto front of size and metric (see `pareto`).
     """
 
     pattern: str
@@ -110,8 +111,8 @@ class DenseRow(Measurement):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """The result of `sweep`: the measurement of the `dense` model and a row for each cell, all by `metric`.
+class Comparison:
+    """The result of `compare`: the measurement of the `dense` model and a row for each cell, all by `metric`.
 
     `note` is the note of a model from the zoo, None for other models.
     """
@@ -121,12 +122,17 @@ class Sweep:
     config: PruneConfig
     evaluation: Evaluation
     dense: DenseRow
-    rows: list[SweepRow]
+    rows: list[ComparisonRow]
 
     @property
     def metric(self) -> Metric:
         """The metric of all rows."""
         return self.dense.result.metric
+
+    @property
+    def best(self) -> ComparisonRow:
+        """The row with the best value; the first one if several are equally good."""
+        return min(self.rows, key=lambda row: self.metric.cost(row.result.value))
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of figures.json."""
