@@ -28,14 +28,12 @@ class Examples:
     """Tensors by the names of the model's arguments, all with the same first dimension; immutable.
 
     Text has "input_ids", int64 (count, length), and if it is padded "attention_mask" of the same shape, which is 0 for
-    padding. Images have "pixel_values" (count, channels, height, width), and speech has "input_features" (count, bins,
-    frames). "labels", if present, are one class per example, int64 (count,), or one per position, int64
+    padding. "labels", if present, are one class per example, int64 (count,), or one per position, int64
     (count, length), with -100 for positions without a label. `len` returns the number of examples; slices and index
     tensors select examples.
 
-    A tensor can also have several rows for each example, one after the other: "pixel_values" of Qwen2.5-VL has one for
-    each patch of the images, and "image_grid_thw" one for each image. `rows` has the numbers of rows of each example,
-    int64 (count,), by the name of the tensor. Without it, they are known if there is one example, or one image in each.
+    A tensor can also have several rows for each example, such as patches of images: `rows` has their numbers, int64
+    (count,), by the name of the tensor. Without it, they are known if there is one example, or one image in each.
     Raises `PermpruneError` if there are no tensors, or if their first dimensions do not fit.
     """
 
@@ -55,9 +53,8 @@ class Examples:
     def of(cls, data: ExampleData, most: int | None = None) -> Examples:
         """Create examples from named tensors, token ids (count, length), or an iterable of batches of named tensors.
 
-        Batches are read, for example from a `DataLoader`, until there are `most` examples. Texts of different lengths
-        are padded at the end if the batches have an "attention_mask". Raises `PermpruneError` if a batch is not a dict
-        of tensors, or if the names or shapes of the batches differ.
+        Batches are read, for example from a `DataLoader`, until there are `most` examples, and joined as by `join`.
+        Raises `PermpruneError` if a batch is not a dict of tensors, or if batches differ in names or shapes.
         """
         if isinstance(data, Examples):
             return data
@@ -82,11 +79,10 @@ class Examples:
 
     @classmethod
     def join(cls, parts: list[Examples]) -> Examples:
-        """Join examples, in order.
+        """Join examples, in order. Raises `PermpruneError` if the names of the tensors differ, or their shapes.
 
-        Texts of different lengths are padded at the end if they have an "attention_mask"; images of different sizes are
-        padded if they have a "pixel_attention_mask" or "image_sizes". Raises `PermpruneError` if the names of the
-        tensors differ, or their shapes.
+        Texts are padded at the end if they have an "attention_mask", and images if they have a "pixel_attention_mask"
+        or "image_sizes".
         """
         names = parts[0]._tensors.keys()
         if any(set(part) != set(names) for part in parts):
@@ -112,16 +108,12 @@ class Examples:
         """Return the tensor of that name, or the examples at these positions (a slice, or int64 indices)."""
         if isinstance(key, str):
             return self._tensors[key]
-        rows = {name: counts[key] for name, counts in self._rows.items()}
-        return Examples({name: tensor[self._places(name, key)] for name, tensor in self._tensors.items()}, rows)
-
-    def _places(self, name: str, positions: slice | Tensor) -> slice | Tensor:
-        """The rows of the tensor of that name that belong to examples."""
-        if name not in self._rows:
-            return positions
-        rows = self._rows[name]
-        spans = torch.arange(int(rows.sum())).split(rows.tolist())
-        return torch.cat([spans[example] for example in torch.arange(len(rows))[positions].tolist()] or [rows[:0]])
+        places: dict[str, slice | Tensor] = {}
+        for name, rows in self._rows.items():
+            spans = torch.arange(int(rows.sum())).split(rows.tolist())
+            places[name] = torch.cat([spans[one] for one in torch.arange(len(rows))[key].tolist()] or [rows[:0]])
+        tensors = {name: tensor[places.get(name, key)] for name, tensor in self._tensors.items()}
+        return Examples(tensors, {name: counts[key] for name, counts in self._rows.items()})
 
     def __len__(self) -> int:
         name, tensor = next(iter(self._tensors.items()))
@@ -150,17 +142,13 @@ class Examples:
         return Examples({**self._tensors, **tensors}, self._rows)
 
     def split(self, sizes: int | list[int]) -> list[Examples]:
-        """Split the examples, in order, into parts of `sizes` examples each, of which the last may be smaller.
-
-        If `sizes` is a list, its entries are the sizes of the parts and add up to the number of examples.
-        """
+        """Split the examples, in order, into parts of these `sizes`, or of one size; the last may be smaller."""
         parts = torch.arange(len(self)).split(sizes)
         return [self[int(part[0]) : int(part[-1]) + 1] if len(part) else self[:0] for part in parts]
 
     def trimmed(self) -> Examples:
-        """Remove the columns at the end that are padding in all texts.
+        """Remove the columns at the end that are padding in all texts, unless there are labels in them.
 
-        Images, speech, texts without an "attention_mask" and texts with labels in these columns are returned unchanged.
         A decoder's texts ("decoder_input_ids") stay as long as they are, with their labels.
         """
         mask, labels = self.get("attention_mask"), self.get("labels")
@@ -172,10 +160,7 @@ class Examples:
         return self.with_tensors({name: tensor[:, :longest] for name, tensor in self._beside(mask).items()})
 
     def cropped(self, generator: torch.Generator) -> Examples:
-        """Cut each text to a random part of half of its tokens or more; the first and the last token stay.
-
-        Texts with labels or without an "attention_mask", and other examples, are returned unchanged.
-        """
+        """Cut each text without labels to a random part of half of its tokens or more; the first and last stay."""
         mask = self.get("attention_mask")
         if mask is None or "input_ids" not in self or "labels" in self or not mask[:, 0].all():
             return self
@@ -226,10 +211,7 @@ def _known_rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _joined(tensors: list[Tensor], names: Iterable[str], name: str) -> Tensor:
-    """Concatenate tensors (count, ...), padding texts to the same length and images to the same size and number.
-
-    Raises `PermpruneError` if the shapes differ and the tensors cannot be padded.
-    """
+    """Concatenate tensors (count, ...), padding texts to the same length and images to the same size and number."""
     shapes = {tensor.shape[1:] for tensor in tensors}
     if len(shapes) == 1:
         return torch.cat(tensors)
@@ -256,8 +238,7 @@ def batches(examples: Examples, batch: int) -> list[Examples]:
 def by_length(examples: Examples, batch: int, generator: torch.Generator | None = None) -> list[Tensor]:
     """Return batches of examples of similar length, as int64 indices (batch,); the last batch may be smaller.
 
-    With a generator, the examples are shuffled, groups of `SORTED` batches are sorted by length, and the batches are
-    shuffled.
+    With a generator, the batches are random, and so is their order: `SORTED` of them are sorted by length together.
     """
     mask = examples.get("attention_mask")
     lengths = torch.zeros(len(examples)) if mask is None else mask.flatten(1).sum(1).cpu()

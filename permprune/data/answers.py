@@ -30,11 +30,8 @@ SPARE = 2
 Turn = dict[str, str]
 """The "role" of a speaker, and the "content"."""
 
-Passage = tuple[str, bool]
-"""A part of a text, and whether it is an answer."""
-
 Render = Callable[[Sequence[Turn], bool], str]
-"""(turns, whether an answer is asked for) -> the text of a conversation in a chat template."""
+"""(turns, whether an answer is asked for) -> the text of a conversation."""
 
 
 def has_answers(source: str | None, part: Part) -> bool:
@@ -52,40 +49,32 @@ def load_answers(
     """Load conversations, or prompts with their answers, as inputs of a causal language model.
 
     Returns "input_ids" and "attention_mask", int64 (count, tokens), padded at the end, and "labels": the tokens of the
-    answers, and -100 for prompts and padding. A row is an example. It has a list `MESSAGES` of {"role", "content"}, in
-    which all turns of the `ANSWERER` but the first turn are answers, or one of the columns `PROMPTS`, to which "input"
-    is added, and one of `ANSWERS`. The text is that of the model's chat template. Without one, turns are on lines of
-    their own, unless they have white space between them, and an end of text follows each answer.
+    answers, and -100 for prompts and padding. A row has a list `MESSAGES` of {"role", "content"}, in which all turns of
+    the `ANSWERER` but the first turn are answers, or one of the columns `PROMPTS`, to which "input" is added, and one
+    of `ANSWERS`. The text is that of the model's chat template, or else turns on lines with an end of text after each
+    answer. Examples are cut after `length` tokens, and those without an answer left out; a warning says how many.
 
-    Examples are cut after `length` tokens, and those without an answer are left out; a warning says how many. If the
-    parts share a table, rows with the same prompts are in the same half; rows of a data set are not compared. Raises
-    `PermpruneError` if the source cannot be read, the model is no causal language model, its chat template fails, or no
-    example is left.
+    If the parts share a table, rows with the same prompts are in the same half; rows of a data set are not compared.
+    Raises `PermpruneError` if the source cannot be read, the model is no causal language model, its chat template
+    fails, or no example is left.
     """
     if not is_causal_lm(model):
         raise PermpruneError(
             f"{source} has prompts with answers, and {type(model).__name__} is no causal language model: give text"
         )
-    tokenizer, render = tokenizer_of(processor), _template_of(processor)
-    start = [] if render else start_tokens(tokenizer)
+    tokenizer = tokenizer_of(processor)
+    render = _template_of(processor)
+    start = start_tokens(tokenizer) if render is None else []
     examples, seen, notes = list[Examples](), 0, Counter[str]()
     for place, turns in _conversations(source, replace(selection, count=SPARE * selection.count)):
         if len(examples) == selection.count:
             break
         seen += 1
-        replies = [number for number, turn in enumerate(turns) if number and turn["role"] == ANSWERER]
-        answers = [number for number in replies if turns[number]["content"].strip()]
         try:
-            passages = _rendered(turns, answers, render) if render else _plain(turns, answers, tokenizer)
+            ids, labels = _encode(turns, render or _plain(tokenizer), tokenizer)
         except (jinja2.TemplateError, LookupError, TypeError, ValueError) as error:
             raise PermpruneError(f"{place}: the model's chat template fails: {first_line(error)}") from error
-        shown = sum(counts for _, counts in passages)
-        if not shown:
-            notes["left out without an answer"] += 1
-            continue
-        if shown < len(answers):
-            notes["with the last answer alone, as the chat template changes those before it"] += 1
-        ids, labels = _encode(passages, tokenizer, start, length)
+        ids, labels = start + ids, [IGNORED] * len(start) + labels
         if all(label == IGNORED for label in labels[1:length]):
             notes[f"left out without an answer in their first {length} tokens"] += 1
             continue
@@ -156,56 +145,44 @@ def _template_of(processor: Processor | None) -> Render | None:
     return render if owner.chat_template else None
 
 
-def _rendered(turns: Sequence[Turn], answers: Sequence[int], render: Render) -> list[Passage]:
-    """The passages of a conversation in a chat template; the turns of these numbers are the answers.
+def _plain(tokenizer: PreTrainedTokenizerBase) -> Render:
+    """Turns on lines of their own, unless there is white space between them, with an end of text after each answer."""
 
-    An end of turn belongs to an answer, white space after it does not. If the template shows an answer otherwise once
-    another turn follows, as those do that leave out earlier reasoning, it does not count.
-    """
-    whole, passages, place = render(turns, False), list[Passage](), 0
-    for number in answers:
-        before, until = (render(turns[:count], False).rstrip() for count in (number, number + 1))
-        if whole.startswith(before) and whole.startswith(until):
-            begun = _shared(render(turns[:number], True), whole)
-            passages += [(whole[place:begun], False), (whole[begun : len(until)], True)]
-            place = len(until)
-    return [*passages, (whole[place:], False)]
+    def render(turns: Sequence[Turn], asks: bool) -> str:
+        whole = ""
+        for number, turn in enumerate(turns):
+            answers = number and turn["role"] == ANSWERER and turn["content"].strip()
+            text = turn["content"] + (tokenizer.eos_token or "") * bool(answers)
+            whole += ("\n" if whole and not (whole[-1].isspace() or text[:1].isspace()) else "") + text
+        return whole + "\n" * asks
+
+    return render
 
 
-def _plain(turns: Sequence[Turn], answers: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Passage]:
-    """The passages of a conversation without a chat template."""
-    passages, end = list[Passage](), tokenizer.eos_token or ""
-    for number, turn in enumerate(turns):
-        text, answers_now = turn["content"], number in answers
-        before = passages[-1][0] if passages else ""
-        if before and not (before[-1].isspace() or text[:1].isspace()):
-            passages.append(("\n", False))
-        passages.append((text + end if answers_now else text, answers_now))
-    return passages
+def _encode(turns: Sequence[Turn], render: Render, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens of a conversation, and its labels.
 
-
-def _encode(
-    passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase, start: list[int], length: int
-) -> tuple[list[int], list[int]]:
-    """The tokens of a text after those of its `start`, and its labels, as far as these are in the first `length`.
-
-    The whole text is tokenized at once. A token that begins in a prompt and ends in the answer belongs to the answer.
+    An end of turn belongs to an answer, white space after it does not, and a token that begins in a prompt and ends in
+    the answer does. If the template shows an answer otherwise once another turn follows, as those do that leave out
+    earlier reasoning, it does not count.
     """
 
     def tokens(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    ids, text = tokens("".join(passage for passage, _ in passages)), ""
+    whole = render(turns, False)
+    ids = tokens(whole)
     labels = [IGNORED] * len(ids)
-    for passage, counts in passages:
-        if counts:
-            first, last = (_shared(tokens(part), ids) for part in (text, text + passage))
+    for number, turn in enumerate(turns):
+        if not number or turn["role"] != ANSWERER or not turn["content"].strip():
+            continue
+        before, until = (render(turns[:count], False).rstrip() for count in (number, number + 1))
+        if whole.startswith(before) and whole.startswith(until):
+            asked = whole[: _shared(render(turns[:number], True), whole)]
+            first, last = (_shared(tokens(part), ids) for part in (asked, until))
             labels[first:last] = ids[first:last]
-            if last >= length:
-                break
-        text += passage
-    return start + ids, [IGNORED] * len(start) + labels
+    return ids, labels
 
 
 def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -48,22 +48,18 @@ SOUND = Medium("sound", (".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav"), col
 def load_speech(
     source: str | Path, model: PreTrainedModel, processor: Processor | None, selection: Selection
 ) -> dict[str, Tensor]:
-    """Load utterances, preprocessed by the model's processor.
+    """Load utterances, preprocessed by the model's processor. Raises as `Medium.items` and `Labels` do.
 
     Returns `input_features` (count, bands, frames) or `input_values` (count, samples), and `attention_mask` if the
     processor produces one. If the model takes labels, also `labels`: the tokens of the transcripts, int64
-    (count, tokens), padded with -100, or of a classifier the classes, (count,). Without any transcripts or classes
-    there are no labels, and only calibration accepts that. Utterances longer than the model's maximum, or shorter than
-    `SHORTEST`, are left out with a warning.
+    (count, tokens), padded with -100, or of a classifier the classes, (count,); only calibration does without them.
+    Utterances longer than the model's maximum, or shorter than `SHORTEST`, are left out with a warning.
 
     `source` is one of
 
     * a folder of audio files, with a table of their texts or labels (`METADATA`), or for a classifier with a sub-folder
       for each class;
     * a `datasets` name as in `load_documents`.
-
-    Raises `PermpruneError` if the source cannot be read, all utterances are too long or too short, or a label is
-    missing or unknown to the model.
     """
     maker: Any = feature_extractor_of(processor)
     taken = argument_names(model)

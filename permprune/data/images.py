@@ -48,7 +48,7 @@ IMAGES = Medium(
 def load_images(
     source: str | Path, model: PreTrainedModel, processor: Processor | None, selection: Selection
 ) -> dict[str, Tensor]:
-    """Load images, preprocessed by the model's processor.
+    """Load images, preprocessed by the model's processor. Raises `PermpruneError` as `Medium.items` and `Labels` do.
 
     Returns `pixel_values` (count, channels, height, width) and, if the model takes labels and the source has them,
     `labels` (count,).
@@ -57,9 +57,6 @@ def load_images(
 
     * a folder whose sub-folders are the classes, or with a table of files and labels (`METADATA`);
     * a `datasets` name as in `load_documents`.
-
-    Raises `PermpruneError` if the source cannot be read, a label is unknown to the model, or the preprocessed images
-    differ in size.
     """
     maker = image_processor_of(processor)
     taken = argument_names(model)
@@ -132,7 +129,6 @@ def load_pairs(
     * a `datasets` name as in `load_documents`, with a column of images and the same columns of text.
 
     If the parts share files, all questions about one image are in the same half; rows of a data set are not compared.
-    Raises `PermpruneError` if the source cannot be read, a text is missing, or the model's processor fails.
     """
     maker, taken = pair_processor_of(processor), {*argument_names(model), "labels"}
     return Examples.join([_encoded(item, maker, taken) for item in IMAGES.items(source, selection)])

@@ -164,10 +164,7 @@ def find_metadata(folder: Path) -> Path | None:
 
 
 def _stored_file(cell: Any, place: str) -> io.BytesIO:
-    """Open the file in a cell of a data set, stored in the cell or at a path or URL.
-
-    Raises `PermpruneError` if the cell contains no file.
-    """
+    """Open the file in a cell of a data set, stored in the cell or at a path or URL."""
     if isinstance(cell, dict) and cell.get("bytes"):
         return io.BytesIO(cell["bytes"])
     if isinstance(cell, dict) and cell.get("path"):
@@ -186,8 +183,8 @@ class Labels:
     def read(self, label: Any, place: str) -> float:
         """Convert a label, the name or number of a class, to the class number; for a model with one output, to a score.
 
-        Names are compared without regard to case. `place` names the example in error messages. Raises `PermpruneError`
-        if the label is missing or unknown to the model, or a score is not finite.
+        `place` names the example in error messages. Raises `PermpruneError` if the label is missing or unknown to the
+        model, or a score is not finite.
         """
         text = "" if label is None else str(label).strip()
         if not text or (text == "-1" and len(self.names) > 1):

@@ -39,12 +39,7 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """The texts and labels of a table.
-
-    `texts` holds one list per text column, with one text per row. `labels` holds one label per row; empty if the table
-    has none. `names` are the names of the classes by number, if the data set defines them. `source` names the table in
-    error messages.
-    """
+    """The texts of a table by column, its labels, and the names of the classes by number if it defines them."""
 
     source: str
     texts: list[list[str]]
@@ -95,11 +90,8 @@ def load_labelled_text(
 
     Returns `input_ids`, `attention_mask` and other outputs of the tokenizer that the model takes, int64
     (count, tokens), truncated to `length` tokens and padded to the longest. If the model takes labels, also `labels`
-    (count,): int64 for classes, fp32 for scores.
-
-    `source` is a table with columns of texts and labels (e.g. of GLUE), or a `datasets` name or folder as in
-    `load_documents`. If the parts share a source, equal texts are in the same half. Raises `PermpruneError` if the
-    source cannot be read, a label is unknown to the model, or the tokenizer has no padding token.
+    (count,): int64 for classes, fp32 for scores. If the parts share a source, equal texts are in the same half. Raises
+    `PermpruneError` if the source cannot be read, or a label is unknown to the model.
     """
     taken = argument_names(model)
     labels = Labels(model.config) if "labels" in taken else None
@@ -140,8 +132,7 @@ def load_sentences(
     `source` is a text file with a text in each line, a table or a data set as in `load_labelled_text`, or None: the
     documents of the default text. Of a table for the evaluation with two columns of texts and a score in each row,
     examples 2 i and 2 i + 1 are a pair, and both have its score as label, fp32; else all texts are examples of their
-    own, and there are no labels. If the parts share a source, no text is in both halves. Raises `PermpruneError` if the
-    source cannot be read, or a score is not a finite number.
+    own, and there are no labels. If the parts share a source, no text is in both halves.
     """
     path, scores = Path(source or ""), list[Any]()
     if source is None or (path.is_file() and path.suffix.lower() not in TABLES):

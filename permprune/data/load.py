@@ -32,11 +32,10 @@ def load_examples(
 
     `source` is a source of `load_documents`, `load_labelled_text`, `load_sentences`, `load_images` or `load_speech`,
     depending on `kind_of(model)`, or of `load_pairs` for a vision-language model if it contains images, or of
-    `load_answers` if it has answers. None is the default text, for models of text and sentence encoders. Text is cut
-    into windows of `length` tokens, or of as many as the model has positions. Windows are the first ones, or chosen at
-    random if a `seed` is given; other examples are always chosen at random. With a `seed`, the first `apart` windows of
-    a text are of other documents than the rest (see `tokenize`). With `shared`, the calibration and the evaluation part
-    come from the same source. Raises `PermpruneError` if the source cannot be read or does not fit the model.
+    `load_answers` if it has answers; None is the default text. Text is cut into windows of `length` tokens, the first
+    ones, or with a `seed` random ones (see `tokenize` for `apart`); other examples are always chosen at random. With
+    `shared`, the calibration and the evaluation part come from the same source. Raises `PermpruneError` if the source
+    cannot be read or does not fit the model.
     """
     kind = kind_of(model)
     selection = Selection(part, count, seed or 0, shared)
@@ -50,10 +49,9 @@ def load_examples(
         documents, length = load_documents(source, part), clipped_length(model, length)
         windows = tokenize(documents, tokenizer_of(processor), length, count, seed, apart=apart)
         return _known(model, Examples.of(windows))
+    length = clipped_length(model, length) if source or kind == "embeddings" else length
     if kind == "embeddings":
-        return _known(
-            model, Examples(load_sentences(source, model, processor, selection, clipped_length(model, length)))
-        )
+        return _known(model, Examples(load_sentences(source, model, processor, selection, length)))
     if source is None:
         use = "calibrate" if part == "calibration" else "evaluate"
         raise PermpruneError(f"there is no default data of {kind} to {use} on: name a file, a folder or a data set")
@@ -61,9 +59,7 @@ def load_examples(
         return Examples(load_images(source, model, processor, selection))
     if kind == "speech":
         return Examples(load_speech(source, model, processor, selection))
-    return _known(
-        model, Examples(load_labelled_text(source, model, processor, selection, clipped_length(model, length)))
-    )
+    return _known(model, Examples(load_labelled_text(source, model, processor, selection, length)))
 
 
 def _known(model: PreTrainedModel, texts: Examples) -> Examples:

@@ -21,10 +21,8 @@ QUOTED = 0.01
 def overlap(calibration: Sequence[Examples], evaluation: Examples) -> float:
     """The fraction, from 0 to 1, of the evaluation data that also occurs in the calibration data.
 
-    For windows of text, this is the fraction of tokens in a run of `SPAN` tokens that occurs in a calibration window at
-    any offset; windows shorter than `SPAN` are compared as a whole. For images, speech and sentences, it is the
-    fraction of examples whose inputs, without labels and padding, are equal to those of a calibration example.
-    `calibration` is a list of sets of examples.
+    For windows of text, this is the fraction of tokens in a run of `SPAN` tokens that occurs anywhere in one of the
+    `calibration` sets. Otherwise, it is the fraction of examples whose inputs, without labels and padding, occur there.
     """
     names = sorted(set(evaluation).intersection(*calibration) - {"labels", "token_type_ids"})
     inputs = [name for name in names if not name.startswith("decoder_") and not name.endswith("mask")]

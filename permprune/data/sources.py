@@ -167,21 +167,15 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise PermpruneError(f"{path} is not a list of JSON objects: write one object for each row")
         return rows
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            rows.append(_parsed(line, f"{path}, line {number}"))
-            if not isinstance(rows[-1], dict):
-                raise PermpruneError(f"{path}, line {number}: not a JSON object")
+    lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = [_parsed(line, place) for place, line in lines]
+    if bad := next((place for (place, _), row in zip(lines, rows, strict=True) if not isinstance(row, dict)), None):
+        raise PermpruneError(f"{bad}: not a JSON object")
     return rows
 
 
 def _parsed(text: str, place: str) -> Any:
-    """Parse a JSON text; `place` names its location at the beginning of error messages.
-
-    Raises `PermpruneError` if the text is invalid, exceeds Python's recursion limit, or contains a lone surrogate
-    ("\\ud83d"), which tokenizers do not accept.
-    """
+    """Parse a JSON text without lone surrogates ("\\ud83d"), which tokenizers do not accept."""
     try:
         value = json.loads(text)
         if "\\ud" in text.lower():  # escape sequence of a surrogate
