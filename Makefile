@@ -15,7 +15,7 @@ MODEL := smollm2-135m
 
 demo: $(INSTALLED)
 	rm -rf demo && mkdir demo
-	$(BIN)/permprune --verbose prune $(MODEL) --permute ria --update admm --train steps=8 \
+	$(BIN)/permprune --verbose prune $(MODEL) --order ria --update admm --train steps=8 \
 		--length 128 --windows 16 --pack int8 --head int8 --out demo/pruned
 	$(BIN)/permprune verify demo/pruned
 

@@ -36,7 +36,7 @@ def main() -> None:
             permprune.prune(
                 model,
                 tokenizer,
-                permute=f"newton:rounds={options.rounds}",
+                order=f"newton:rounds={options.rounds}",
                 precision=precision,
                 length=options.length,
                 samples=options.samples,

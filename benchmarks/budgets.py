@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--patterns", default="2:4,4:8,mixed@0.5,5:8,mixed@0.625")
-    parser.add_argument("--permute", default="none")
+    parser.add_argument("--order", default="none")
     parser.add_argument("--mode", choices=("fold", "gather"), default="fold")
     parser.add_argument("--calibration")
     parser.add_argument("--data", action="append", required=True)
@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     source = resolve_model(options.model)
     settings = {"mode": options.mode, "samples": options.samples, "length": options.length}
-    config = PruneConfig(calibration=options.calibration, permute=options.permute, **settings)
+    config = PruneConfig(calibration=options.calibration, order=options.order, **settings)
     for pattern in ["dense", *options.patterns.split(",")]:
         began = time.process_time()
         held = Held.open(source, config if pattern == "dense" else of_pattern(config, pattern))
@@ -47,12 +47,12 @@ def main() -> None:
                 for data in options.data
             ]
         if pattern != "dense":
-            held.run(rows.recipe_of(options.permute), held.plan.run)
+            held.run(rows.recipe_of(options.order), held.plan.run)
         with held.dense() if pattern == "dense" else contextlib.nullcontext():
             results = [meter()[0] for meter in meters]
         seconds = time.process_time() - began
         mix = held.mix
-        cell = {"table": "budgets", "model": options.model, "permute": options.permute, "pattern": pattern} | settings
+        cell = {"table": "budgets", "model": options.model, "order": options.order, "pattern": pattern} | settings
         figures = {Path(data).stem: result.value for data, result in zip(options.data, results, strict=True)}
         figures |= {"metric": results[0].metric.name, "count": [result.count for result in results]}
         figures |= {"keep": mix.keep, "layers": Counter(mix.layers.values())} if mix else {}

@@ -104,7 +104,7 @@ def measure(name: str, options: argparse.Namespace, watch: Watch) -> list[str]:
 
 
 SMALL = PruneConfig(
-    permute="newton:rounds=1:examples=2", update="admm", train="steps=4", samples=12, measured=2, held_out=2
+    order="newton:rounds=1:examples=2", update="admm", train="steps=4", samples=12, measured=2, held_out=2
 )
 
 

@@ -150,7 +150,7 @@ def model_folder(options: argparse.Namespace, name: str, seed: int, method: str)
         return out
     config = PruneConfig(
         pattern=options.pattern,
-        permute=method,
+        order=method,
         calibration=str(files.like),
         samples=windows(options, name),
         length=LENGTH,

@@ -251,7 +251,7 @@ def placement(options: argparse.Namespace) -> Iterator[Row]:
 def demo(options: argparse.Namespace) -> Iterator[Row]:
     """Search, train, pack and verify, with the most memory of the device beside the forecast."""
     forecasts: list[Forecast] = []
-    config = PruneConfig(permute="ria", update="admm", train="steps=8", length=128)
+    config = PruneConfig(order="ria", update="admm", train="steps=8", length=128)
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began, folder = time.monotonic(), options.out / f"demo-{int(time.time())}"

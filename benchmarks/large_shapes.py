@@ -69,7 +69,7 @@ SHAPES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--permute", default="none")
+    parser.add_argument("--order", default="none")
     parser.add_argument("--update", default="admm:iterations=2:gradual=1")
     parser.add_argument("--train", default="steps=1")
     parser.add_argument("--blocks", type=int, default=2)
@@ -83,7 +83,7 @@ def main() -> None:
         print("| stage | device, MiB | forecast | host, MiB | forecast |\n|---|---|---|---|---|")
         for stage, found in stages.items():
             print(f"| {stage} |", " | ".join(f"{one / 2**20:.0f}" for one in found.values()), "|")
-        method = "+".join([options.permute, options.update, options.train])
+        method = "+".join([options.order, options.update, options.train])
         cell = {"table": "large-counted", "model": options.shape.upper(), "method": method}
         add(options.rows, cell | {"blocks": options.blocks, "offload": options.offload}, figures(stages))
         row = whole(Path(name), SHAPES[options.shape])
@@ -100,7 +100,7 @@ def counted(folder: Path, options: argparse.Namespace) -> dict[str, Row]:
     config = LlamaConfig(**{**SHAPES[options.shape].config.to_dict(), "num_hidden_layers": options.blocks})
     write_model(folder / "model", config)
     settings = PruneConfig(
-        permute=options.permute,
+        order=options.order,
         update=options.update,
         train=options.train,
         calibration=str(folder / "calibration.txt"),

@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--max-loss", type=float, default=0.01, help="a share of the measure")
-    parser.add_argument("--permute", help="the search; that of the effort if absent")
+    parser.add_argument("--order", help="the search; that of the effort if absent")
     parser.add_argument("--effort", default="order")
     parser.add_argument("--mode", choices=("fold", "gather"), default="fold")
     parser.add_argument("--calibration")
@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     unseen = Evaluation(options.unseen, options.windows, options.length)
     dense = evaluate(options.model, unseen)
-    search = {"permute": options.permute} if options.permute else {"effort": options.effort}
+    search = {"order": options.order} if options.order else {"effort": options.effort}
     search |= {"samples": options.samples} if options.samples else {}
     shared = search | {"mode": options.mode, "length": options.length, "max_loss": options.max_loss}
     for seed in options.seeds:

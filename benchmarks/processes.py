@@ -97,7 +97,7 @@ def work(out: Path, mode: str, precision: str, length: int) -> None:
         config = permprune.PruneConfig(
             mode=mode,
             precision=precision,
-            permute=Newton(start=Identity(), rounds=1, swaps=1, examples=4),
+            order=Newton(start=Identity(), rounds=1, swaps=1, examples=4),
             calibration=str(out.parent / "calibration.txt"),
             length=length,
             samples=12,

@@ -151,9 +151,9 @@ def measured(recipe: Recipe, place: Workplace) -> Row:
 
 def plain(prune: list[str]) -> list[str]:
     """The options of the same run at 2:4 without search and training."""
-    searching = {"--effort", "--permute", "--minutes", "--update", "--pattern", "--candidates", "--keep"}
+    searching = {"--effort", "--order", "--minutes", "--update", "--pattern", "--candidates", "--keep"}
     pairs = zip(prune[::2], prune[1::2], strict=True)
-    return [*(word for pair in pairs if pair[0] not in searching for word in pair), "--permute", "none"]
+    return [*(word for pair in pairs if pair[0] not in searching for word in pair), "--order", "none"]
 
 
 def value(place: Workplace, name: str, model: str, options: str, metric: str | None = None) -> float:
@@ -260,7 +260,7 @@ RECIPES = {
     "llava": Recipe(
         model="model",
         prepare=vision_language,
-        prune="--calibration photos --samples 400 --permute ria --update admm --train steps=150:rate=0.0005",
+        prune="--calibration photos --samples 400 --order ria --update admm --train steps=150:rate=0.0005",
         data="--data other --windows 200",
         title="perplexity of the answers",
         unit="perplexity",
@@ -319,7 +319,7 @@ RECIPES = {
     "vit-s14": Recipe(
         model="vit-s14-cifar10",
         prepare=probed("vit-s14", 24),
-        prune="--permute ria --update admm --train steps=200 --samples 250 --calibration photos",
+        prune="--order ria --update admm --train steps=200 --samples 250 --calibration photos",
         data="--data other --windows 24",
         title="top-1 accuracy",
         pack="--dtype int8",
@@ -329,7 +329,7 @@ RECIPES = {
     "clip-vit-b16": Recipe(
         model="clip-vit-b16-cifar10",
         prepare=probed("clip-vit-b16", 40),
-        prune="--permute ria --update admm --train steps=60:rate=0.0004 --samples 250 --calibration photos",
+        prune="--order ria --update admm --train steps=60:rate=0.0004 --samples 250 --calibration photos",
         data="--data other --windows 12",
         title="top-1 accuracy",
         pack="--dtype int8",

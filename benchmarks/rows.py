@@ -28,7 +28,7 @@ Row = dict[str, Any]
 def recipe_of(method: str) -> Recipe:
     """The recipe of a method in a table: "newton:rounds=6", or with an update and training "ria+admm+steps=60"."""
     order, change, train = [*method.split("+"), "none", "none"][:3]
-    return PruneConfig(permute=order, update=change, train=train).recipe
+    return PruneConfig(order=order, update=change, train=train).recipe
 
 
 def machine() -> str:

@@ -76,7 +76,7 @@ def started(method: Permuter, start: str | None) -> Permuter:
 def run(model: str, methods: list[Permuter], config: PruneConfig, evaluations: list[Evaluation]) -> Row:
     """Prune a model with each method and print what is measured; returns its row of figures."""
     keep_freed_memory()  # as the command line does
-    told = forecast(model, config.replace(permute=methods[-1]), windows=evaluations[0].windows)
+    told = forecast(model, config.replace(order=methods[-1]), windows=evaluations[0].windows)
     say(f"{model}: forecast {gib(told.host)}, at the peak in stage {told.peak().name}")
     say(f"{model}: {told.seconds}")
     began, rounds = time.monotonic(), list[Round]()

@@ -50,7 +50,7 @@ PLACES = ("none", "host", "disk")
 EFFORTS = ("order", "minutes", "hour")
 """How much work a run may do (`permprune.forecasts.efforts`)."""
 
-PARTS: dict[str, Any] = {"permute": "newton", "update": "none", "train": "none"}
+PARTS: dict[str, Any] = {"order": "newton", "update": "none", "train": "none"}
 """The parts of a recipe, with their values without an effort."""
 
 SAMPLES = 192
@@ -70,7 +70,7 @@ class PruneSettings(TypedDict, total=False):
     max_loss: Positive | None
     saliency: str | Saliency
     effort: str | None
-    permute: str | Permuter | None
+    order: str | Permuter | None
     update: str | Update | None
     train: str | Training | None
     mode: str
@@ -130,9 +130,9 @@ class PruneConfig:
     """The recipe by name: order (a long search, no weight changes), minutes (an order, an update and a training of the
     weights that are kept; the default unless a part of the recipe is given) or hour (about six times as much).
 
-    It sets `permute`, `update` and `train` by the size of the model, and how many of the `samples` are used."""
+    It sets `order`, `update` and `train` by the size of the model, and how many of the `samples` are used."""
 
-    permute: str | Permuter | None = None
+    order: str | Permuter | None = None
     """The search for an order of channels: none, random, ria, cp, permllm, reconstruction, learned-paper, learned or
     newton, with options after the name, such as newton:rounds=6; by default newton without an effort.
 

@@ -39,7 +39,7 @@ from permprune.system.progress import log
 from permprune.system.search_state import Checkpoint
 from permprune.training.train import WINDOWS as STEP
 
-FREE = ("effort", "permute", "update", "train", "minutes", "batch", "recompute", "memory", "offload", "shard")
+FREE = ("effort", "order", "update", "train", "minutes", "batch", "recompute", "memory", "offload", "shard")
 """Fields of the config that may change before an interrupted search is resumed."""
 
 PASSES = 20

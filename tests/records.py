@@ -12,7 +12,7 @@ def record_of(**fields: Any) -> Record:
         "version": "0.1.0",
         "model": "someone/small-model",
         "note": None,
-        "settings": {"pattern": "2:4", "permute": "random", "update": "none"},
+        "settings": {"pattern": "2:4", "order": "random", "update": "none"},
         "versions": {},
         "layers": [],
         "curve": [],

@@ -53,12 +53,12 @@ def is_text(node: ast.stmt) -> bool:
 
 
 def test_a_config_and_keywords_beside_it(tiny_llama: LlamaForCausalLM) -> None:
-    config = PruneConfig(permute="random", pattern="2:4", precision="fp32")
+    config = PruneConfig(order="random", pattern="2:4", precision="fp32")
     pruned = prune(tiny_llama, None, config, examples=WINDOWS, pattern="4:8")
     assert pruned.config.pattern == pruned.layers[0].pattern == "4:8" and config.pattern == "2:4"
-    assert pruned.record().settings["permute"] == "random"
-    with pytest.raises(PermpruneError, match='did you mean "permute"'):
-        prune(tiny_llama, None, config, permuter="ria")
+    assert pruned.record().settings["order"] == "random"
+    with pytest.raises(PermpruneError, match='did you mean "order"'):
+        prune(tiny_llama, None, config, orders="ria")
     with pytest.raises(PermpruneError, match=r"the model is 'smollm2-135m': give what permprune.read_model reads"):
         prune("smollm2-135m", examples=WINDOWS)  # type: ignore[arg-type]
     with pytest.raises(PermpruneError, match=r"the config is 'ria': give a PruneConfig, or its fields as keywords"):
@@ -67,7 +67,7 @@ def test_a_config_and_keywords_beside_it(tiny_llama: LlamaForCausalLM) -> None:
 
 def test_a_record_describes_objects(tiny_llama: LlamaForCausalLM) -> None:
     methods: dict[str, Any] = {
-        "permute": Newton(rounds=1),
+        "order": Newton(rounds=1),
         "saliency": permprune.OBS(damping=0.1),
         "update": permprune.SparseGPT(),
     }

@@ -158,7 +158,7 @@ def test_a_plain_encoder_that_is_asked_for_is_written_for_sentence_transformers(
     plain: Path, texts: Path, tmp_path: Path
 ) -> None:
     data = ["--calibration", str(texts), "--data", str(texts), "--samples", "4", "--windows", "1", "--length", "16"]
-    task = ["--set", "task=embedding:pooling=cls", "--permute", "ria"]
+    task = ["--set", "task=embedding:pooling=cls", "--order", "ria"]
     status, _, error = run("prune", str(plain), *data, *task, "--out", str(tmp_path / "out"))
     assert status == 0, error
     assert run("pack", str(tmp_path / "out"), "--dtype", "fp32", "--out", str(tmp_path / "packed"))[0] == 0
@@ -256,7 +256,7 @@ def test_an_encoder_is_pruned_trained_packed_and_measured(
 ) -> None:
     data = ["--calibration", str(texts), "--data", str(texts), "--samples", "4", "--windows", "2", "--length", "16"]
     pruned, trained, packed = (tmp_path / name for name in ("pruned", "trained", "packed"))
-    method = ["--permute", "newton:rounds=2", "--mode", mode]
+    method = ["--order", "newton:rounds=2", "--mode", mode]
     status, printed, error = run("prune", str(encoder), *data, *method, "--out", str(pruned))
     assert status == 0, error
     assert "cosine similarity" in printed

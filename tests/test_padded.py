@@ -12,11 +12,11 @@ from permprune.data.load import load_examples
 from .modalities import EXAMPLES, make
 from .vision_language import MODELS, write_pairs
 
-CHANGED = {"permute": "ria", "update": "admm", "train": "steps=1:blocks=true"}
+CHANGED = {"order": "ria", "update": "admm", "train": "steps=1:blocks=true"}
 """A small run of what efforts do by default, in which blocks run twice."""
 
 
-@pytest.mark.parametrize("settings", [CHANGED, {"permute": "newton:rounds=1", "recompute": True}])
+@pytest.mark.parametrize("settings", [CHANGED, {"order": "newton:rounds=1", "recompute": True}])
 @pytest.mark.parametrize("family", MODELS)
 def test_images_with_texts(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     model, processor = MODELS[family]()
@@ -29,7 +29,7 @@ def test_images_with_texts(family: str, settings: dict[str, Any], tmp_path: Path
 @pytest.mark.parametrize("kind", ["bert", "whisper"])
 def test_recomputed_blocks_are_those_of_one_pass(kind: str) -> None:
     """Sums leave out padded positions in the first pass of a block alone, which must not change what autograd saves."""
-    settings: dict[str, Any] = {"examples": EXAMPLES[kind](), "permute": "newton:rounds=1", "held_out": 1}
+    settings: dict[str, Any] = {"examples": EXAMPLES[kind](), "order": "newton:rounds=1", "held_out": 1}
     models = [
         permprune.prune(make(kind), **settings, precision="fp32", recompute=again).model for again in (False, True)
     ]

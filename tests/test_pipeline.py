@@ -58,7 +58,7 @@ def test_the_pruned_model_says_what_the_masked_one_said(tiny_llama: LlamaForCaus
 @pytest.mark.parametrize("saliency", SALIENCIES)
 def test_every_saliency_prunes(tiny_llama: LlamaForCausalLM, saliency: str) -> None:
     dense = copy.deepcopy(tiny_llama)
-    pruned = prune(tiny_llama, permute="none", examples=WINDOWS, saliency=saliency, precision="fp32")
+    pruned = prune(tiny_llama, order="none", examples=WINDOWS, saliency=saliency, precision="fp32")
     for own, before in zip(
         prunable_layers(pruned.model, Pattern(2, 4)), prunable_layers(dense, Pattern(2, 4)), strict=True
     ):
@@ -94,7 +94,7 @@ def test_examples_pass_in_batches(tiny_llama: LlamaForCausalLM) -> None:
 
 def test_excluded_layers_stay_dense(tiny_llama: LlamaForCausalLM) -> None:
     before = tiny_llama.model.layers[0].mlp.down_proj.weight.clone()
-    prune(tiny_llama, permute="none", examples=WINDOWS, precision="fp32", exclude=("*.0.mlp.down_proj",))
+    prune(tiny_llama, order="none", examples=WINDOWS, precision="fp32", exclude=("*.0.mlp.down_proj",))
     assert torch.equal(tiny_llama.model.layers[0].mlp.down_proj.weight, before)
 
 
@@ -142,7 +142,7 @@ def test_a_model_that_cannot_be_traced_is_pruned_in_gather_mode(
 def test_a_folder_of_a_model_that_cannot_be_traced_proves_itself(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    settings = PruneConfig(permute="random", mode="gather", calibration=str(tiny_text), length=16, samples=24)
+    settings = PruneConfig(order="random", mode="gather", calibration=str(tiny_text), length=16, samples=24)
     out = tmp_path / "out"
     prune_to_folder(str(tiny_checkpoint), out, settings, evaluation=Evaluation(str(tiny_text), 4, 16))
     assert verify(out).layers == 14
@@ -151,7 +151,7 @@ def test_a_folder_of_a_model_that_cannot_be_traced_proves_itself(
 def test_a_layer_that_takes_no_part_stays_dense(tiny_llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
     tiny_llama.model.layers[0].spare = torch.nn.Linear(32, 32)
     before = tiny_llama.model.layers[0].spare.weight.clone()
-    pruned = prune(tiny_llama, permute="random", examples=WINDOWS, precision="fp32")
+    pruned = prune(tiny_llama, order="random", examples=WINDOWS, precision="fp32")
     assert "not used in the forward pass, so these stay dense: model.layers.0.spare" in caplog.text
     assert torch.equal(pruned.model.model.layers[0].spare.weight, before) and len(pruned.layers) == 14
 
@@ -243,7 +243,7 @@ def test_a_written_folder_loads_and_proves_itself(
     tiny_llama.to(dtype).save_pretrained(source)
     tiny_tokenizer.save_pretrained(source)
     settings = PruneConfig(mode=mode, calibration=str(tiny_text), length=16, samples=24)
-    prune_to_folder(str(source), out, settings.replace(permute="random"), evaluation=Evaluation(str(tiny_text), 4, 16))
+    prune_to_folder(str(source), out, settings.replace(order="random"), evaluation=Evaluation(str(tiny_text), 4, 16))
     assert verify(out).layers == 14
     model = load(out)
     assert model.dtype == dtype
@@ -267,7 +267,7 @@ def test_a_folder_of_updated_weights_proves_itself(
 ) -> None:
     settings = PruneConfig(mode=mode, update="sparsegpt", calibration=str(tiny_text), length=16, samples=24)
     out, evaluation = tmp_path / "out", Evaluation(str(tiny_text), 4, 16)
-    record = prune_to_folder(str(tiny_checkpoint), out, settings.replace(permute="random"), evaluation=evaluation)
+    record = prune_to_folder(str(tiny_checkpoint), out, settings.replace(order="random"), evaluation=evaluation)
     measured = record.measured
     assert measured
     assert verify(out).layers == 14
@@ -284,7 +284,7 @@ def test_a_folder_of_updated_weights_proves_itself(
 def test_a_folder_whose_weights_were_touched_fails_verification(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    settings = PruneConfig(permute="random", calibration=str(tiny_text), length=16, samples=24)
+    settings = PruneConfig(order="random", calibration=str(tiny_text), length=16, samples=24)
     out = tmp_path / "out"
     prune_to_folder(str(tiny_checkpoint), out, settings, evaluation=Evaluation(str(tiny_text), 4, 16))
     model = load(out)
@@ -330,7 +330,7 @@ def test_blocks_of_the_real_model_fold_load_and_verify(
     """A random order in every space: plain loading gives the masked model's logits, exactly 2:4."""
     monkeypatch.setattr("permprune.plan.discover", lambda *_: coupling)
     out = tmp_path / "out"
-    settings = PruneConfig(permute="random", samples=6, length=64, measured=3, held_out=1)
+    settings = PruneConfig(order="random", samples=6, length=64, measured=3, held_out=1)
     prune_to_folder(str(blocks), out, settings, evaluation=Evaluation(None, 2, 64))
     loaded = load(out)
     found = verify(loaded)

@@ -116,7 +116,7 @@ def test_one_change_follows_the_other_with_the_masks_of_the_update(prepared: Pre
 def test_one_shot_orders_are_those_found_or_the_natural_ones(prepared: Prepared) -> None:
     network, found = prepared.network, []
     for order in ("none", "random", "ria"):
-        recipe = dataclasses.replace(TRAINED, order=PruneConfig(permute=order).recipe.order)
+        recipe = dataclasses.replace(TRAINED, order=PruneConfig(order=order).recipe.order)
         solution = recipe.solve(network, prepared.run)
         own = recipe.order.solve(network, prepared.run).orders
         assert any(
@@ -247,7 +247,7 @@ def test_parts_are_values_and_an_effort_sets_all_of_them() -> None:
     config = PruneConfig(train="steps=60:blocks=true")
     assert config.recipe == Recipe(Newton(), NoUpdate(), Training(steps=60, blocks=True))
     assert config.recipe.lines == ("order: newton", "update: none", "train: 60 steps, blocks first")
-    assert config.completed().to_json()["permute"] == "newton" and config.permute is None
+    assert config.completed().to_json()["order"] == "newton" and config.order is None
     assert PruneConfig(train=Training(steps=60)).to_json()["train"] == "steps=60"
     assert PruneConfig(train=Training()).to_json()["train"] == "none"
     for wrong, message in (("60", '"60" is not an option of training'), ("steps=-1", "steps is -1")):

@@ -183,7 +183,7 @@ class Optimised:
 class Record:
     """How a model was pruned, and the results.
 
-    `model` is the name of the dense model. `settings` are the fields of `PruneConfig`, with the permuter as "permute".
+    `model` is the name of the dense model. `settings` are the fields of `PruneConfig`, with the permuter as "order".
     `permutations` are the tables folded into the weights, by space, and `gathers` the permutations that have to be
     applied at run time. `reordered` are the outputs beside the logits whose channels are in a new order, each with the
     names of its spaces in `permutations`. `dense` lists the weights inside the blocks that stayed dense; None if it was
@@ -221,8 +221,10 @@ class Record:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if "permute" in self.settings:  # the name in earlier versions
+            self.settings["order"] = self.settings.pop("permute")
         self.settings.setdefault("update", "none")
-        if wrong := [key for key in ("pattern", "permute", "update") if not isinstance(self.settings.get(key), str)]:
+        if wrong := [key for key in ("pattern", "order", "update") if not isinstance(self.settings.get(key), str)]:
             raise Malformed(f"settings.{wrong[0]} must be a text")
         for name, table in self.permutations.items():
             if not table or len(set(map(len, table))) > 1:

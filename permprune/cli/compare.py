@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @partial(
     cli.command,
-    without=(*MIX_FIELDS, "effort", "permute", "pattern", "minutes", "offload", "shard", "examples"),
+    without=(*MIX_FIELDS, "effort", "order", "pattern", "minutes", "offload", "shard", "examples"),
 )
 def compare(
     model: cli.Model,

@@ -52,7 +52,7 @@ PANELS = {
 
 NAMES = {
     **dict.fromkeys(("model", "teacher", "dense"), "zoo.models:MODELS"),
-    **dict.fromkeys(("permute", "methods"), "permuters.registry:PERMUTERS"),
+    **dict.fromkeys(("order", "methods"), "permuters.registry:PERMUTERS"),
     "saliency": "saliency.metrics:SALIENCIES",
     "update": "updates.methods:UPDATES",
     "effort": "config:EFFORTS",

@@ -183,7 +183,7 @@ def prune(
     """Permute and prune a model in place.
 
     `processor` is the tokenizer of a language model, or the processor of images or audio. `config` holds the settings;
-    `changes` replace fields of it, for example `pattern="2:4", permute=Newton(rounds=6)`. Unless they give a permuter,
+    `changes` replace fields of it, for example `pattern="2:4", order=Newton(rounds=6)`. Unless they give a permuter,
     the effort does, by default "minutes", which trains the weights that are kept; with effort="order" none changes.
     `examples` replace the config's calibration data: `Examples`, a dict of tensors, token ids (count, length), or an
     iterable of dicts such as a `DataLoader`, of which at most `samples` windows are read. `callbacks` are called after

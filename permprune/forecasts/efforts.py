@@ -94,7 +94,7 @@ def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] |
     samples = config.measured + config.held_out + needed
     if config.samples is not None:
         samples = min(samples, config.samples)
-    resolved = config.replace(effort=name, permute=order, update=change, train=describe(train), samples=samples)
+    resolved = config.replace(effort=name, order=order, update=change, train=describe(train), samples=samples)
     log.info("effort %s: %s; %d windows", name, "; ".join(resolved.recipe.lines), samples)
     return resolved
 

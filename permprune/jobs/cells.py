@@ -17,7 +17,7 @@ from permprune.options import Positive, require
 from permprune.pattern import MIXED, Pattern
 from permprune.permuters.base import CurvePoint, LocalPermuter, Permuter
 
-CELL_FIELDS = ("pattern", "keep", "permute", "minutes")
+CELL_FIELDS = ("pattern", "keep", "order", "minutes")
 """Fields of the config that differ between cells."""
 
 

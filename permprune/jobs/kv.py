@@ -71,7 +71,7 @@ def calibrate_kv(
     config, search, evaluation = config or KVConfig(), search or KVSearch(), evaluation or Evaluation()
     out, fold = Path(out), None if fold is None else Path(fold)
     config = _with_budget(config, search)
-    _require_effect(config, {"permute": score_permuter(search.permute).name != "ria", "fold": fold is not None})
+    _require_effect(config, {"order": score_permuter(search.order).name != "ria", "fold": fold is not None})
     _require_folders(out, fold)
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)
     if fold is not None and origin_of(opened.model).record is not None:
@@ -109,7 +109,7 @@ def _search(
     The states of the model on the `examples` are observed, and a limit of the loss holds on the `unseen` ones.
     """
     observed = observe_states(opened.model, examples, skipped=config.sinks, batch=EVALUATION_BATCH)
-    method, budget, kept, chosen = score_permuter(search.permute), search.budget, dict[str, Kept](), None
+    method, budget, kept, chosen = score_permuter(search.order), search.budget, dict[str, Kept](), None
     if config.keys == config.values == MIXED:
         errors = measure_bits(observed)
         if search.max_loss is not None:
@@ -127,7 +127,7 @@ def _search(
         model=opened.name,
         shape=shape_of(opened.model),
         config=config,
-        permute=method.name if kept else "",
+        order=method.name if kept else "",
         calibration={
             "data": search.calibration,
             "samples": search.samples,

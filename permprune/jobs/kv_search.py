@@ -30,7 +30,7 @@ class KVSearch:
 
     In Python it is a share, such as 0.005. That text has as many windows as the evaluation, which are not observed."""
 
-    permute: str | ScorePermuter = "ria"
+    order: str | ScorePermuter = "ria"
     """Search for the channel orders, where a head has several groups: none, random, ria or cp, with options after the
     name, such as cp:escapes=50."""
 
@@ -51,4 +51,4 @@ class KVSearch:
         require("bytes", self.budget, Positive | None)
         if self.budget is not None and self.max_loss is not None:
             raise PermpruneError("--bytes and --max-loss are two ways to choose the bits of each head: leave out one")
-        score_permuter(self.permute)
+        score_permuter(self.order)

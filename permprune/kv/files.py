@@ -109,7 +109,7 @@ class KVRecord:
     model: str
     shape: dict[str, int | None]
     config: KVConfig
-    permute: str
+    order: str
     calibration: dict[str, str | int | None]
     kept: dict[str, Kept]
     seconds: float
@@ -154,7 +154,10 @@ def read_record(folder: Path) -> KVRecord:
     """Read the record. Raises `PermpruneError` if there is none or it is damaged."""
     path = folder / RECORD
     try:
-        record: KVRecord = decode(KVRecord, json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and "permute" in values:  # the name in earlier versions
+            values["order"] = values.pop("permute")
+        record: KVRecord = decode(KVRecord, values)
     except OSError:
         raise PermpruneError(f"{folder} holds no {RECORD}: give a folder that permprune kv wrote") from None
     except (Malformed, PermpruneError, RecursionError, ValueError) as error:

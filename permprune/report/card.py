@@ -32,7 +32,7 @@ FACTS = (
     "bytes",
     "max_loss",
     "mode",
-    "permute",
+    "order",
     "saliency",
     "update",
     "train",

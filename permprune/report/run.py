@@ -76,7 +76,7 @@ def decision(record: Mapping[str, Any]) -> str:
 
 def _pruned(record: Mapping[str, Any]) -> str:
     settings, measured = record["settings"], record["measured"]
-    method = settings["permute"]
+    method = settings["order"]
     run = way(settings["pattern"], method, settings["update"], settings.get("train", NONE))
     if measured is None:
         return f"{run}: {_error_clause(record)}the network was not measured."
@@ -101,7 +101,7 @@ def _error_clause(record: Mapping[str, Any]) -> str:
     if not layers:
         return ""
     after, before = (fine_percent(fmean(layer[key] for layer in layers)) for key in ("error", "error_none"))
-    if record["settings"]["permute"] == NONE:
+    if record["settings"]["order"] == NONE:
         return f"mean output error of a layer {before}; "
     return f"mean output error of a layer {after} against {before} without permutation; "
 
@@ -143,7 +143,7 @@ def _pictures(record: Mapping[str, Any]) -> dict[str, str]:
     drawn: dict[str, Figure] = {}
     if (measured := record["measured"]) is not None:
         values = (measured["dense"], measured["none"], measured["pruned"])
-        drawn["measured"] = pictures.bars(*values, measured["metric"], record["settings"]["permute"])
+        drawn["measured"] = pictures.bars(*values, measured["metric"], record["settings"]["order"])
     if record["curve"]:
         drawn["search"] = pictures.learning_curve(record["curve"])
     if layers := record["layers"]:

@@ -13,7 +13,7 @@ from ..cli.running import fails, run
 
 pytestmark = pytest.mark.slow
 
-SMALL = ["--length", "16", "--samples", "24", "--windows", "4", "--permute", "newton:rounds=1", "--pattern", "mixed"]
+SMALL = ["--length", "16", "--samples", "24", "--windows", "4", "--order", "newton:rounds=1", "--pattern", "mixed"]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from ..fixtures import BLOCK
 
 MODULES = ["", "1_Pooling", "2_Dense", "3_Dense", "4_Normalize"]
 DENSE = {"linear.weight": torch.eye(32), "linear.bias": torch.zeros(32)}
-PRUNE = {"permute": "random", "precision": "fp32", "examples": WINDOWS}
+PRUNE = {"order": "random", "precision": "fp32", "examples": WINDOWS}
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_every_command_that_writes_a_model_copies_them(sentence_encoder: Path, t
     labelled.write_text("sentence\tlabel\n" + "".join(f"a film {n}\t{n % 2}\n" for n in range(40)))
     shared = ["--calibration", text, "--data", text, "--samples", "12", *SMALL]
     pruned, packed = tmp_path / "pruned", tmp_path / "packed"
-    code, _, stderr = run("prune", sentence_encoder, *shared, "--permute", "ria", "--out", pruned)
+    code, _, stderr = run("prune", sentence_encoder, *shared, "--order", "ria", "--out", pruned)
     assert code == 0, stderr
     said = " ".join(stderr.split())
     assert all(name in said for name in ("custom.py", "1_Pooling/state.pkl", "secret.txt", "onnx", "checkpoint-5"))

@@ -15,7 +15,7 @@ from ..fixtures import BLOCK
 from .running import fails, run
 
 SMALL = ["--samples", "12", "--windows", "6", "--length", "64"]
-NEWTON = ["--permute", "newton:start=ria:rounds=1", "--update", "admm", "--train", "steps=2"]
+NEWTON = ["--order", "newton:start=ria:rounds=1", "--update", "admm", "--train", "steps=2"]
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_models_without_causal_attention_are_refused(tiny_encoder_decoder: Path,
 
 @pytest.mark.slow
 def test_offloaded_the_same_is_pruned(chatty: Path, answers: Path, tmp_path: Path) -> None:
-    data = ["--calibration", answers, "--data", answers, *SMALL, "--permute", "newton:rounds=1"]
+    data = ["--calibration", answers, "--data", answers, *SMALL, "--order", "newton:rounds=1"]
     for place in ("none", "disk"):
         code, _, stderr = run("prune", chatty, *data, "--set", f"offload={place}", "--out", tmp_path / place)
         assert code == 0, stderr
@@ -115,7 +115,7 @@ def test_training_lowers_the_loss_of_answers_and_keeps_the_zeros(
     chatty: Path, answers: Path, talks: Path, tmp_path: Path
 ) -> None:
     data = ["--calibration", answers, "--data", talks]
-    assert run("prune", chatty, *data, *SMALL, "--permute", "ria", "--out", tmp_path / "out")[0] == 0
+    assert run("prune", chatty, *data, *SMALL, "--order", "ria", "--out", tmp_path / "out")[0] == 0
     tuning = ["--data", answers, "--dev", answers, "--length", "64", "--epochs", "3", "--lr", "0.005"]
     code, _, stderr = run("finetune", tmp_path / "out", *tuning, "--teacher", chatty, "--out", tmp_path / "tuned")
     assert code == 0, stderr

@@ -14,7 +14,7 @@ from permprune.system.device import best_device, fast_dtype
 from ..forked import forked
 from .running import fails, run
 
-SMALL = ("--samples", "8", "--length", "16", "--windows", "2", "--permute", "none")
+SMALL = ("--samples", "8", "--length", "16", "--windows", "2", "--order", "none")
 
 
 @pytest.mark.slow

@@ -30,8 +30,8 @@ WRONG = {
     "prune smollm2-135m --out out --pattern mixed --keep 0.1": "keep more, or give a sparser candidate",
     "prune smollm2-135m --out out --pattern mixed --candidates 2:4": "two candidates or more",
     "prune smollm2-135m --out out --keep 0.6": "--keep is for a mix of patterns",
-    "prune smollm2-135m --out out --permute newtn": 'did you mean "newton"',
-    "prune smollm2-135m --out out --permute newton:rounds=x": "rounds is 'x': give a whole number",
+    "prune smollm2-135m --out out --order newtn": 'did you mean "newton"',
+    "prune smollm2-135m --out out --order newton:rounds=x": "rounds is 'x': give a whole number",
     "prune smollm2-135m --out out --set saliency=wand": 'did you mean "wanda"',
     "prune smollm2-135m --out out --update admm:damping=-1": "damping is -1",
     "prune smollm2-135m --out out --effort hours": 'did you mean "hour"',
@@ -41,7 +41,7 @@ WRONG = {
     "prune smollm2-135m --out out --pack fp4": "pack is 'fp4'",
     "prune smollm2-135m --out out --head int8": "give pack too",
     "prune smollm2-135m --out out --pack int8 --head int3": "head is 'int3'",
-    "prune smollm2-135m --out out --permute newton:start=learned": "start of newton is 'learned'",
+    "prune smollm2-135m --out out --order newton:start=learned": "start of newton is 'learned'",
     "prune smollm2-135m --out out --windows 0": "windows is 0",
     "prune smollm2-135m --out out --data none.txt": "no data at none.txt",
     "prune smollm2-135m --out out --data empty.txt": "empty.txt is empty",
@@ -64,7 +64,7 @@ WRONG = {
     "evaluate smollm2-135m --kv nowhere": "there is no folder nowhere",
     "finetune smollm2-135m --out out --train heads": 'did you mean "head"',
     "finetune smollm2-135m --out out --teacher smollm2": 'did you mean "smollm2-135m"',
-    "kv smollm2-135m --out out --permute newton": "orders the channels of weights, not of a cache",
+    "kv smollm2-135m --out out --order newton": "orders the channels of weights, not of a cache",
     "kv smollm2-135m --out out --dtype int6": "dtype is 'int6'",
     "plan smollm2-135m --gpu h101": 'did you mean "h100"',
     "pack full --out out --dtype int3": "dtype is 'int3'",
@@ -187,7 +187,7 @@ def test_files_follow_the_umask(tiny_checkpoint: Path, tiny_text: Path, tmp_path
     data = ["--calibration", tiny_text, "--data", tiny_text, "--length", "16", "--samples", "24", "--windows", "2"]
     before = os.umask(0o027)
     try:
-        assert run("prune", tiny_checkpoint, *data, "--permute", "ria", "--out", tmp_path / "out")[0] == 0
+        assert run("prune", tiny_checkpoint, *data, "--order", "ria", "--out", tmp_path / "out")[0] == 0
         assert run("pack", tmp_path / "out", "--out", tmp_path / "packed")[0] == 0
         assert run("evaluate", tiny_checkpoint, *data[2:6], "--windows", "2", "--json", tmp_path / "one.json")[0] == 0
     finally:

@@ -36,7 +36,7 @@ def source(tiny_checkpoint: Path, tiny_text: Path) -> list[str]:
 
 def test_prune_verify_evaluate(source: list[str], tiny_text: Path, tmp_path: Path) -> None:
     out, figures = tmp_path / "out", tmp_path / "figures.json"
-    code, stdout, _ = run("prune", *source, "--out", out, "--permute", "ria", "--mode", "gather")
+    code, stdout, _ = run("prune", *source, "--out", out, "--order", "ria", "--mode", "gather")
     assert code == 0 and "2:4 with ria: perplexity" in stdout
     assert {"config.json", "permprune.json", "report.html", "tokenizer.json"} <= {p.name for p in out.iterdir()}
     assert not (tmp_path / "out.partial").exists()
@@ -62,7 +62,7 @@ def test_a_pruned_model_that_overflows_is_written(
     model, out = tmp_path / "model", tmp_path / "out"
     tiny_llama.save_pretrained(model)
     tiny_tokenizer.save_pretrained(model)
-    options = ["--calibration", tiny_text, "--data", tiny_text, *SMALL, "--permute", "none", "--set", "precision=fp32"]
+    options = ["--calibration", tiny_text, "--data", tiny_text, *SMALL, "--order", "none", "--set", "precision=fp32"]
     code, stdout, stderr = run("prune", model, *options, "--set", "exclude=*.layers.1.*", "--out", out)
     assert code == 0 and "perplexity not finite against" in stdout and stderr.count("overflow") == 1
     assert json.loads((out / "permprune.json").read_text())["measured"]["pruned"] is None
@@ -73,7 +73,7 @@ def test_a_pruned_model_that_overflows_is_written(
 @pytest.mark.slow
 def test_prune_and_verify_a_mix_of_patterns(source: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, stdout, _ = run("prune", *source, "--out", out, "--permute", "ria", "--mode", "gather", "--pattern", "mixed")
+    code, stdout, _ = run("prune", *source, "--out", out, "--order", "ria", "--mode", "gather", "--pattern", "mixed")
     assert code == 0 and "A mix of patterns with ria: perplexity" in stdout
     assert run("verify", out)[0] == 0
     record = json.loads((out / "permprune.json").read_text())
@@ -95,7 +95,7 @@ def test_prune_and_compare_take_an_update(source: list[str], tmp_path: Path) -> 
     assert code == 0 and "sparsegpt update" in " ".join(stdout.split())
     result = json.loads(figures.read_text())
     assert result["settings"]["update"] == "sparsegpt"
-    code, stdout, _ = run("prune", *source, "--permute", "random", "--update", "sparsegpt", "--out", out)
+    code, stdout, _ = run("prune", *source, "--order", "random", "--update", "sparsegpt", "--out", out)
     assert code == 0 and "2:4 with random, then sparsegpt: perplexity" in stdout
     record = json.loads((out / "permprune.json").read_text())
     assert record["settings"]["update"] == "sparsegpt"
@@ -107,7 +107,7 @@ def test_prune_and_compare_take_an_update(source: list[str], tmp_path: Path) -> 
 def test_prune_keeps_to_a_memory_limit(source: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "raise --memory" in fails("prune", *source, "--out", out, "--memory", "10KB")
-    code, stdout, _ = run("prune", *source, "--out", out, "--permute", "ria", "--memory", "200KB")
+    code, stdout, _ = run("prune", *source, "--out", out, "--order", "ria", "--memory", "200KB")
     assert code == 0 and "2:4 with ria: perplexity" in stdout
     record = json.loads((out / "permprune.json").read_text())
     assert record["permutations"] and record["settings"]["offload"] == "disk"
@@ -116,7 +116,7 @@ def test_prune_keeps_to_a_memory_limit(source: list[str], tmp_path: Path) -> Non
 
 def test_plan_says_what_prune_would_take(source: list[str], tmp_path: Path) -> None:
     figures = tmp_path / "plan.json"
-    settings = ["--permute", "newton:rounds=2", "--length", "16", "--samples", "24"]
+    settings = ["--order", "newton:rounds=2", "--length", "16", "--samples", "24"]
     code, stdout, _ = run("plan", source[0], *settings, "--windows", "4", "--gpu", "rtx4090", "--json", figures)
     assert code == 0
     for said in (
@@ -130,7 +130,7 @@ def test_plan_says_what_prune_would_take(source: list[str], tmp_path: Path) -> N
         assert said in stdout
     found = json.loads(figures.read_text())
     assert {"device", "host", "disk", "stages", "settings", "assumed"} <= found.keys()
-    code, stdout, _ = run("plan", source[0], "--permute", "ria")
+    code, stdout, _ = run("plan", source[0], "--order", "ria")
     assert code == 0 and "ria" in stdout and "peak: " in stdout
 
 
@@ -141,7 +141,7 @@ def test_plan_says_what_prune_would_take(source: list[str], tmp_path: Path) -> N
         (["--memory", "9KB"], "the model takes about"),
         (["--memory", "9KB", "--pattern", "mixed"], "a mix of patterns needs all layers in memory"),
         (["--pattern", "2:5"], "which 5 does not divide"),
-        (["--permute", "luck"], 'unknown permuter "luck"'),
+        (["--order", "luck"], 'unknown permuter "luck"'),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_one_line(tiny_checkpoint: Path, change: list[str], message: str) -> None:
@@ -229,7 +229,7 @@ def test_inspect_proves_a_model_of_two_inputs(tiny_whisper: Path) -> None:
         (["--pattern", "2:5"], "which 5 does not divide"),
         (["--set", "saliency=luck"], 'unknown saliency "luck"'),
         (["--update", "luck"], 'unknown update "luck": choose one of none, sparsegpt, admm'),
-        (["--permute", "luck"], 'unknown permuter "luck"'),
+        (["--order", "luck"], 'unknown permuter "luck"'),
         (["--mode", "luck"], "mode is 'luck': choose one of fold, gather"),
         (["--set", "precision=int8"], "precision is 'int8': choose one of auto, fp32, bf16"),
         (["--set", "batch=0"], "batch is 0: give a whole number from 1"),
@@ -280,7 +280,7 @@ def test_a_full_disk_loses_nothing(source: list[str], tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    arguments = ["prune", *source, "--out", tmp_path / "out", "--permute", "newton:rounds=5"]
+    arguments = ["prune", *source, "--out", tmp_path / "out", "--order", "newton:rounds=5"]
     with monkeypatch.context() as patch:
         patch.setattr("permprune.engine.held.write_weights", full)
         code, _, stderr = run(*arguments)
@@ -310,7 +310,7 @@ def test_ctrl_c_says_how_to_resume(source: list[str], tmp_path: Path, monkeypatc
             raise KeyboardInterrupt
 
     whole, out = tmp_path / "whole", tmp_path / "out"
-    arguments = ["prune", *source, "--permute", "newton:rounds=2"]
+    arguments = ["prune", *source, "--order", "newton:rounds=2"]
     assert run(*arguments, "--out", whole)[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "save", interrupt)

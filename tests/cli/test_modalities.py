@@ -31,7 +31,7 @@ from .running import fails, run
 pytestmark = pytest.mark.slow
 
 SMALL = ["--samples", "6", "--windows", "1"]
-CHANGED = ["--samples", "12", "--permute", "ria", "--update", "admm", "--train", "steps=1:blocks=true"]
+CHANGED = ["--samples", "12", "--order", "ria", "--update", "admm", "--train", "steps=1:blocks=true"]
 """A small run of what efforts do by default."""
 
 
@@ -168,7 +168,7 @@ def test_every_kind_of_every_type_is_pruned_packed_and_measured(
     out, packed, unpacked = (tmp_path / name for name in ("out", "packed", "unpacked"))
     shared = ["--calibration", source, "--data", source, *SMALL, "--length", "16"]
     if WAYS[kind, dtype] == "fold":
-        code, stdout, stderr = run("prune", folder, *shared, "--out", out, "--permute", "ria")
+        code, stdout, stderr = run("prune", folder, *shared, "--out", out, "--order", "ria")
         assert code == 0 and "2:4 with ria" in stdout and metric in " ".join(stdout.split()), stderr
         record = json.loads((out / "permprune.json").read_text())
         assert record["settings"]["shared"] and record["measured"]["unit"] == unit
@@ -221,7 +221,7 @@ def test_a_translator_is_pruned_on_text_alone(
     source, out = tmp_path / family, tmp_path / "out"
     TRANSLATORS[family]().save_pretrained(source)
     tiny_tokenizer.save_pretrained(source)
-    options = ["--calibration", tiny_text, "--data", tiny_text, *SMALL, "--length", "16", "--permute", "random"]
+    options = ["--calibration", tiny_text, "--data", tiny_text, *SMALL, "--length", "16", "--order", "random"]
     code, stdout, stderr = run("prune", source, *options, "--out", out)
     assert code == 0 and "top-1 agreement" in stdout, stderr
     record = json.loads((out / "permprune.json").read_text())
@@ -242,7 +242,7 @@ HEADLESS = {
 def test_a_head_that_cannot_be_int8(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     data, message = HEADLESS[model]
     folder, source = request.getfixturevalue(model), request.getfixturevalue(data)
-    shared = ["--calibration", source, "--data", source, *SMALL, "--length", "16", "--permute", "none"]
+    shared = ["--calibration", source, "--data", source, *SMALL, "--length", "16", "--order", "none"]
     assert run("prune", folder, *shared, "--out", tmp_path / "out")[0] == 0
     assert message in fails("pack", tmp_path / "out", "--head", "int8", "--out", tmp_path / "packed")
     at_once = ["--pack", "int8", "--head", "int8", "--out", tmp_path / "at_once"]
@@ -268,7 +268,7 @@ def test_images_with_texts_are_compared_and_trained_on(tiny_qwen_vl: Path, pairs
     none, ria = (row["perplexity"] for row in found["rows"])
     assert found["dense"]["perplexity"] != none != ria
     pruned, tuned = tmp_path / "pruned", tmp_path / "tuned"
-    options = ["--calibration", pairs, "--permute", "none", *SMALL]
+    options = ["--calibration", pairs, "--order", "none", *SMALL]
     assert run("prune", tiny_qwen_vl, *options, "--data", pairs, "--out", pruned)[0] == 0
     code, _, stderr = run("finetune", pruned, "--data", pairs, "--epochs", "1", "--out", tuned)
     assert code == 0, stderr

@@ -28,7 +28,7 @@ def pruned(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, request: pyte
     options = ["--calibration", tiny_text, "--data", tiny_text, "--length", "16", "--samples", "24", "--windows", "4"]
     out = tmp_path / "pruned"
     code, _, _ = run(
-        "prune", tiny_checkpoint, *options, "--permute", "ria", "--mode", mode, "--pattern", pattern, "--out", out
+        "prune", tiny_checkpoint, *options, "--order", "ria", "--mode", mode, "--pattern", pattern, "--out", out
     )
     assert code == 0
     return out
@@ -113,7 +113,7 @@ def test_int4_values_are_solved_on_the_data_of_the_search(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     command = ["prune", tiny_checkpoint, "--calibration", tiny_text, "--data", tiny_text, "--length", "16"]
-    command += ["--samples", "24", "--windows", "4", "--permute", "ria", "--train", "steps=9:rate=0.02"]
+    command += ["--samples", "24", "--windows", "4", "--order", "ria", "--train", "steps=9:rate=0.02"]
     pruned, packed, later = map(tmp_path.joinpath, "abc")
     assert run(*command, "--out", pruned)[0] == 0
     code, _, stderr = run(*command, "--pack", "int4", "--out", packed)

@@ -71,7 +71,7 @@ def test_a_run_shows_its_stages_and_then_its_result(
     shown: None, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     data = ["--calibration", tiny_text, "--data", tiny_text, *SMALL]
-    method = ["--permute", "newton:rounds=1", "--update", "sparsegpt"]
+    method = ["--order", "newton:rounds=1", "--update", "sparsegpt"]
     text = on_terminal("prune", tiny_checkpoint, *data, *method, "--pack", "bf16", "--out", tmp_path / "out")
     stages = ["read the model", "calibrate", "measure the dense model", "measure the natural order"]
     stages += ["newton, start", "newton, rounds", "update the weights", "measure"]

@@ -79,7 +79,7 @@ def test_only_names_are_sources(given: object) -> None:
 
 def test_the_command_line_records_every_source(texts: list[str], tiny_checkpoint: Path, tmp_path: Path) -> None:
     both = [option for text in texts for option in ("--calibration", text)]
-    small = ["--permute", "none", "--samples", "24", "--windows", "2", "--length", "16", "--data", texts[1]]
+    small = ["--order", "none", "--samples", "24", "--windows", "2", "--length", "16", "--data", texts[1]]
     code, _, stderr = run("prune", tiny_checkpoint, *both, *small, "--out", tmp_path / "out")
     assert code == 0 and "of the evaluation data are also in the calibration data" in " ".join(stderr.split())
     assert json.loads((tmp_path / "out/permprune.json").read_text())["settings"]["calibration"] == texts

@@ -90,9 +90,9 @@ def test_python_examples_run(name: str, folder: Path, capsys: pytest.CaptureFixt
     for real, tiny in SMALLER.items():
         source = source.replace(real, tiny)
     if name == "start":  # its folder comes from the command line
-        assert run("prune", *TINY, "--out", "pruned", "--permute", "ria")[0] == 0
+        assert run("prune", *TINY, "--out", "pruned", "--order", "ria")[0] == 0
     if name in ("how-to/fine-tune", "how-to/onnx"):
-        assert run("prune", *TINY, "--out", "pruned", "--permute", "ria")[0] == 0
+        assert run("prune", *TINY, "--out", "pruned", "--order", "ria")[0] == 0
         assert run("pack", "pruned", "--out", "packed")[0] == 0
     if name == "how-to/vision-language":
         write_pairs(folder / "photos", 6)
@@ -111,7 +111,7 @@ def test_the_commands_of_the_start_page_run(folder: Path) -> None:
     found = commands(DOCS / "start.md")
     assert [arguments[0] for arguments in found] == ["prune", "verify", "evaluate", "compare"]
     small = {
-        "prune": [*TINY, "--permute", "newton:rounds=1"],
+        "prune": [*TINY, "--order", "newton:rounds=1"],
         "verify": ["pruned"],
         "evaluate": ["pruned", "--data", "text.txt"],
         "compare": TINY,

@@ -11,8 +11,8 @@ from permprune.engine.stages import expected, stages_of_pruning
 from permprune.forecasts.forecast import Forecast
 from permprune.system.progress import CALIBRATE, DENSE, PACK, READ, TRAIN, TRAIN_BLOCKS, UPDATE
 
-ALL = {"permute": "newton:start=ria:rounds=2", "update": "admm", "train": "steps=2:blocks=true"}
-RECIPES = [*({"permute": order} for order in ("none", "ria", "newton:start=none")), {"train": "steps=2"}, ALL]
+ALL = {"order": "newton:start=ria:rounds=2", "update": "admm", "train": "steps=2:blocks=true"}
+RECIPES = [*({"order": order} for order in ("none", "ria", "newton:start=none")), {"train": "steps=2"}, ALL]
 
 
 def forecast(source: Path, **changes: Any) -> Forecast:
@@ -45,12 +45,12 @@ def test_each_change_of_weights_takes_its_own_time(tiny_checkpoint: Path) -> Non
 
 
 def test_a_limit_ends_the_stages_of_the_search_and_what_is_not_known_stays_so(tiny_checkpoint: Path) -> None:
-    seconds, limited = expected(forecast(tiny_checkpoint, permute="newton", minutes=3, update="sparsegpt"))
+    seconds, limited = expected(forecast(tiny_checkpoint, order="newton", minutes=3, update="sparsegpt"))
     assert limited == ("newton, start", "newton, rounds", UPDATE) and seconds[UPDATE] is None
 
 
 def test_the_patterns_of_a_mix_have_a_stage(tiny_checkpoint: Path) -> None:
-    found = forecast(tiny_checkpoint, permute="ria", pattern="mixed", max_loss=0.01)
+    found = forecast(tiny_checkpoint, order="ria", pattern="mixed", max_loss=0.01)
     seconds, _ = expected(found)
     assert seconds.keys() >= set(stages_of_pruning(found.config, packed=False, timed=False))
     assert found.seconds["other shares of the weights"]

@@ -50,7 +50,7 @@ def test_positions_without_a_label_do_not_count() -> None:
 @pytest.mark.parametrize("data", EXAMPLES)
 def test_a_model_agrees_with_itself_and_less_when_pruned(data: str) -> None:
     examples = EXAMPLES[data]()
-    pruned = prune(make(data), permute="ria", examples=examples, precision="fp32", measured=4, held_out=2).model
+    pruned = prune(make(data), order="ria", examples=examples, precision="fp32", measured=4, held_out=2).model
     same, changed = agreement(make(data), examples, make(data)), agreement(pruned, examples, make(data))
     if data == "headless":
         assert same[0].metric.name == "feature error" and same[0].value == 0

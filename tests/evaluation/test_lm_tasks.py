@@ -49,7 +49,7 @@ def pruned(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> Callable[[
     """Prunes the tiny LLaMA in a mode and gives the folder."""
 
     def prune(mode: str) -> Path:
-        settings = PruneConfig(permute="ria", mode=mode, calibration=str(tiny_text), samples=24, length=16)
+        settings = PruneConfig(order="ria", mode=mode, calibration=str(tiny_text), samples=24, length=16)
         evaluation = permprune.Evaluation(str(tiny_text), 4, 16)
         permprune.prune_to_folder(str(tiny_checkpoint), tmp_path / mode, settings, evaluation=evaluation)
         return tmp_path / mode

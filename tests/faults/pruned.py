@@ -11,7 +11,7 @@ import permprune
 
 from ..fixtures import SENTENCES, make_tiny_llama
 
-SETTINGS: dict[str, Any] = {"permute": "random", "precision": "fp32"}
+SETTINGS: dict[str, Any] = {"order": "random", "precision": "fp32"}
 SMALL = ["--windows", "4", "--length", "16"]
 TUNED = ["--epochs", "1", "--rows", "16", "--length", "16", "--lr", "1e-2"]
 WINDOWS = torch.randint(3, 128, (12, 16), generator=torch.Generator().manual_seed(0))
@@ -46,7 +46,7 @@ def commands(folder: Path, out: Path) -> dict[str, list[Any]]:
     return {
         "verify": ["verify", folder],
         "evaluate": ["evaluate", folder, "--data", text, *SMALL],
-        "prune": ["prune", folder, *options(folder), "--permute", "none", "--out", out],
+        "prune": ["prune", folder, *options(folder), "--order", "none", "--out", out],
         "finetune": ["finetune", folder, "--data", text, *TUNED, "--out", out],
     }
 

@@ -60,8 +60,8 @@ def arguments(command: str, folder: Path, text: Path) -> list[str | Path]:
     out = folder.with_name("out")
     data = ["--calibration", text, "--data", text, *SMALL]
     return {
-        "prune": ["prune", folder, "--out", out, "--permute", "ria", *data],
-        OFFLOADED: ["prune", folder, "--out", out, "--permute", "ria", "--set", "offload=disk", *data],
+        "prune": ["prune", folder, "--out", out, "--order", "ria", *data],
+        OFFLOADED: ["prune", folder, "--out", out, "--order", "ria", "--set", "offload=disk", *data],
         "compare": ["compare", folder, "--out", out, "--methods", "none", "--patterns", "2:4", *data],
         "inspect": ["inspect", folder],
         "verify": ["verify", folder],
@@ -233,7 +233,7 @@ def test_a_pooler_that_the_checkpoint_has_not_is_left_out(tmp_path: Path) -> Non
     again = read_model(str(folder))[0](pixels)
     assert again.pooler_output is None
     assert torch.equal(again.last_hidden_state, model(pixels).last_hidden_state)
-    settings = {"mode": "gather", "permute": "ria", "examples": {"pixel_values": pixels}}
+    settings = {"mode": "gather", "order": "ria", "examples": {"pixel_values": pixels}}
     assert prune(model, **settings).gathers
 
 

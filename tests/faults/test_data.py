@@ -25,7 +25,7 @@ LINES = {
 def test_a_line_of_text(message: str, option: str, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
     other = {"--calibration": "--data", "--data": "--calibration"}[option]
     (tmp_path / "bad.jsonl").write_text(GOOD + LINES[message] + "\n")
-    data = [option, tmp_path / "bad.jsonl", other, tiny_text, "--permute", "ria", "--samples", "24", "--windows", "4"]
+    data = [option, tmp_path / "bad.jsonl", other, tiny_text, "--order", "ria", "--samples", "24", "--windows", "4"]
     assert f"bad.jsonl, line 2: {message}" in fails(
         "prune", tiny_checkpoint, *data, "--length", "16", "--out", tmp_path / "out"
     )

@@ -50,7 +50,7 @@ def test_a_disk_that_is_full_when_the_model_is_written_costs_no_search(
     source: list[str], tmp_path: Path, name: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, method = tmp_path / "out", PERMUTERS[name.partition(":")[0]]
-    command = ["prune", *source, "--out", out, "--permute", name, "--mode", mode]
+    command = ["prune", *source, "--out", out, "--order", name, "--mode", mode]
     with files_up_to(2**15):
         code, stdout, stderr = run(*command)
     assert code == 2 and "2:4 with" in stdout and not out.exists()
@@ -95,7 +95,7 @@ def test_too_little_space_is_said_before_the_work(
     monkeypatch.setattr(Trainer, "fit", lambda *_: pytest.fail("trained"))
     for command in (
         ["prune", *source],
-        ["prune", *source, "--permute", "ria", "--set", "offload=disk"],
+        ["prune", *source, "--order", "ria", "--set", "offload=disk"],
         ["compare", *source],
         ["finetune", *training],
     ):
@@ -200,6 +200,6 @@ def test_planted_links_are_not_followed(source: list[str], tmp_path: Path) -> No
 def test_a_run_leaves_nothing_but_its_output(source: list[str], tmp_path: Path) -> None:
     before = set(tmp_path.iterdir())
     out, figures = tmp_path / "out", tmp_path / "figures.json"
-    assert run("prune", *source, "--permute", "none", "--out", out)[0] == 0
+    assert run("prune", *source, "--order", "none", "--out", out)[0] == 0
     assert run("compare", *source, "--methods", "none", "--json", figures)[0] == 0
     assert set(tmp_path.iterdir()) - before == {out, figures}

@@ -52,7 +52,7 @@ def zeros(weight: torch.Tensor) -> int:
 def test_the_library_says_what_stays_dense(family: str, mode: str, caplog: pytest.LogCaptureFixture) -> None:
     build, exclude, names = FAMILIES[family]
     model = build().float()
-    pruned = prune(model, permute="ria", mode=mode, examples=TOKENS, exclude=exclude)
+    pruned = prune(model, order="ria", mode=mode, examples=TOKENS, exclude=exclude)
     inside = {name: p for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1}
     inside = {name: p for name, p in inside.items() if "bias" not in name}
     total, left = sum(p.numel() for p in inside.values()), exclude and 2 * 3 * 32
@@ -65,7 +65,7 @@ def test_the_library_says_what_stays_dense(family: str, mode: str, caplog: pytes
 
 def test_a_layer_that_returns_more_than_a_tensor_is_refused() -> None:
     with pytest.raises(PermpruneError, match=r"feed_forward\.router is a Llama4Router, .*: exclude it"):
-        prune(llama4(), permute="ria", examples=TOKENS)
+        prune(llama4(), order="ria", examples=TOKENS)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def arguments(text: Path, *exclude: str) -> list[str | Path]:
 @pytest.mark.parametrize(
     "command",
     [
-        ["prune", "--out", "out", "--permute", "ria"],
+        ["prune", "--out", "out", "--order", "ria"],
         ["compare", "--out", "out", "--methods", "none", "--patterns", "2:4,1:4"],
     ],
 )
@@ -110,7 +110,7 @@ def test_a_run_that_offloads_says_it_once(
     folder = tmp_path / "mixtral"
     mixtral(vocab_size=128).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
-    out = ("--out", tmp_path / "out", "--permute", "ria", "--set", "offload=disk")
+    out = ("--out", tmp_path / "out", "--order", "ria", "--set", "offload=disk")
     code, _, stderr = run("prune", folder, *out, *arguments(tiny_text))
     assert code == 0, stderr
     assert said(caplog) == ["0.565 % of the weights inside the blocks stay dense: model.layers.*.mlp.gate.weight"]
@@ -118,7 +118,7 @@ def test_a_run_that_offloads_says_it_once(
 
 def test_verify_record_and_report_say_it(experts: Path, tiny_text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run("prune", experts, "--out", out, "--permute", "ria", *arguments(tiny_text, *ROUTER))
+    run("prune", experts, "--out", out, "--order", "ria", *arguments(tiny_text, *ROUTER))
     record = json.loads((out / "permprune.json").read_text())
     assert record["dense"] == {"share": pytest.approx(0.64, abs=1e-3), "layers": LLAMA4}
     assert f"{LINE}." in (out / "report.html").read_text()
@@ -134,7 +134,7 @@ def test_layers_that_a_person_left_out_are_not_counted_among_them(
     for folder in (tiny_checkpoint, experts):
         out = tmp_path / f"{folder.name}-pruned"
         exclude = ("*.0.*", *(ROUTER if folder == experts else ()))
-        run("prune", folder, "--out", out, "--permute", "ria", *arguments(tiny_text, *exclude))
+        run("prune", folder, "--out", out, "--order", "ria", *arguments(tiny_text, *exclude))
         assert not any("self_attn" in line for line in said(caplog))
         assert verify(out).dense.layers == (LLAMA4 if folder == experts else [])
     assert len(said(caplog)) == 1

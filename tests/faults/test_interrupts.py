@@ -51,7 +51,7 @@ def test_signals_while_the_program_is_imported(number: int, started: str, reache
 def test_sigterm_while_the_program_works(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     source, out = write_source(tmp_path / "dense", tiny_tokenizer), tmp_path / "pruned"
     command = [sys.executable, "-m", "permprune", "prune", str(source), *options(source), "--out", str(out)]
-    with subprocess.Popen([*command, "--permute", "newton:rounds=10000"], stderr=PIPE, text=True) as process:
+    with subprocess.Popen([*command, "--order", "newton:rounds=10000"], stderr=PIPE, text=True) as process:
         assert process.stderr is not None
         while not WorkFolder(out).holds_state() and process.poll() is None:
             time.sleep(0.05)

@@ -62,7 +62,7 @@ def test_tracing_says_so(
 ) -> None:
     monkeypatch.setattr(LlamaMLP, "forward", end)
     with pytest.raises(OutOfMemory, match=r"^out of memory \(peak so far: [\d,]+ MiB\): give .*--recompute"):
-        permprune.prune(tiny_llama, permute="none", examples=WINDOWS, mode=mode)
+        permprune.prune(tiny_llama, order="none", examples=WINDOWS, mode=mode)
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -79,7 +79,7 @@ def test_calibration_says_so(
 
     monkeypatch.setattr("permprune.engine.held.plan_run", planned)
     with pytest.raises(OutOfMemory):
-        permprune.prune(tiny_llama, permute="none", examples=WINDOWS)
+        permprune.prune(tiny_llama, order="none", examples=WINDOWS)
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -102,9 +102,9 @@ def test_a_command_names_the_options_it_has(
     data = ["--data", tiny_text, "--windows", "4", "--length", "16"]
     source = [tiny_checkpoint, "--calibration", tiny_text, *data, "--samples", "24"]
     pruned = tmp_path / "pruned"
-    assert run("prune", *source, "--permute", "none", "--out", pruned)[0] == 0
+    assert run("prune", *source, "--order", "none", "--out", pruned)[0] == 0
     monkeypatch.setattr(LlamaMLP, "forward", torch_has_none)
-    said = fails("prune", *source, "--permute", "none", "--out", tmp_path / "out")
+    said = fails("prune", *source, "--order", "none", "--out", tmp_path / "out")
     assert "out of memory" in said and "--set batch=1" in said and "recompute=true" in said and "--memory 8GiB" in said
     assert "--batch 1" in fails("compare", *source, "--methods", "ria")
     said = fails("evaluate", tiny_checkpoint, *data)
@@ -118,7 +118,7 @@ def test_the_last_check_costs_no_search(
     owner: type, name: str, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In which the written model is loaded beside the one in memory, and run."""
-    command = ["prune", tiny_checkpoint, "--calibration", tiny_text, "--data", tiny_text, *SMALL, "--permute", "ria"]
+    command = ["prune", tiny_checkpoint, "--calibration", tiny_text, "--data", tiny_text, *SMALL, "--order", "ria"]
     command += ["--out", tmp_path / "out"]
     with monkeypatch.context() as patch:
 
@@ -139,7 +139,7 @@ def test_other_errors_stay_what_they_are(tiny_llama: LlamaForCausalLM, monkeypat
 
     monkeypatch.setattr(LlamaMLP, "forward", broken)
     with pytest.raises(permprune.PermpruneError, match="cannot trace the model") as caught:
-        permprune.prune(tiny_llama, permute="none", examples=WINDOWS)
+        permprune.prune(tiny_llama, order="none", examples=WINDOWS)
     assert not isinstance(caught.value, OutOfMemory)
 
 

@@ -79,12 +79,12 @@ def test_every_number_of_every_method_has_a_range(options: type) -> None:
 )
 def test_a_permuters_name_takes_what_it_understands(name: str) -> None:
     option = name.split(":")[1].partition("=")[0]
-    assert f"{option} is " in fails("prune", "./no-model", "--out", "out", "--permute", name)
+    assert f"{option} is " in fails("prune", "./no-model", "--out", "out", "--order", name)
 
 
 def test_a_permuters_name_is_understood_whole() -> None:
     assert permuter("newton:rounds=0:damping=3e-5") == Newton(rounds=0, damping=3e-5)
-    assert "given rounds twice" in fails("prune", "./no-model", "--out", "out", "--permute", "newton:rounds=1:rounds=2")
+    assert "given rounds twice" in fails("prune", "./no-model", "--out", "out", "--order", "newton:rounds=1:rounds=2")
     for name in ("newton:", "newton::rounds=1", "newton:rounds", "newton:Rounds=1", "ria:power=1"):
         assert "is not an option of" in fails("compare", "./no-model", "--methods", name)
     assert "all loss weights are 0" in fails("compare", "./no-model", "--methods", "newton:task=0")
@@ -142,7 +142,7 @@ def test_a_glob_that_excludes_nothing_is_named(command: str, source: list[str], 
 
 def test_a_glob_may_match_what_another_does(source: list[str], tmp_path: Path) -> None:
     globs = ["--set", "exclude=*.0.*", "--set", "exclude=*.q_proj"]
-    assert run("prune", *source, "--out", tmp_path / "out", "--permute", "none", *globs)[0] == 0
+    assert run("prune", *source, "--out", tmp_path / "out", "--order", "none", *globs)[0] == 0
     assert run("verify", tmp_path / "out")[1].startswith("6 layers")
 
 

@@ -147,7 +147,7 @@ def test_prune_says_so(
     other: int, options: list[str], texts: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    arguments = ["--calibration", texts[0], "--data", texts[other], *SMALL, "--permute", "none", *options]
+    arguments = ["--calibration", texts[0], "--data", texts[other], *SMALL, "--order", "none", *options]
     code, stdout, stderr = run("prune", tiny_checkpoint, *arguments, "--out", out)
     assert code == 0, stderr
     found = json.loads((out / "permprune.json").read_text())["measured"]["overlap"]

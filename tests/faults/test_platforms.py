@@ -41,7 +41,7 @@ def test_an_unknown_peak_is_a_dash(
 ) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)
     small = ["--calibration", tiny_text, "--data", tiny_text, "--length", "16", "--samples", "24", "--windows", "4"]
-    assert run("prune", tiny_checkpoint, *small, "--permute", "random", "--out", tmp_path / "out")[0] == 0
+    assert run("prune", tiny_checkpoint, *small, "--order", "random", "--out", tmp_path / "out")[0] == 0
     assert '"peak_memory_mb": null' in (tmp_path / "out" / "permprune.json").read_text()
     options = ["--patterns", "2:4", "--methods", "random", "--out", tmp_path / "compared"]
     code, stdout, stderr = run("compare", tiny_checkpoint, *small, *options)

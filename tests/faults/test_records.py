@@ -88,7 +88,7 @@ RECORDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "layers that are a text": put("layers", "all"),
     "no settings": put("settings", None),
     "a setting that is a folder of settings": put("settings/memory", {"a": {"b": 1}}),
-    "a permuter that is a number": put("settings/permute", 1),
+    "a permuter that is a number": put("settings/order", 1),
     "half a character": put("model", "\ud800"),
     "an infinite number of seconds below 0": put("seconds", {"search": -1.0}),
     "a share that is a text": put("layers/0/kept", "0.5"),
@@ -168,14 +168,16 @@ def test_keys_that_are_unknown_are_kept(folder: Path) -> None:
 
 
 def test_a_record_of_before_loads(folder: Path) -> None:
-    """Folders of early versions have neither a sample nor an update among the settings."""
+    """Folders of early versions have neither a sample nor an update, and another name for the order."""
     record = json.loads((folder / RECORD).read_text())
     for key in ("sample", "optimised", "measured"):
         del record[key]
     del record["settings"]["update"]
+    record["settings"]["permute"] = order = record["settings"].pop("order")
     (folder / RECORD).write_text(json.dumps(record))
     assert run("verify", folder)[0] == 0
     assert "was not measured" in render(read_record(folder).to_json())
+    assert read_record(folder).settings["order"] == order
 
 
 # gathered.safetensors

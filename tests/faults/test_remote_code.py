@@ -24,7 +24,7 @@ from ..fixtures import make_tiny_llama
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("retraced")]
 
 TRUST = "--trust-remote-code"
-SMALL = ("--samples", "6", "--length", "16", "--windows", "1", "--permute", "ria")
+SMALL = ("--samples", "6", "--length", "16", "--windows", "1", "--order", "ria")
 
 CONFIGURATION = """
 from transformers import LlamaConfig
@@ -123,7 +123,7 @@ def commands(folder: Path, text: Path) -> list[list[str | Path]]:
     calibrated = ["--calibration", text, *data, *SMALL[:6]]
     return [
         ["prune", folder, "--out", folder.with_name("held"), *calibrated],
-        ["prune", folder, "--out", folder.with_name("read"), "--permute", "ria", "--set", "offload=disk", *calibrated],
+        ["prune", folder, "--out", folder.with_name("read"), "--order", "ria", "--set", "offload=disk", *calibrated],
         ["compare", folder, "--out", folder.with_name("swept"), "--methods", "none", "--patterns", "2:4", *calibrated],
         ["inspect", folder],
         ["evaluate", folder, *data, "--windows", "1", "--length", "16"],
@@ -198,7 +198,7 @@ def test_with_consent_other_commands_run_on_such_a_model(command: str, coded: Pa
 
 def test_with_consent_such_a_model_is_packed_and_unpacked(coded: Path, tiny_text: Path, tmp_path: Path) -> None:
     held, packed, again, at_once = (tmp_path / name for name in ("held", "packed", "again", "at-once"))
-    pruned = [*commands(coded, tiny_text)[0], "--permute", "none", TRUST]
+    pruned = [*commands(coded, tiny_text)[0], "--order", "none", TRUST]
     assert run(*pruned)[0] == run(*pruned, "--pack", "fp32", "--out", at_once)[0] == 0
     for command in (("pack", held, "--dtype", "fp32", "--out", packed), ("unpack", packed, "--out", again)):
         assert fails(*command) == f"permprune: {command[1]} does not load: {UNTRUSTED}"

@@ -53,7 +53,7 @@ def test_a_killed_recipe_continues(
         LlamaForCausalLM.from_pretrained(tiny_checkpoint).bfloat16().save_pretrained(tiny_checkpoint)
     text = write_text(tmp_path / "text.txt", "calibration")
     command = ["prune", tiny_checkpoint, "--calibration", text, "--data", text, "--length", "16", "--samples", "24"]
-    command += ["--windows", "4", "--permute", "ria", "--update", update, "--train", train]
+    command += ["--windows", "4", "--order", "ria", "--update", update, "--train", train]
     patches = {"permprune.training.kept_weights.RISEN": 0.9}
     for name, value in patches.items():
         monkeypatch.setattr(name, value)

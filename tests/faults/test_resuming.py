@@ -117,7 +117,7 @@ def changed(what: str, folder: Path) -> Iterator[None]:
 def test_the_state_of_another_search_is_refused(
     source: list[str], tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["prune", *source, "--out", tmp_path / "out", "--permute", "ria", "--set", f"offload={place}"]
+    command = ["prune", *source, "--out", tmp_path / "out", "--order", "ria", "--set", f"offload={place}"]
     with interrupted(PERMUTERS["ria"], "order", 2, monkeypatch):
         assert run(*command)[0] == 130
     for what in ("model weights", "model config", "calibration examples"):
@@ -133,7 +133,7 @@ def test_the_state_of_another_search_is_refused(
 def test_a_checkpoint_that_changes_during_a_run_is_named(
     source: list[str], tmp_path: Path, cut: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["prune", *source, "--out", tmp_path / "out", "--permute", "ria", "--set", "offload=disk"]
+    command = ["prune", *source, "--out", tmp_path / "out", "--order", "ria", "--set", "offload=disk"]
     weights = Path(source[0]) / "model.safetensors"
     whole, order, calls = weights.read_bytes(), PERMUTERS["ria"].order, []
 
@@ -193,7 +193,7 @@ def test_what_works_problem_by_problem_goes_on_after_the_last_one(
     source: list[str], tmp_path: Path, name: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command, method = (
-        ["prune", *source, "--permute", name, "--set", f"offload={place}"],
+        ["prune", *source, "--order", name, "--set", f"offload={place}"],
         PERMUTERS[name.partition(":")[0]],
     )
     with counted(method, "order", monkeypatch) as whole:
@@ -213,7 +213,7 @@ def test_a_solution_is_not_sought_twice(
     source: list[str], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither that of the search, nor that of the one from whose orders it starts."""
-    command, method = ["prune", *source, "--permute", name, "--out", tmp_path / "out"], PERMUTERS[name.split(":")[0]]
+    command, method = ["prune", *source, "--order", name, "--out", tmp_path / "out"], PERMUTERS[name.split(":")[0]]
     with monkeypatch.context() as patch:
         patch.setattr("permprune.engine.held.Held.finish", stop)
         code, _, stderr = run(*command)
@@ -228,7 +228,7 @@ def test_no_hint_is_given_where_nothing_was_found(
     source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for command, owner, name in (
-        (["prune", *source, "--permute", "reconstruction"], PERMUTERS["reconstruction"], "order"),
+        (["prune", *source, "--order", "reconstruction"], PERMUTERS["reconstruction"], "order"),
         (["finetune", *source[:1], "--data", source[2], "--rows", "8", "--length", "16"], Trainer, "_add"),
         (["compare", *source], Session, "attempt"),
     ):
@@ -243,11 +243,11 @@ def test_more_minutes_or_rounds_and_less_memory_go_on_from_the_state(
     source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert run("prune", *source, "--permute", "newton:rounds=2", "--out", whole)[0] == 0
+    assert run("prune", *source, "--order", "newton:rounds=2", "--out", whole)[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr("permprune.engine.held.Held.finish", stop)
-        assert run("prune", *source, "--permute", "newton:rounds=1", "--set", "minutes=9", "--out", out)[0] == 130
-    more = ["--permute", "newton:rounds=2", "--memory", "8GiB"]
+        assert run("prune", *source, "--order", "newton:rounds=1", "--set", "minutes=9", "--out", out)[0] == 130
+    more = ["--order", "newton:rounds=2", "--memory", "8GiB"]
     assert run("prune", *source, *more, "--out", out, "--resume")[0] == 0
     assert orders(whole) == orders(out)
 
@@ -330,7 +330,7 @@ def test_training_on_answers_goes_on_from_its_last_step(
     """Beside text, of which batches take other shapes."""
     answers, text = write_answers(tmp_path / "answers.jsonl", 30), write_text(tmp_path / "text.txt", "some words")
     command = ["prune", tiny_checkpoint, "--calibration", answers, "--calibration", text, "--data", answers, *SMALL]
-    command += ["--permute", "newton:rounds=0", "--train", "steps=4", "--set", "examples=0"]
+    command += ["--order", "newton:rounds=0", "--train", "steps=4", "--set", "examples=0"]
     assert run(*command, "--out", tmp_path / "whole")[0] == 0
     monkeypatch.setattr("permprune.system.search_state.EVERY", 0.0)
     with interrupted(KeptWeights, "step", 2, monkeypatch):

@@ -84,10 +84,10 @@ def test_a_folder_written_from_python_is_whole(
 @pytest.mark.parametrize("mode", MODES)
 def test_python_and_the_command_line_write_the_same_model(source: Path, tmp_path: Path, mode: str) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
-    assert run("prune", source, *options(source), "--permute", "ria", "--mode", mode, "--out", out)[0] == 0
+    assert run("prune", source, *options(source), "--order", "ria", "--mode", mode, "--out", out)[0] == 0
     model, tokenizer, _ = permprune.read_model(str(source))
     settings = {"calibration": str(source / "text.txt"), "length": 16, "samples": 24, "shared": True}
-    permprune.prune(model, tokenizer, permute="ria", mode=mode, **settings).save_pretrained(again, tokenizer)
+    permprune.prune(model, tokenizer, order="ria", mode=mode, **settings).save_pretrained(again, tokenizer)
     one, other = (permprune.load(folder).state_dict() for folder in (out, again))
     assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
     first, second = (json.loads((folder / RECORD).read_text()) for folder in (out, again))
@@ -118,7 +118,7 @@ def test_a_folder_that_loads_as_another_model_does_not_appear(
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(in_another_order))
     out = tmp_path / "out"
     expected = "the written model, loaded again, computes other outputs than the masked model did"
-    code, _, stderr = run("prune", source, *options(source), "--permute", "ria", "--out", out)
+    code, _, stderr = run("prune", source, *options(source), "--order", "ria", "--out", out)
     assert code == 2 and stderr.splitlines()[-1].startswith(f"permprune: {expected}"), stderr
     model, tokenizer, _ = permprune.read_model(str(source))
     done = permprune.prune(model, tokenizer, examples=WINDOWS, **SETTINGS)
@@ -210,7 +210,7 @@ def test_pruning_a_gathered_model_keeps_its_gathers(
     pruned: dict[str, Path], tmp_path: Path, mode: str, pattern: str
 ) -> None:
     folder, out = pruned["gather"], tmp_path / "out"
-    figures = [*options(folder), "--mode", mode, "--pattern", pattern, "--permute", "random", "--set", "seed=1"]
+    figures = [*options(folder), "--mode", mode, "--pattern", pattern, "--order", "random", "--set", "seed=1"]
     assert run("prune", folder, *figures, "--out", out)[0] == 0
     assert run("verify", out)[0] == 0, "it computes what the masked model did, whose gathers were those of the folder"
     record = json.loads((out / RECORD).read_text())
@@ -226,7 +226,7 @@ def test_an_order_after_a_gather_is_composed_with_it(source: Path, tmp_path: Pat
     """Pruned to what it holds already, in its own order, a gathered model stays as it is to the last bit."""
     model = write_pruned(source, tmp_path / "once", "gather").model
     before, state = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    same = permprune.prune(model, examples=WINDOWS, mode="gather", **{**SETTINGS, "permute": "none"})
+    same = permprune.prune(model, examples=WINDOWS, mode="gather", **{**SETTINGS, "order": "none"})
     assert torch.equal(logits(model), before) and same.gathers == read_record(tmp_path / "once").gathers
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
     again = permprune.prune(model, examples=WINDOWS, mode="gather", pattern="3:4", seed=5, **SETTINGS)
@@ -244,7 +244,7 @@ def test_comparing_methods_on_a_gathered_model_starts_from_it(pruned: dict[str, 
 
 
 def test_a_gathered_model_is_not_offloaded(pruned: dict[str, Path], tmp_path: Path) -> None:
-    arguments = [*options(pruned["gather"]), "--permute", "ria", "--memory", "300KB", "--out", tmp_path / "out"]
+    arguments = [*options(pruned["gather"]), "--order", "ria", "--memory", "300KB", "--out", tmp_path / "out"]
     assert "reorders channels at run time can only be pruned in memory" in fails("prune", pruned["gather"], *arguments)
 
 

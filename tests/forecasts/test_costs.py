@@ -47,7 +47,7 @@ class Idle(TrustRegion):
 
 
 def forecast(source: Path, method: str | Permuter) -> Forecast:
-    return permprune.forecast(str(source), PruneConfig(permute=method, length=16, samples=24), gpu="h100")
+    return permprune.forecast(str(source), PruneConfig(order=method, length=16, samples=24), gpu="h100")
 
 
 def test_a_method_without_a_registered_cost_runs_and_its_time_is_unknown(
@@ -59,7 +59,7 @@ def test_a_method_without_a_registered_cost_runs_and_its_time_is_unknown(
     assert "and the stages whose time is not known" in forecast_notes(found.to_json())[2]
     assert found.disk == forecast(tiny_checkpoint, "ria").disk
     windows = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
-    assert permprune.prune(tiny_llama, permute=Backwards(), examples=windows).solution.orders
+    assert permprune.prune(tiny_llama, order=Backwards(), examples=windows).solution.orders
 
 
 def test_a_subclass_costs_what_its_base_costs(tiny_checkpoint: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_model_that_does_not_run_without_numbers_has_the_work_of_its_weights(
     expected = resolve(tiny_llama, PruneConfig(effort="order", length=16))
     monkeypatch.setattr(efforts, "example_pass", fail)
     found = resolve(tiny_llama, PruneConfig(effort="order", length=16))
-    assert found.permute == expected.permute
+    assert found.order == expected.order
     assert "it reads a number" in caplog.text
 
 
@@ -95,11 +95,11 @@ def test_only_shapes_count(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.Mon
 def test_prune_trains_unless_it_is_told_otherwise(tiny_llama: LlamaForCausalLM) -> None:
     default = resolve(tiny_llama, PruneConfig())
     assert default == resolve(tiny_llama, PruneConfig(effort="minutes")) and default.effort == "minutes"
-    given = PruneConfig(permute="newton:rounds=3", samples=24)
+    given = PruneConfig(order="newton:rounds=3", samples=24)
     assert resolve(tiny_llama, given) == given.replace(update="none", train="none") == given.completed()
     assert resolve(tiny_llama, PruneConfig(samples=24)).samples == 24
     assert given.replace(samples=None).completed().samples == 192
-    for part, value in (("permute", "ria"), ("update", "admm"), ("train", "steps=9")):
+    for part, value in (("order", "ria"), ("update", "admm"), ("train", "steps=9")):
         with pytest.raises(PermpruneError, match=f"effort hour sets order, update and training: leave out {part}, or"):
             resolve(tiny_llama, PruneConfig(effort="hour").replace(**{part: value}))  # type: ignore[arg-type]
         assert f"leave out {part}" in fails("plan", "./no-model", "--effort", "hour", f"--{part}", value)

@@ -68,7 +68,7 @@ def bytes_of(found: Forecast, stage: str) -> dict[str, int]:
 
 
 def test_the_parts_are_the_tensors_of_a_run(tiny_llama: LlamaForCausalLM, tiny_checkpoint: Path) -> None:
-    found = forecast(tiny_checkpoint, permute="newton:rounds=1")
+    found = forecast(tiny_checkpoint, order="newton:rounds=1")
     parts = bytes_of(found, "newton: proposals")
     ids = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
     network = prepare(tiny_llama, None, SETTINGS, examples=permprune.Examples.of(ids)).network
@@ -99,7 +99,7 @@ def test_the_parts_are_the_tensors_of_a_run(tiny_llama: LlamaForCausalLM, tiny_c
 def test_the_peak_is_within_15_percent(
     method: str, update: str, tmp_path: Path, tiny_text: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    config = SETTINGS.replace(permute=method, update=update, calibration=str(tiny_text))
+    config = SETTINGS.replace(order=method, update=update, calibration=str(tiny_text))
     source = tmp_path / "source"
     LlamaForCausalLM(LlamaConfig(vocab_size=128, **SIZES)).save_pretrained(source)
     tiny_tokenizer.save_pretrained(source)
@@ -112,7 +112,7 @@ def test_the_peak_is_within_15_percent(
 
 @pytest.mark.parametrize("method", PERMUTERS)
 def test_every_method_is_forecast(config_folder: Path, method: str) -> None:
-    found = forecast(config_folder, gpu="h100", permute=method)
+    found = forecast(config_folder, gpu="h100", order=method)
     names = [stage.name for stage in found.stages]
     assert names[:2] == ["load", "calibrate"] and names[-2:] == ["evaluate", "write"]
     assert len(names) == len(set(names))
@@ -124,7 +124,7 @@ def test_every_method_is_forecast(config_folder: Path, method: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["tiny_bert", "tiny_vit", "tiny_ctc", "tiny_whisper"])
 def test_models_of_every_kind_are_forecast(fixture: str, request: pytest.FixtureRequest) -> None:
-    found = permprune.forecast(str(request.getfixturevalue(fixture)), PruneConfig(permute="ria"), gpu="h100")
+    found = permprune.forecast(str(request.getfixturevalue(fixture)), PruneConfig(order="ria"), gpu="h100")
     assert bytes_of(found, "calibrate")["activations"] > 0
 
 
@@ -133,7 +133,7 @@ def test_models_of_every_kind_are_forecast(fixture: str, request: pytest.Fixture
 def test_an_evaluation_counts_the_transcripts_that_a_model_writes(
     fixture: str, passes: float, request: pytest.FixtureRequest
 ) -> None:
-    config = PruneConfig(permute="ria")
+    config = PruneConfig(order="ria")
     found = permprune.forecast(str(request.getfixturevalue(fixture)), config, windows=config.measured, gpu="h100")
     evaluated, calibrated, written = (stage_of(found, name).work for name in ("evaluate", "calibrate", "write"))
     assert evaluated and calibrated and written
@@ -143,7 +143,7 @@ def test_an_evaluation_counts_the_transcripts_that_a_model_writes(
 
 def test_a_search_without_rounds_measures_its_start(config_folder: Path) -> None:
     none, one = (
-        stage_of(forecast(config_folder, gpu="h100", permute=f"newton:rounds={rounds}"), "newton: accept")
+        stage_of(forecast(config_folder, gpu="h100", order=f"newton:rounds={rounds}"), "newton: accept")
         for rounds in (0, 1)
     )
     assert none.work and one.work and none.work.products / one.work.products == pytest.approx(2 / 3.5)
@@ -152,9 +152,9 @@ def test_a_search_without_rounds_measures_its_start(config_folder: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "changes"),
     [
-        ({"permute": "newton:rounds=0"}, None),
+        ({"order": "newton:rounds=0"}, None),
         ({"update": "admm", "train": "steps=2"}, "training"),
-        ({"permute": "ria", "update": "admm"}, "admm"),
+        ({"order": "ria", "update": "admm"}, "admm"),
     ],
 )
 def test_what_changes_weights_is_named(config_folder: Path, settings: dict[str, str], changes: str | None) -> None:
@@ -173,7 +173,7 @@ def test_training_holds_hidden_states_where_few_positions_have_labels(
 
 
 def test_only_gradients_of_the_search_need_the_covariance_of_rows(tiny_vit: Path) -> None:
-    found = forecast(tiny_vit, permute="newton:rounds=1", train="steps=1")
+    found = forecast(tiny_vit, order="newton:rounds=1", train="steps=1")
     searched, trained = (stage_of(found, name).work for name in ("newton: gradients", "training"))
     assert searched and trained and searched.products_fp32 > 0
     assert trained.products_fp32 == 0 and searched.products > trained.products * 3 / 4  # without the dense model's pass
@@ -188,7 +188,7 @@ def test_training_holds_gradients_where_a_step_has_several_batches(config_folder
 
 
 def test_the_evaluation_counts_its_examples(tiny_vit: Path) -> None:
-    found = forecast(tiny_vit, permute="newton:rounds=1", samples=192)
+    found = forecast(tiny_vit, order="newton:rounds=1", samples=192)
     tried, evaluated, written = (stage_of(found, name).work for name in ("newton: accept", "evaluate", "write"))
     assert tried and evaluated and written  # 1.5 times and twice before, on 8 windows of 8 images
     passed = evaluated.products_fp32 - 2 * written.products_fp32  # of the layers' errors; 3 times on 24 windows of 32
@@ -197,7 +197,7 @@ def test_the_evaluation_counts_its_examples(tiny_vit: Path) -> None:
 
 def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> None:
     def seconds(train: str, minutes: float | None) -> tuple[float, float | None]:
-        settings = {"permute": "newton:rounds=400", "train": train, "minutes": minutes}
+        settings = {"order": "newton:rounds=400", "train": train, "minutes": minutes}
         found = forecast(config_folder, gpu="h100", **settings).seconds
         searched = [own or 0.0 for name, own in found.items() if name in ("newton: gradients", "newton: accept")]
         return sum(searched), found.get("training")
@@ -207,7 +207,7 @@ def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> N
     limit = 1e-3 * free / 60
     short, trained = seconds("steps=1000000", limit)
     assert short < 60 * limit * 0.3 and trained == pytest.approx(60 * limit * 0.7)
-    recipe = {"permute": "none", "train": "steps=400:blocks=true"}
+    recipe = {"order": "none", "train": "steps=400:blocks=true"}
     free, after = (forecast(config_folder, gpu="h100", **recipe).seconds[name] for name in ("blocks", "training"))
     assert free and after
     for limit, expected in ((2 * free, free), (free / 2, free / 2)):
@@ -244,13 +244,13 @@ def test_a_limit_is_kept_by_leaner_settings(config_folder: Path) -> None:
 
 
 def test_what_is_offloaded_keeps_the_windows_of_a_batch(config_folder: Path) -> None:
-    run = partial(forecast, config_folder, gpu="h100", permute="newton:rounds=1")
+    run = partial(forecast, config_folder, gpu="h100", order="newton:rounds=1")
     found = run(memory=run(offload="host", recompute=True).device).config
     assert (found.offload, found.batch) == ("host", PruneConfig().batch)
 
 
 def test_of_settings_that_offload_to_the_host_the_fastest_is_chosen(config_folder: Path) -> None:
-    recipe = {"permute": "ria", "update": "admm", "train": "steps=2000"}
+    recipe = {"order": "ria", "update": "admm", "train": "steps=2000"}
     config = PruneConfig(offload="host", length=1024, batch=4, samples=4032, **recipe)
     given = permprune.forecast(str(config_folder), config, gpu="h100")
     chosen = permprune.forecast(str(config_folder), config.replace(memory=given.device), gpu="h100")
@@ -263,10 +263,10 @@ def test_what_fits_nowhere_says_what_it_takes(config_folder: Path) -> None:
         PermpruneError, match=r"the model takes about .* GiB with --.*offload=disk: raise --memory to that$"
     ):
         forecast(config_folder, memory=2**10)
-    least = {mode: forecast(config_folder, permute="cp", offload="disk", mode=mode) for mode in ("fold", "gather")}
+    least = {mode: forecast(config_folder, order="cp", offload="disk", mode=mode) for mode in ("fold", "gather")}
     assert least["gather"].tensors < least["fold"].tensors
     with pytest.raises(PermpruneError, match=r"raise --memory to that, or take --mode gather$"):
-        forecast(config_folder, permute="cp", memory=least["fold"].tensors - 1)
+        forecast(config_folder, order="cp", memory=least["fold"].tensors - 1)
 
 
 @pytest.mark.parametrize("length", [16, 47, 101])
@@ -278,7 +278,7 @@ def test_the_memory_that_a_message_asks_for_suffices(config_folder: Path, length
 
 
 def test_a_run_that_fills_the_host_is_refused(config_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {"offload": "host", "permute": "newton:rounds=1"}
+    config = {"offload": "host", "order": "newton:rounds=1"}
     needed = forecast(config_folder, **config)
     monkeypatch.setattr("permprune.forecasts.fitting.psutil.virtual_memory", lambda: Mock(total=needed.host - 1))
     with pytest.raises(PermpruneError, match=r"the host has .* takes .* of that: give --set offload=disk"):
@@ -294,37 +294,37 @@ def test_what_has_to_be_in_memory_is_not_offloaded(config_folder: Path, tiny_vit
 
 def test_processes_divide_weights_that_do_not_fit(config_folder: Path) -> None:
     run = partial(forecast, config_folder, processes=2)
-    whole = run(permute="newton:rounds=1")
+    whole = run(order="newton:rounds=1")
     assert (whole.processes, whole.shards, whole.advice) == (2, 1, "")
     parts = bytes_of(whole, "newton: proposals")
-    forced = run(permute="newton:rounds=1", shard=True)
+    forced = run(order="newton:rounds=1", shard=True)
     assert forced.shards == 2 and forced.advice == "the 2 processes divide the rows of the weights"
     divided = bytes_of(forced, "newton: proposals")
     for part in ("weights", "masks", "second moments", "gradients"):
         assert divided[part] == pytest.approx(parts[part] / 2, rel=0.01)
-    least = forecast(config_folder, permute="newton:rounds=1", batch=1, recompute=True).tensors
-    found = run(permute="newton:rounds=1", memory=least - 1)
+    least = forecast(config_folder, order="newton:rounds=1", batch=1, recompute=True).tensors
+    found = run(order="newton:rounds=1", memory=least - 1)
     assert found.shards == 2 and found.tensors < least
     assert "in each process: the 2 processes divide the rows of the weights" in found.advice
     with pytest.raises(PermpruneError, match="raise --memory"):
-        run(permute="newton:rounds=1", memory=least - 1, shard=False)
+        run(order="newton:rounds=1", memory=least - 1, shard=False)
     for settings, fault in (
-        ({"permute": "cp"}, "permuter cp needs all rows of a layer: choose one of none, random, ria"),
+        ({"order": "cp"}, "permuter cp needs all rows of a layer: choose one of none, random, ria"),
         ({"train": "steps=8"}, "an update and training need all rows of a layer: leave both out"),
         ({"update": "sparsegpt"}, "an update and training need all rows of a layer: leave both out"),
         ({"pattern": "mixed"}, "leave shard out"),
     ):
         with pytest.raises(PermpruneError, match=fault):
-            run(**{"permute": "newton:rounds=1", **settings}, shard=True)
+            run(**{"order": "newton:rounds=1", **settings}, shard=True)
     with pytest.raises(PermpruneError, match="one process has nothing to divide: start several with torchrun"):
-        forecast(config_folder, permute="newton:rounds=1", shard=True)
+        forecast(config_folder, order="newton:rounds=1", shard=True)
 
 
 @pytest.mark.slow
 def test_prune_takes_the_settings_of_its_forecast(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = PruneConfig(permute="none", calibration=str(tiny_text), length=16, samples=24, precision="fp32")
+    config = PruneConfig(order="none", calibration=str(tiny_text), length=16, samples=24, precision="fp32")
     whole = permprune.forecast(str(tiny_checkpoint), config)
     limited = config.replace(memory=whole.tensors - 1)
     found = fit_memory(str(tiny_checkpoint), limited)
@@ -345,7 +345,7 @@ def test_prune_warns_where_the_memory_that_is_free_is_too_little(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = PruneConfig(permute="ria", calibration=str(tiny_text), length=16, samples=24, precision="fp32")
+    config = PruneConfig(order="ria", calibration=str(tiny_text), length=16, samples=24, precision="fp32")
     needed, total = permprune.forecast(str(tiny_checkpoint), config).tensors, 2**40
     for available, told in ((needed + 1, False), (needed - 1, True)):
         caplog.clear()
@@ -375,7 +375,7 @@ def test_time_follows_the_rates() -> None:
 
 
 def test_what_travels_to_a_device_takes_time(config_folder: Path) -> None:
-    recipe = {"permute": "newton:rounds=2", "update": "admm", "train": "steps=2"}
+    recipe = {"order": "newton:rounds=2", "update": "admm", "train": "steps=2"}
     none, host, disk = (
         forecast(config_folder, gpu="h100", samples=192, offload=place, **recipe).seconds
         for place in ("none", "host", "disk")
@@ -388,7 +388,7 @@ def test_what_travels_to_a_device_takes_time(config_folder: Path) -> None:
 
 
 def test_what_rests_takes_what_is_left_of_the_device_and_the_host(config_folder: Path) -> None:
-    recipe = {"permute": "ria", "update": "admm", "train": "steps=2"}
+    recipe = {"order": "ria", "update": "admm", "train": "steps=2"}
     settings = {"gpu": "h100", "samples": 192, "batch": 1, "recompute": True, **recipe}
     host = forecast(config_folder, offload="host", **settings)
     assert host.device is not None
@@ -399,7 +399,7 @@ def test_what_rests_takes_what_is_left_of_the_device_and_the_host(config_folder:
     assert (shared.seconds[training] or 0.0) < (host.seconds[training] or 0.0)
     resting = {stage.name: stage.bytes("disk") for stage in host.stages}
     assert resting[training] > shared.peak("disk").bytes("disk")
-    settings |= {"permute": "none", "length": 16}
+    settings |= {"order": "none", "length": 16}
     short = forecast(config_folder, memory=memory, offload="host", **settings)
     device, _, reserved = short.room  # the update of a block takes more than any other stage
     assert 0 < reserved < device

@@ -16,7 +16,7 @@ def test_the_lengths_of_all_texts_count_and_not_those_of_the_first_ones() -> Non
     lengths = torch.tensor([4] * 600 + [16] * 600)
     mask = (torch.arange(16) < lengths[:, None]).long()
     texts = Examples({"input_ids": torch.ones(1200, 16, dtype=torch.int64), "attention_mask": mask})
-    model, config = make("bert"), PruneConfig(permute="newton:rounds=1", measured=1, held_out=1)
+    model, config = make("bert"), PruneConfig(order="newton:rounds=1", measured=1, held_out=1)
     plan = plan_run(model, config, examples=texts, weights=model.state_dict())
     short, both, long = (
         forecast_plan(model, replace(plan, run=replace(plan.run, train=part)), 1).seconds["newton: gradients"] or 0.0

@@ -57,17 +57,17 @@ def hold_the_pattern(model: PreTrainedModel, graph: onnx.ModelProto) -> bool:
 
 
 def test_a_language_model_with_gathers(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    model = permprune.prune(tiny_llama, permute="random", mode="gather", examples=WINDOWS).model.eval()
+    model = permprune.prune(tiny_llama, order="random", mode="gather", examples=WINDOWS).model.eval()
     assert hold_the_pattern(model, exported(model, WINDOWS, tmp_path / "model.onnx"))
 
 
 def test_an_image_model(tmp_path: Path) -> None:
-    model = permprune.prune(make("vit"), permute="random", examples={"pixel_values": PIXELS}).model.eval()
+    model = permprune.prune(make("vit"), order="random", examples={"pixel_values": PIXELS}).model.eval()
     assert hold_the_pattern(model, exported(model, PIXELS, tmp_path / "model.onnx"))
 
 
 def test_a_packed_model_is_refused_unless_it_is_unpacked(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    model = permprune.prune(tiny_llama, permute="random", examples=WINDOWS).model.eval()
+    model = permprune.prune(tiny_llama, order="random", examples=WINDOWS).model.eval()
     permprune.pack(model, held_patterns(model), dtype="fp32")
     with pytest.raises(torch.onnx.OnnxExporterError, match="packed layers have no ONNX form"):
         torch.onnx.export(Logits(model, "input_ids"), (WINDOWS[:2],), dynamo=True)

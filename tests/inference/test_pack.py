@@ -525,7 +525,7 @@ def test_modules_that_transformers_keeps_in_fp32_stay_so(
         monkeypatch.setattr(one, "_keep_in_fp32_modules_strict", {"model.norm"})
     assert other_bytes(tiny_llama, []) == narrow + 2 * norm.weight.numel()
     set_origin(tiny_llama, Origin("tiny", torch.bfloat16, None))
-    pruned = permprune.prune(tiny_llama, examples=TOKENS.view(4, 5), permute="ria")
+    pruned = permprune.prune(tiny_llama, examples=TOKENS.view(4, 5), order="ria")
     permprune.save(tiny_llama, tmp_path / "pruned")
     pack(tiny_llama, {row.name: row.pattern for row in pruned.layers}, dtype="bf16")
     tiny_llama.save_pretrained(tmp_path / "packed")

@@ -60,7 +60,7 @@ def run(source: Path, out: Path, text: Path, **settings: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_a_folder_loads_and_holds_the_pattern(source: Path, mode: str, tiny_text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run(source, out, tiny_text, permute="random", mode=mode, seed=1)
+    run(source, out, tiny_text, order="random", mode=mode, seed=1)
     assert verify(out).layers == 20
     assert (out / GATHERED).exists() == (mode == "gather")
     model = load(out)
@@ -81,10 +81,10 @@ def test_a_folder_loads_and_holds_the_pattern(source: Path, mode: str, tiny_text
 @pytest.mark.parametrize(
     ("family", "mode", "recipe"),
     [
-        ("mixtral", "fold", {"permute": "ria"}),
-        ("mixtral", "gather", {"permute": "random"}),
-        ("qwen3-moe", "gather", {"permute": "newton:rounds=1", "train": "steps=1:blocks=true"}),
-        ("gpt-oss", "fold", {"permute": "ria"}),
+        ("mixtral", "fold", {"order": "ria"}),
+        ("mixtral", "gather", {"order": "random"}),
+        ("qwen3-moe", "gather", {"order": "newton:rounds=1", "train": "steps=1:blocks=true"}),
+        ("gpt-oss", "fold", {"order": "ria"}),
     ],
     indirect=["family"],
 )
@@ -106,7 +106,7 @@ def test_experts_that_are_offloaded_are_pruned_alike(
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"], indirect=True)
 def test_offloaded_experts_take_what_was_forecast(source: Path, tiny_text: Path, tmp_path: Path) -> None:
-    settings: Any = {"permute": "ria", "mode": "gather", "recompute": True, "offload": "disk"}
+    settings: Any = {"order": "ria", "mode": "gather", "recompute": True, "offload": "disk"}
     found = permprune.forecast(str(source), SETTINGS.replace(**settings), windows=4)
     with Held() as held:
         run(source, tmp_path / "out", tiny_text, **settings)
@@ -118,7 +118,7 @@ def test_training_keeps_the_pattern(
     source: Path, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    run(source, out, tiny_text, permute="none")
+    run(source, out, tiny_text, order="none")
     options = FineTuning(str(tiny_text), epochs=1, rows=16, length=16, lr=1e-2, teacher=str(source))
     finetune(str(out), tmp_path / "tuned", options)
     assert verify(tmp_path / "tuned").layers == 20
@@ -133,7 +133,7 @@ def test_training_keeps_the_pattern(
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"], indirect=True)
 def test_packing_leaves_experts_dense_and_says_so(source: Path, tiny_text: Path, tmp_path: Path) -> None:
     out, packed = tmp_path / "out", tmp_path / "packed"
-    run(source, out, tiny_text, permute="random")
+    run(source, out, tiny_text, order="random")
     found = pack_folder(out, packed)
     experts = "model.layers.*.mlp.experts.*"
     assert found.left_dense == [f"{experts}.gate_up_proj", f"{experts}.down_proj"]
@@ -141,15 +141,15 @@ def test_packing_leaves_experts_dense_and_says_so(source: Path, tiny_text: Path,
     assert verify(packed).layers == 20
     unpack_folder(packed, tmp_path / "unpacked")
     assert verify(tmp_path / "unpacked").layers == 20
-    run(source, tmp_path / "gathered", tiny_text, permute="random", mode="gather")
+    run(source, tmp_path / "gathered", tiny_text, order="random", mode="gather")
     with pytest.raises(PermpruneError, match=r"experts.* has a channel order.*prune in fold mode"):
         pack_folder(tmp_path / "gathered", tmp_path / "no")
 
 
 @pytest.mark.parametrize("family", ["qwen3-moe"], indirect=True)
 def test_a_pruned_folder_is_pruned_again(source: Path, tiny_text: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "one", tiny_text, permute="random", mode="gather")
-    run(tmp_path / "one", tmp_path / "two", tiny_text, permute="random", mode="gather", pattern="1:4")
+    run(source, tmp_path / "one", tiny_text, order="random", mode="gather")
+    run(tmp_path / "one", tmp_path / "two", tiny_text, order="random", mode="gather", pattern="1:4")
     assert verify(tmp_path / "two").layers == 20
     assert {row.pattern for row in read_record(tmp_path / "two").layers} == {"1:4"}
     assert read_model(str(tmp_path / "two"))[2] == torch.bfloat16

@@ -108,7 +108,7 @@ def test_scores_are_learned_and_pruned(encoder: str, tmp_path: Path) -> None:
     assert found.result.metric.name == "Spearman correlation" and found.result.value > 0.5 and found.dense is None
     settings, evaluation = Evaluation(data, 1).beside(PruneConfig(calibration=data, samples=8, length=16))
     record = prune_to_folder(
-        str(dense), tmp_path / "pruned", settings.replace(permute="newton:rounds=2"), evaluation=evaluation
+        str(dense), tmp_path / "pruned", settings.replace(order="newton:rounds=2"), evaluation=evaluation
     )
     assert record.measured and record.measured.metric == "Pearson correlation"
     assert verify(tmp_path / "pruned").layers == 12
@@ -133,7 +133,7 @@ def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str, obj
     dense, pruned, tuned = (tmp_path / name for name in ("dense", "pruned", "tuned"))
     finetune(encoder, dense, FineTuning(data, epochs=6, lr=5e-4, batch=8))
     settings, evaluation = Evaluation(data, 1).beside(PruneConfig(calibration=data, samples=8, length=16, mode=mode))
-    prune_to_folder(str(dense), pruned, settings.replace(permute="ria"), evaluation=evaluation)
+    prune_to_folder(str(dense), pruned, settings.replace(order="ria"), evaluation=evaluation)
     options = FineTuning(data, dev=data, teacher=str(dense), epochs=4, lr=2e-4, batch=8)
     found = finetune(str(pruned), tuned, options)
     taught = Objective(task=0.0, divergence=1.0, hidden_states=20.0)  # the labels are the dense model's
@@ -159,7 +159,7 @@ def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(enco
     dense, pruned, twice = tmp_path / "dense", tmp_path / "pruned", tmp_path / "twice"
     finetune(encoder, dense, FineTuning(data, epochs=1, lr=3e-3, batch=8))
     for number, (source, out) in enumerate([(dense, pruned), (pruned, twice)]):
-        config = PruneConfig(permute="random", calibration=data, samples=8, length=16, seed=number, pattern="3:4")
+        config = PruneConfig(order="random", calibration=data, samples=8, length=16, seed=number, pattern="3:4")
         prune_to_folder(str(source), out, config, evaluation=Evaluation(data, 1, 16))
     for learning, teaching in ((pruned, dense), (twice, dense), (twice, pruned)):
         options = FineTuning(data, teacher=str(teaching), hidden=1.0, train="norms", epochs=1)
@@ -184,7 +184,7 @@ def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(enco
 
 def test_a_teacher_in_bf16_is_held_as_it_is_stored(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
     LlamaForCausalLM.from_pretrained(tiny_checkpoint).bfloat16().save_pretrained(tiny_checkpoint)
-    config = PruneConfig(permute="random", calibration=str(tiny_text), samples=24, length=16)
+    config = PruneConfig(order="random", calibration=str(tiny_text), samples=24, length=16)
     prune_to_folder(str(tiny_checkpoint), tmp_path / "pruned", config, evaluation=Evaluation(str(tiny_text), 4, 16))
     options = FineTuning(str(tiny_text), teacher=str(tiny_checkpoint), rows=8, length=16)
     (student, processor, _), (plain, _, _) = (read_model(str(one)) for one in (tmp_path / "pruned", tiny_checkpoint))
@@ -213,7 +213,7 @@ def test_text_is_learned_through_norms_alone_or_adapters_that_are_merged(
 ) -> None:
     text, pruned, tuned = str(tiny_text), tmp_path / "pruned", tmp_path / "tuned"
     settings = PruneConfig(calibration=text, samples=24, length=16)
-    prune_to_folder(str(tiny_checkpoint), pruned, settings.replace(permute="ria"), evaluation=Evaluation(text, 4, 16))
+    prune_to_folder(str(tiny_checkpoint), pruned, settings.replace(order="ria"), evaluation=Evaluation(text, 4, 16))
     options = FineTuning(text, train="norms", teacher=str(tiny_checkpoint), epochs=2, rows=40, length=16)
     found = finetune(str(pruned), tuned, options)
     assert found.result.metric.name == "perplexity" and found.result.value < found.before

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def config(tiny_text: Path) -> PruneConfig:
-    return PruneConfig(permute="random", calibration=str(tiny_text), samples=24, length=16, precision="fp32")
+    return PruneConfig(order="random", calibration=str(tiny_text), samples=24, length=16, precision="fp32")
 
 
 @pytest.fixture

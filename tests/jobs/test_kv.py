@@ -56,7 +56,7 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 def test_a_cache_is_made_measured_and_used(whole: Path, folder: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     record = json.loads((folder / "kv.json").read_text())
-    assert record["shape"]["head_dim"] == 8 and record["config"]["keys"] == "1:8" and record["permute"] == "ria"
+    assert record["shape"]["head_dim"] == 8 and record["config"]["keys"] == "1:8" and record["order"] == "ria"
     assert all(record["kept"][side]["found"] >= record["kept"][side]["natural"] for side in ("keys", "values"))
     measured = record["measured"]
     assert measured["pruned"] == pytest.approx(measured["dense"], rel=0.1) and measured["count"] == 126
@@ -86,7 +86,7 @@ def test_each_head_gets_bits_within_a_budget(tiny_checkpoint: Path, tiny_text: P
     code, said, _ = run("kv", tiny_checkpoint, "--out", out, *text, *given, "--bytes", "0.42")
     assert code == 0 and "keys and values mixed: " in said
     record = read_record(out)
-    assert (record.config.keys, record.budget, record.permute) == ("mixed", 0.42, "")
+    assert (record.config.keys, record.budget, record.order) == ("mixed", 0.42, "")
     for keys, values in read_channels(out, record).values():
         assert all(own.bits is not None and own.bits.shape == (2,) for own in (keys, values))
     assert run("evaluate", tiny_checkpoint, "--kv", out, *text, "--json", figures)[0] == 0
@@ -104,7 +104,7 @@ def test_each_head_gets_bits_within_a_budget(tiny_checkpoint: Path, tiny_text: P
         ("--max-loss", "1 %%"): "give a share of the dense model's value",
         ("--pattern", "mixed", "--dtype", "bf16"): "leave out --pattern, --keys, --values, --dtype and --recovery",
         ("--values", "mixed", "--keys", "2:4"): "leave out --pattern, --keys, --values, --dtype and --recovery",
-        ("--permute", "cp"): "leave out --permute, or give an N:M --pattern",
+        ("--order", "cp"): "leave out --order, or give an N:M --pattern",
         ("--pattern", "4bit", "--dtype", "bf16", "--recovery", "zeros"): "leave out --dtype, --recovery, or give",
         ("--bytes", "0.4", "--dtype", "bf16"): "leave out --pattern, --keys, --values, --dtype and --recovery",
     }
@@ -283,7 +283,7 @@ def test_a_cache_is_used_with_the_model_that_it_was_made_for(
     folder: Path, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, mode: str
 ) -> None:
     out, data = tmp_path / "pruned", ("--data", tiny_text, *TEXT)
-    given = ("--calibration", tiny_text, "--samples", "24", "--permute", "random", "--mode", mode)
+    given = ("--calibration", tiny_text, "--samples", "24", "--order", "random", "--mode", mode)
     assert run("prune", tiny_checkpoint, "--out", out, *data, *given)[0] == 0
     line = fails("evaluate", out, "--kv", folder, *data)
     assert "this model has other weights: make a cache for it with permprune kv" in line
@@ -311,7 +311,9 @@ def test_a_cache_does_not_depend_on_the_type_of_the_weights(
 def test_a_cache_of_an_older_release_is_used_with_a_warning(
     folder: Path, tiny_checkpoint: Path, tiny_text: Path
 ) -> None:
-    forget(folder, "weights", "contents")
+    record = json.loads((folder / "kv.json").read_text())
+    (folder / "kv.json").write_text(json.dumps({**record, "permute": record["order"]}))
+    forget(folder, "weights", "contents", "order")
     code, _, said = run("evaluate", tiny_checkpoint, "--kv", folder, "--data", tiny_text, *TEXT)
     assert code == 0
     assert "may be for another model of the same shape: its kv.json has no digest" in " ".join(said.split())
@@ -332,7 +334,7 @@ def test_bad_input_is_one_line(tiny_checkpoint: Path, tiny_text: Path, tiny_bert
     assert "3:6 does not divide the 8 channels" in fails(
         "kv", tiny_checkpoint, *text, "--length", "8", "--pattern", "3:6"
     )
-    assert "newton orders the channels of weights" in fails("kv", tiny_checkpoint, *text, "--permute", "newton")
+    assert "newton orders the channels of weights" in fails("kv", tiny_checkpoint, *text, "--order", "newton")
     assert "no decoder-only language model" in fails("kv", tiny_bert, *text)
     assert "holds no kv.json" in fails("evaluate", tiny_checkpoint, "--kv", tmp_path, "--data", tiny_text)
     assert "leave out --tasks" in fails("evaluate", tiny_checkpoint, "--kv", tmp_path, "--tasks", "piqa")

@@ -22,7 +22,7 @@ from ..fixtures import small_checkpoint
 from ..held_bytes import Held
 
 RECIPE: dict[str, Any] = {
-    "permute": Newton(start=Identity(), rounds=2, swaps=2, examples=4), "update": "admm",
+    "order": Newton(start=Identity(), rounds=2, swaps=2, examples=4), "update": "admm",
     "train": "steps=2:blocks=true",
 }  # fmt: skip
 
@@ -89,7 +89,7 @@ def test_no_method_finds_or_writes_anything_else(
             torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
     tiny_tokenizer.save_pretrained(tmp_path / "source")
-    settings = {"permute": method, "saliency": saliency, "mode": mode, "update": update, "exclude": ("*.1.mlp.*",)}
+    settings = {"order": method, "saliency": saliency, "mode": mode, "update": update, "exclude": ("*.1.mlp.*",)}
     records = same_offloaded(tmp_path / "source", tmp_path, tiny_text, **settings)
     assert len(records[0].layers) == {"llama": 11, "gpt2": 6}[family]
 
@@ -117,7 +117,7 @@ def test_memory_is_what_was_forecast(
     monkeypatch.setattr("permprune.forecasts.machine._measured_rates", lambda *_: Rates(1e12, 1e12, 1e12, 1e12))
     sizes = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 512}
     source = small_checkpoint(tmp_path / "source", tiny_tokenizer, torch.float32, **sizes)
-    recipe: dict[str, Any] = {"permute": method, "mode": mode, "update": update, "train": train}
+    recipe: dict[str, Any] = {"order": method, "mode": mode, "update": update, "train": train}
     settings = {**recipe, "batch": 1, "offload": "disk"}
     found = permprune.forecast(str(source), SETTINGS.replace(**settings), windows=4)
     with Held() as held:
@@ -136,7 +136,7 @@ def test_logits_of_a_large_vocabulary_are_not_held(
     monkeypatch.setattr("permprune.losses.cross_entropy.PROJECTED", 8)
     shape = {"num_hidden_layers": 2, "hidden_size": 128, "vocab_size": 8192, "tie_word_embeddings": True}
     source = small_checkpoint(tmp_path / "source", tiny_tokenizer, torch.float32, **shape)
-    config = SETTINGS.replace(calibration=str(tiny_text), permute="none", length=128, samples=6, offload="disk")
+    config = SETTINGS.replace(calibration=str(tiny_text), order="none", length=128, samples=6, offload="disk")
     found = permprune.forecast(str(source), config, windows=4)
     with Held() as held:
         permprune.prune_to_folder(str(source), tmp_path / "out", config, evaluation=Evaluation(str(tiny_text), 4, 128))
@@ -151,7 +151,7 @@ def test_damaged_weights_are_refused(
     tiny_llama.save_pretrained(tmp_path / "source")
     tiny_tokenizer.save_pretrained(tmp_path / "source")
     with pytest.raises(PermpruneError, match="up_proj holds NaN or infinite weights"):
-        prune(tmp_path / "source", tmp_path / "out", tiny_text, permute="ria", offload="disk")
+        prune(tmp_path / "source", tmp_path / "out", tiny_text, order="ria", offload="disk")
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ def test_pruning_leaves_the_mode_of_each_module(tiny_llama: LlamaForCausalLM) ->
     tiny_llama.model.layers[0].eval()
     before = [module.training for module in tiny_llama.modules()]
     examples = torch.randint(128, (12, 8), generator=torch.Generator().manual_seed(1))
-    permprune.prune(tiny_llama, examples=examples, permute="newton:rounds=1:examples=2", measured=4, held_out=2)
+    permprune.prune(tiny_llama, examples=examples, order="newton:rounds=1:examples=2", measured=4, held_out=2)
     assert [module.training for module in tiny_llama.modules()] == before
 
 
@@ -46,7 +46,7 @@ def test_a_run_that_is_interrupted_leaves_the_dense_model(tiny_llama: LlamaForCa
 
     examples = torch.randint(128, (12, 8), generator=torch.Generator().manual_seed(1))
     dense = tiny_llama(examples).logits
-    settings: dict[str, Any] = {"permute": "newton:rounds=1:examples=2", "measured": 4, "held_out": 2}
+    settings: dict[str, Any] = {"order": "newton:rounds=1:examples=2", "measured": 4, "held_out": 2}
     with pytest.raises(KeyboardInterrupt) as caught:
         permprune.prune(tiny_llama, examples=examples, callbacks=[interrupt], **settings)
     assert torch.equal(tiny_llama(examples).logits, dense), caught  # while the traceback keeps what the run made

@@ -144,9 +144,9 @@ def test_a_network_has_the_same_masks_and_losses() -> None:
 
 def test_a_pruned_model_is_fp32_again() -> None:
     model = stored_in_bf16()
-    done = prune(model, config=SETTINGS, examples=WINDOWS, permute=Newton(rounds=2))
+    done = prune(model, config=SETTINGS, examples=WINDOWS, order=Newton(rounds=2))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    natural = prune(stored_in_bf16(), config=SETTINGS, examples=WINDOWS, permute="none")
+    natural = prune(stored_in_bf16(), config=SETTINGS, examples=WINDOWS, order="none")
     assert done.solution.curve[-1].loss < done.solution.curve[0].loss
     assert torch.equal(logits(copy.deepcopy(natural.model), torch.float32), logits(natural.model, torch.float32))
 
@@ -193,7 +193,7 @@ def test_a_run_from_the_checkpoint_is_that_of_the_model_in_fp32(
     narrow_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     config = SETTINGS.replace(
-        permute="newton:rounds=1", train="steps=1:blocks=true", calibration=str(tiny_text), length=16, samples=24
+        order="newton:rounds=1", train="steps=1:blocks=true", calibration=str(tiny_text), length=16, samples=24
     )
     model, tokenizer, _ = permprune.read_model(str(narrow_checkpoint))
     evaluation = Evaluation(str(tiny_text), 4, 16)

@@ -39,7 +39,7 @@ def test_positions() -> None:
 
 FEW = ["--samples", "6", "--windows", "1"]
 COMMANDS: dict[str, list[str]] = {
-    "prune": ["--calibration", "DATA", *FEW, "--permute", "none", "--out", "OUT"],
+    "prune": ["--calibration", "DATA", *FEW, "--order", "none", "--out", "OUT"],
     "compare": ["--calibration", "DATA", *FEW, "--methods", "none", "--patterns", "2:4", "--out", "OUT"],
     "evaluate": ["--windows", "1"],
     "finetune": ["--epochs", "1", "--rows", "8", "--out", "OUT"],

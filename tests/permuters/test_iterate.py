@@ -99,8 +99,8 @@ def test_a_mean_loss_counts_an_example_as_a_term(prepared: Prepared) -> None:
 
 def test_a_function_takes_part_in_the_record_by_its_name(tiny_llama: LlamaForCausalLM) -> None:
     method = Newton(rounds=1, examples=2, objective=token_losses)
-    pruned = prune(tiny_llama, examples=WINDOWS, permute=method, measured=6, held_out=4)
-    assert "test_iterate.token_losses" in pruned.record().settings["permute"]
+    pruned = prune(tiny_llama, examples=WINDOWS, order=method, measured=6, held_out=4)
+    assert "test_iterate.token_losses" in pruned.record().settings["order"]
     assert method.options()["objective"].endswith("test_iterate.token_losses")
 
 

@@ -41,7 +41,7 @@ def test_channels_that_are_large_together_become_pairs() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "train"), [("ria", "none"), ("newton:rounds=2:examples=2", "steps=1")])
 def test_a_model_of_pairs_is_searched_updated_and_packed(tiny_llama: LlamaForCausalLM, method: str, train: str) -> None:
-    recipe = {"permute": method, "update": "sparsegpt", "train": train}
+    recipe = {"order": method, "update": "sparsegpt", "train": train}
     config = PruneConfig(pattern="4:8p", mode="gather", precision="fp32", **recipe)
     held = Held(prepare(tiny_llama, None, config, examples=WINDOWS), None)
     natural = held.natural()

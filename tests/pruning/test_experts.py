@@ -185,7 +185,7 @@ def test_newton_loses_less_than_no_order(family: str) -> None:
     ids = written_by(family, 192)
     fresh, losses = ids[:64], {}
     for method in ("none", "newton:rounds=6"):
-        pruned = prune(make(family), permute=method, precision="fp32", examples=ids[64:])
+        pruned = prune(make(family), order=method, precision="fp32", examples=ids[64:])
         with torch.no_grad():
             losses[method] = float(pruned.model(input_ids=fresh, labels=fresh).loss)
     assert losses["newton:rounds=6"] < losses["none"] - 0.01
@@ -195,7 +195,7 @@ def test_newton_loses_less_than_no_order(family: str) -> None:
 @pytest.mark.parametrize("method", ["ria", "reconstruction:candidates=1", "learned:rounds=2", "newton:rounds=1"])
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_permuters_order_experts(method: str, mode: str) -> None:
-    pruned = prune(make("mixtral"), permute=method, mode=mode, precision="fp32", examples=written_by("mixtral")[:24])
+    pruned = prune(make("mixtral"), order=method, mode=mode, precision="fp32", examples=written_by("mixtral")[:24])
     verify(pruned.model)
     table = pruned.tables["model.layers.0.mlp.experts.down_proj.input"]
     assert (table != torch.arange(48)).any(1).all() or "rounds" in method
@@ -206,7 +206,7 @@ def test_permuters_order_experts(method: str, mode: str) -> None:
     "settings", [{"saliency": name} for name in SALIENCIES] + [{"pattern": "mixed", "candidates": ("6:8", "2:4")}]
 )
 def test_every_saliency_and_a_mix_of_patterns(settings: dict[str, Any]) -> None:
-    pruned = prune(make("gpt-oss"), permute="ria", precision="fp32", examples=written_by("gpt-oss")[:24], **settings)
+    pruned = prune(make("gpt-oss"), order="ria", precision="fp32", examples=written_by("gpt-oss")[:24], **settings)
     verify(pruned.model)
     experts = [layer for layer in pruned.layers if ".experts." in layer.name]
     assert len(experts) == 12 and all(layer.transposed and 0 < layer.kept <= 1 for layer in experts)
@@ -216,7 +216,7 @@ def test_every_saliency_and_a_mix_of_patterns(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("family", "method"), [("mixtral", "sparsegpt"), ("gpt-oss", "admm")])
 def test_updates_change_the_weights_that_stay(family: str, method: str) -> None:
     plain, updated = (
-        prune(make(family), permute="ria", update=update, precision="fp32", examples=written_by(family))
+        prune(make(family), order="ria", update=update, precision="fp32", examples=written_by(family))
         for update in ("none", method)
     )
     verify(updated.model)
@@ -246,12 +246,12 @@ def test_a_model_that_cannot_be_traced_has_one_gather_for_all_experts(monkeypatc
         raise Untraceable("no")
 
     monkeypatch.setattr("permprune.plan.discover", refuse)
-    pruned = prune(make("mixtral"), permute="ria", mode="gather", precision="fp32", examples=written_by("mixtral"))
+    pruned = prune(make("mixtral"), order="ria", mode="gather", precision="fp32", examples=written_by("mixtral"))
     verify(pruned.model)
     places = [name for gather in pruned.gathers for name in gather.inputs]
     assert [name for name in places if "experts" in name] == [f"model.layers.{i}.mlp.experts" for i in range(2)]
     assert not pruned.tables
-    again = prune(pruned.model, permute="ria", mode="gather", precision="fp32", examples=written_by("mixtral"))
+    again = prune(pruned.model, order="ria", mode="gather", precision="fp32", examples=written_by("mixtral"))
     verify(again.model)
 
 

@@ -59,7 +59,7 @@ def test_what_is_pushed_names_no_folder_of_the_machine(
     tiny_checkpoint: Path, tiny_text: Path, hub: Hub, tmp_path: Path
 ) -> None:
     evaluation = permprune.Evaluation(str(tiny_text), 2, 16)
-    config = permprune.PruneConfig(permute="none", calibration=str(tiny_text), length=16, samples=24)
+    config = permprune.PruneConfig(order="none", calibration=str(tiny_text), length=16, samples=24)
     permprune.prune_to_folder(str(tiny_checkpoint), tmp_path / "out", config, evaluation=evaluation)
     permprune.push_to_hub(tmp_path / "out", "someone/tiny-2-4", token=TOKEN, endpoint=hub.endpoint)
     record = json.loads(hub.files["permprune.json"])

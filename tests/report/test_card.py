@@ -35,13 +35,13 @@ def card_in(folder: Path) -> ModelCard:
 def test_a_run_writes_a_card(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     source, out = write_source(tmp_path / "source", tiny_tokenizer), tmp_path / "out"
     (source / "README.md").write_text("---\nlicense: mit\n---\n# Small\n", encoding="utf-8")
-    assert run("prune", source, *options(source), "--permute", "ria", "--out", out)[0] == 0
+    assert run("prune", source, *options(source), "--order", "ria", "--out", out)[0] == 0
     card = card_in(out)
     assert card.data.license == "mit" and card.data.base_model is None and card.data.library_name == "transformers"
     assert card.data.tags == ["permprune", "pruning", "sparsity", "2:4"]
     record = json.loads((out / "permprune.json").read_text())
     assert 'model = LlamaForCausalLM.from_pretrained("out")' in card.text and "plain checkpoint" in card.text
-    for line in ("| mode | `fold` |", "| permute | `ria` |", "| saliency | `wanda` |", "| calibration | `text.txt` |"):
+    for line in ("| mode | `fold` |", "| order | `ria` |", "| saliency | `wanda` |", "| calibration | `text.txt` |"):
         assert line in card.text
     assert "| perplexity | " in card.text and "of text.txt." in card.text and str(tmp_path) not in card.text
     assert f"Measured on {record['measured']['count']:,} tokens" in card.text
@@ -73,7 +73,7 @@ def test_every_way_to_save_writes_a_card(tiny_llama: LlamaForCausalLM, tmp_path:
         assert card.data.license is None and "license" not in card.content
         assert f'model = permprune.load("{folder}")' in card.text and "gather mode" in card.text
         assert "the network was not measured" in card.text
-    again = permprune.prune(permprune.load(tmp_path / "one"), examples=WINDOWS, **{**SETTINGS, "permute": "none"})
+    again = permprune.prune(permprune.load(tmp_path / "one"), examples=WINDOWS, **{**SETTINGS, "order": "none"})
     assert again.record().base_model == "someone/small-model"
 
 
@@ -97,9 +97,9 @@ def test_what_the_hub_reads_is_what_is_known() -> None:
     assert "model.encode([" in encoder.text and "Processor" not in encoder.text
     recogniser = card_of(config={"architectures": ["WhisperForConditionalGeneration"]})
     assert "model.generate(**processor(" in recogniser.text and "model(**" not in recogniser.text
-    strange = card_of(model="/home/me/a|`b`\n# <b>", settings={"pattern": "2:4", "permute": "a|`b", "update": "none"})
+    strange = card_of(model="/home/me/a|`b`\n# <b>", settings={"pattern": "2:4", "order": "a|`b", "update": "none"})
     assert strange.text.startswith("\n# a\\|\\`b\\` \\# \\<b\\>, 2:4\n") and "/home" not in strange.text
-    assert "This is `a\\| b # <b>`, pruned" in strange.text and "| permute | `a\\| b` |" in strange.text
+    assert "This is `a\\| b # <b>`, pruned" in strange.text and "| order | `a\\| b` |" in strange.text
 
 
 def test_the_card_of_an_encoder_names_it_on_the_hub_by_its_id(tmp_path: Path) -> None:

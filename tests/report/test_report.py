@@ -50,7 +50,7 @@ RECORD: dict[str, Any] = {
     "settings": {
         "pattern": "2:4",
         "saliency": "wanda",
-        "permute": "newton",
+        "order": "newton",
         "mode": "fold",
         "update": "none",
         "seed": 0,
@@ -83,7 +83,7 @@ def changed(**fields: Any) -> dict[str, Any]:
 
 
 def permuted_by(method: str, **fields: Any) -> dict[str, Any]:
-    return changed(settings={**RECORD["settings"], "permute": method}, **fields)
+    return changed(settings={**RECORD["settings"], "order": method}, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_the_note_is_printed() -> None:
 def test_everything_in_a_record_is_escaped() -> None:
     evil = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>$\\bad$"
     record = changed(model=evil, note=evil, versions={evil: evil}, permutations={evil: [[1, 0]]})
-    record["settings"] = {**RECORD["settings"], "permute": evil, "calibration": evil, "exclude": [evil]}
+    record["settings"] = {**RECORD["settings"], "order": evil, "calibration": evil, "exclude": [evil]}
     record["measured"]["data"] = evil
     record["layers"][0]["name"] = f"model.layers.0.{evil}"
     page = Page(render(record))

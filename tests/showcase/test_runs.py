@@ -17,7 +17,7 @@ from permprune.report.words import DASH
 from ..cli.running import run
 from ..records import record_of
 
-SMALL = ["--samples", "4", "--windows", "6", "--length", "24", "--permute", "ria"]
+SMALL = ["--samples", "4", "--windows", "6", "--length", "24", "--order", "ria"]
 
 
 @pytest.fixture

@@ -58,8 +58,8 @@ def test_ranks_wait_as_long_as_the_first_one_writes(monkeypatch: pytest.MonkeyPa
 
 
 CASES = [
-    ["--permute", "learned:rounds=2", "--mode", "gather"],
-    ["--permute", "newton:rounds=1", "--mode", "fold"],
+    ["--order", "learned:rounds=2", "--mode", "gather"],
+    ["--order", "newton:rounds=1", "--mode", "fold"],
 ]
 DIVIDED = CASES[1]
 """In this case the two processes divide the rows of the weights; in the other each holds the whole model."""

@@ -128,14 +128,14 @@ def pruned_on(device: torch.device, model: PreTrainedModel, examples: Any, **set
     [*((name, "none") for name in SALIENCIES), *(("wanda", name) for name in UPDATES if name != "none")],
 )
 def test_weights(saliency: str, update: str) -> None:
-    settings = {"permute": "ria", "saliency": saliency, "update": update}
+    settings = {"order": "ria", "saliency": saliency, "update": update}
     one, other = (pruned_on(device, make_tiny_llama(), WINDOWS, **settings) for device in DEVICES)
     assert one.keys() == other.keys()
     torch.testing.assert_close(list(other.values()), list(one.values()))
 
 
 def test_orders_masks_and_weights_together() -> None:
-    recipe = {"permute": Newton(start=Identity(), rounds=1, examples=4), "update": "admm", "train": "steps=2"}
+    recipe = {"order": Newton(start=Identity(), rounds=1, examples=4), "update": "admm", "train": "steps=2"}
     one, other = (pruned_on(device, make_tiny_llama(), WINDOWS, **recipe) for device in DEVICES)
     torch.testing.assert_close(list(other.values()), list(one.values()))
 
@@ -148,14 +148,14 @@ def test_labels_and_padding() -> None:
     examples = Examples({"input_ids": WINDOWS, "attention_mask": mask, "labels": torch.arange(24) % 3})
     method = Newton(start=Identity(), rounds=1, examples=4)
     # a parameter that becomes one of this device keeps hooks that PyTorch does not call any more
-    found = [pruned_on(device, copy.deepcopy(model), examples, permute=method) for device in DEVICES]
+    found = [pruned_on(device, copy.deepcopy(model), examples, order=method) for device in DEVICES]
     torch.testing.assert_close(list(found[1].values()), list(found[0].values()))
 
 
 @pytest.mark.parametrize(("mode", "place"), [("fold", "none"), ("fold", "disk"), ("gather", "disk")])
 def test_folders(mode: str, place: str, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, request: Any) -> None:
     config = PruneConfig(
-        permute="ria",
+        order="ria",
         calibration=str(tiny_text),
         length=16,
         samples=24,
@@ -204,7 +204,7 @@ def test_packed_models(dtype: str, error: float) -> None:
     found = []
     for device in DEVICES:
         pruned = permprune.prune(
-            make_tiny_llama().to(device), examples=WINDOWS, precision="fp32", permute="ria", mode="gather"
+            make_tiny_llama().to(device), examples=WINDOWS, precision="fp32", order="ria", mode="gather"
         )
         pack(pruned.model, {layer.name: layer.pattern for layer in pruned.layers}, dtype=dtype)
         with torch.no_grad():
@@ -219,9 +219,9 @@ def planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SEARCH = Newton(start=Identity(), rounds=1, swaps=1)
-TRAINED: dict[str, Any] = {"permute": SEARCH, "train": "steps=1"}
-UPDATED: dict[str, Any] = {"permute": "none", "update": "admm", "train": "steps=1"}
-BLOCKS: dict[str, Any] = {"permute": "none", "train": "steps=2:blocks=true"}
+TRAINED: dict[str, Any] = {"order": SEARCH, "train": "steps=1"}
+UPDATED: dict[str, Any] = {"order": "none", "update": "admm", "train": "steps=1"}
+BLOCKS: dict[str, Any] = {"order": "none", "train": "steps=2:blocks=true"}
 
 WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
 
@@ -232,9 +232,9 @@ WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
     [
         (torch.bfloat16, TRAINED, {"num_hidden_layers": 4}),
         (torch.float32, {**TRAINED, "recompute": True}, {"num_hidden_layers": 2, "intermediate_size": 256}),
-        (torch.float32, {"permute": "reconstruction:swaps=1:candidates=1", "mode": "gather"}, {"num_hidden_layers": 2}),
+        (torch.float32, {"order": "reconstruction:swaps=1:candidates=1", "mode": "gather"}, {"num_hidden_layers": 2}),
         (torch.bfloat16, {**TRAINED, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
-        (torch.float32, {"permute": "newton:rounds=0", "train": "steps=1"}, {"num_hidden_layers": 3}),
+        (torch.float32, {"order": "newton:rounds=0", "train": "steps=1"}, {"num_hidden_layers": 3}),
         (torch.bfloat16, {**UPDATED, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
         (torch.bfloat16, {**BLOCKS, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
         (torch.float32, BLOCKS, {"num_hidden_layers": 3}),
@@ -267,7 +267,7 @@ def test_a_full_device_ends_in_one_line(
     tmp_path: Path, tiny_text: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     source = small_checkpoint(tmp_path / "source", tiny_tokenizer, torch.bfloat16, num_hidden_layers=2)
-    config = PruneConfig(permute="ria", calibration=str(tiny_text), length=16, samples=24)
+    config = PruneConfig(order="ria", calibration=str(tiny_text), length=16, samples=24)
     with allocated() as device, pytest.raises(OutOfMemory, match="--set recompute=true"):
         device.limit = device.now + 250_000  # the weights fit, with their statistics they do not
         permprune.prune_to_folder(str(source), tmp_path / "out", config, evaluation=Evaluation(str(tiny_text), 4, 16))

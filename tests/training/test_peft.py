@@ -43,7 +43,7 @@ def packed_blocks(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def pruned(tiny_llama: LlamaForCausalLM) -> PreTrainedModel:
-    return permprune.prune(tiny_llama, permute="random", examples=WINDOWS).model
+    return permprune.prune(tiny_llama, order="random", examples=WINDOWS).model
 
 
 def test_a_merge_keeps_zeros_and_the_record(pruned: PreTrainedModel, tmp_path: Path) -> None:

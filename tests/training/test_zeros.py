@@ -30,7 +30,7 @@ def zeros(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def pruned(model: PreTrainedModel) -> PreTrainedModel:
-    return permprune.prune(model, permute="random", examples=WINDOWS).model
+    return permprune.prune(model, order="random", examples=WINDOWS).model
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -83,7 +83,7 @@ def test_every_optimizer_keeps_the_pattern(kind: str, tiny_llama: LlamaForCausal
 def test_the_trainer_of_transformers_keeps_the_pattern(tiny_checkpoint: Path, tmp_path: Path) -> None:
     pruned_folder, saved = tmp_path / "pruned", tmp_path / "saved"
     dense, _, _ = permprune.read_model(str(tiny_checkpoint))
-    permprune.prune(dense, permute="random", examples=WINDOWS).save_pretrained(pruned_folder)
+    permprune.prune(dense, order="random", examples=WINDOWS).save_pretrained(pruned_folder)
     model = AutoModelForCausalLM.from_pretrained(pruned_folder)
     before = zeros(model)
     arguments = TrainingArguments(

@@ -103,7 +103,7 @@ class Fuzz:
             return [command, model]
         data = self._data()
         options = {
-            "prune": [*data, "--calibration", self.one, "--samples", "24", "--permute", "ria"],
+            "prune": [*data, "--calibration", self.one, "--samples", "24", "--order", "ria"],
             "pack": [],
             "unpack": [],
             "kv": [*data, "--calibration", self.one, "--samples", "4", *CACHE],

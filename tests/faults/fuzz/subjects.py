@@ -36,7 +36,7 @@ def make_subjects(folder: Path) -> tuple[dict[str, Path], Tensor]:
     make_tiny_llama().save_pretrained(checkpoint)
     make_tiny_tokenizer().save_pretrained(checkpoint)
     for mode in ("fold", "gather"):
-        config = permprune.PruneConfig(permute="random", mode=mode, calibration=one, samples=24, length=16)
+        config = permprune.PruneConfig(order="random", mode=mode, calibration=one, samples=24, length=16)
         pruned = subjects[f"pruned-{mode}"]
         permprune.prune_to_folder(checkpoint, pruned, config, evaluation=evaluation)
         options = FineTuning(one, epochs=1, rows=16, length=16, lr=1e-3)
