@@ -39,10 +39,9 @@ def example_inputs(model: PreTrainedModel, processor: object = None) -> dict[str
     * Audio: `input_features` (2, bands, frames) or (2, frames, bands), or `input_values` (2, samples).
 
     A multimodal model receives every modality that its config describes, and its text contains one placeholder token
-    per image feature; if its weights are on the meta device, the features cannot be counted and it receives text only.
-    If the config has no image size, it is taken from `processor`. A vision-language model with its `processor` receives
-    the processor's inputs for two images of different sizes. Raises `PermpruneError` if a required argument cannot be
-    derived from the config.
+    per image feature; on the meta device, where these cannot be counted, it receives text only. A vision-language model
+    with its `processor` receives what that makes of two images of different sizes. Raises `PermpruneError` if a
+    required argument cannot be derived from the config.
     """
     on_meta = next(model.parameters()).is_meta
     if takes_pairs(model) and isinstance(processor, ProcessorMixin) and not on_meta:
@@ -88,10 +87,7 @@ class _Maker:
         }
 
     def _ids(self, config: PreTrainedConfig) -> Tensor | None:
-        """Random ordinary tokens, ending with the end-of-sequence token.
-
-        Other special tokens, such as padding and image placeholders, are avoided because they need further inputs.
-        """
+        """Random ordinary tokens, ending with the end-of-sequence token."""
         vocabulary = getattr(config, "vocab_size", None)
         if vocabulary is None:
             return None
@@ -155,9 +151,8 @@ class _Maker:
 def random_like(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Random keyword arguments for the model's forward with the shapes and types of `inputs`, with a fixed seed.
 
-    Token ids are ordinary tokens of the model's vocabulary, except where `inputs` have a special one. Floating-point
-    tensors are uniform noise in the range of the given ones, with zeros at padding of images. Other tensors, as the
-    sizes of images, are kept.
+    Token ids are ordinary tokens, except where `inputs` have a special one. Floating-point tensors are uniform noise in
+    the range of the given ones, with zeros at padding of images. Other tensors, as the sizes of images, are kept.
     """
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name, tensor in inputs.items():
@@ -205,10 +200,7 @@ def processed_size(processor: object) -> tuple[int, int] | None:
 
 @torch.no_grad()
 def _with_placeholders(model: PreTrainedModel, example: dict[str, Tensor], token: int) -> Tensor:
-    """The example's text preceded by one placeholder token per image feature: int64 (2, most features + 11).
-
-    Raises `PermpruneError` if the model needs more than the example to compute the features.
-    """
+    """The example's text preceded by one placeholder token per image feature: int64 (2, most features + 11)."""
     images = {name: example[name] for name in ("pixel_values", "image_grid_thw") if name in example}
     try:
         features = model.get_image_features(**images).pooler_output  # type: ignore[operator]

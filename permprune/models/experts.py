@@ -75,10 +75,10 @@ class Experts:
         ]
 
     def run(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, whole: Whole) -> Tensor:
-        """Compute the output (tokens, channels) of the layer, one expert after the other.
+        """Compute the output of the layer for `hidden`, both (tokens, channels), one expert after the other.
 
-        `hidden` is (tokens, channels); `top_k_index` and `top_k_weights` are the experts of each token and their
-        weights, (tokens, k). The experts in `whole` run on all tokens, so that hooks see them; the output is the same.
+        `top_k_index` and `top_k_weights` are the experts of each token and their weights, (tokens, k). The experts in
+        `whole` run on all tokens, so that hooks see them; the output is the same.
         """
         result, everyone = torch.zeros_like(hidden), torch.arange(len(hidden), device=hidden.device)
         # `unbind`, as the gradients of single selections would each have the size of all experts

@@ -142,10 +142,9 @@ def forward_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> dict[s
 
 
 def typed_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs by name, with images and sound in the type of the model's parameters, as its first layer needs them.
+    """The inputs by name, with images and sound in the widest type of the model's parameters (`NarrowWeights`).
 
-    Of several types it is the widest, without the modules that Transformers keeps in fp32 in a model of 16 bits: a
-    search holds some weights in bf16, and computes as in fp32 (`NarrowWeights`).
+    Modules that Transformers keeps in fp32 in a model of 16 bits do not count.
     """
     if not any(tensor.is_floating_point() for tensor in inputs.values()):
         return dict(inputs)
@@ -309,10 +308,9 @@ def nested_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 class Padding:
     """The padding of one batch.
 
-    `masks` are bool tensors (batch, length), False at padding: one per sequence that the model reads, e.g. one for the
-    encoder and one for the decoder. Their shapes differ, so the shape of an activation tells to which sequence it
-    belongs. Without masks, nothing is padding. `readers` are the modules that read these sequences; None for all. The
-    vision encoder of a vision-language model is not one of them: its activations may have the shape of the text.
+    `masks` are bool tensors (batch, length), False at padding: one per sequence that the model reads. Their shapes
+    differ, so the shape of an activation tells to which sequence it belongs. `readers` are the modules that read these
+    sequences, which the vision encoder of a vision-language model does not; None for all.
     """
 
     masks: tuple[Tensor, ...] = ()
@@ -326,9 +324,8 @@ class Padding:
     def mask_of(self, x: Tensor, routed: Routed | None = None, module: nn.Module | None = None) -> Tensor | None:
         """The mask that belongs to activations x, (batch, length, channels) or (batch * length, channels).
 
-        It has the shape of x without the channels and is False at padding. None if x has no padding. If x are the
-        inputs or outputs of an expert, (rows, channels), `routed` tells of which tokens. `module` is the module that
-        reads or computes x; None if x are outputs of the model.
+        It has the shape of x without the channels; None if x has no padding. Of an expert's rows, `routed` tells of
+        which tokens they are. `module` reads or computes x; None if x are outputs of the model.
         """
         if module is not None and self.readers is not None and module not in self.readers:
             return None

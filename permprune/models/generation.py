@@ -52,8 +52,8 @@ def with_decoder_inputs(
     """Add the text that the model generates (greedy search) for each example as its decoder input.
 
     Returns the examples with "decoder_input_ids" (count, length) and "decoder_attention_mask", which is 0 after the end
-    of a text. The work is shared between the processes; the result does not depend on their number. Texts in the
-    `journal`, by `name` and place, are not generated again, and others are added to it.
+    of a text. The work is shared between the processes. Texts in the `journal`, by `name` and place, are not generated
+    again, and others are added to it.
     """
     device, texts = compute_device(model), {} if journal is None else dict(journal.tensors)
     made: dict[str, Tensor] = {}
@@ -91,10 +91,9 @@ def decoder_positions(model: nn.Module) -> int | None:
 
 
 def generate(model: Any, batch: Examples, length: int, *, at_least: int = 0) -> Tensor:
-    """Generate text for a batch with an encoder-decoder model and greedy search.
+    """Generate `at_least` to `length` tokens for a batch with an encoder-decoder model and greedy search.
 
-    At most `length` tokens are generated, fewer if the decoder has fewer positions, and no text ends before it has
-    `at_least` tokens. Returns padded token ids, int64 (batch, length).
+    The number of the decoder's positions bounds both. Returns padded token ids, int64 (batch, length).
     """
     room = (decoder_positions(model) or length + PROMPT) - PROMPT
     inputs = {name: batch[name] for name in batch if name != "labels" and not name.startswith("decoder_")}

@@ -67,10 +67,8 @@ def replaced_while_running(
     """Replace a parameter of a module by another tensor whenever the module runs, until the handles are removed.
 
     `replacement` is called with the parameter before the module runs; if it returns None, the parameter stays. The
-    gradient with respect to the replacement becomes that of the parameter. Outside the module's `forward` the parameter
-    is unchanged, and only while the module runs, or until the backward pass, is the replacement in memory. Copies of
-    the module run with their own parameter. Of several replacements the last one is made. If Ctrl-C interrupts the
-    module, the parameter is back when the handles are removed.
+    gradient with respect to the replacement becomes that of the parameter. Copies of the module run with their own
+    parameter. Of several replacements the last one is made.
     """
     parameter: nn.Parameter = getattr(module, attribute)
 
@@ -135,8 +133,7 @@ def _routed(layer: Layer, args: tuple[Any, ...]) -> Routed | None:
 def block_by_block(model: nn.Module, layers: Iterable[Layer], visit: Visit, name: str) -> Iterator[None]:
     """Context manager: a forward pass calls `visit` before each block first runs, and ends after the last of them.
 
-    The block then runs as `visit` left it, so that the next one reads what it computes. Layers of a module that blocks
-    share belong to the first; those outside of the blocks are left out. `name` is shown with the progress.
+    The block then runs as `visit` left it, so that the next one reads what it computes (see `layers_by_block`).
     """
     waiting = layers_by_block(model, layers)
     bar = track(list(waiting), name)
@@ -178,9 +175,8 @@ def computing(functions: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[Non
 def resumed(reached: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> Iterator[None]:
     """Context manager: a forward pass goes on from the blocks that have `outputs`, and ends after those `reached`.
 
-    `outputs` are of earlier passes on the same inputs. All blocks in `reached` get that of the last one, so that one
-    output of a list is in memory: each block must read the one before it, and no other of its list. If none are given,
-    the pass does not end.
+    `outputs` are of earlier passes on the same inputs. All blocks in `reached` get that of the last one: each must read
+    the one before it, and no other of its list. If none are given, the pass does not end.
     """
 
     def leave(_block: nn.Module, _args: Any, output: Any) -> None:

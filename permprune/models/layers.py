@@ -105,8 +105,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The model's repeated blocks, in order.
 
     These are the elements of the outermost `ModuleList`s and `Sequential`s that have at least two elements, each of
-    which contains a linear and is none itself: lists of bare linears are heads. Heads of several layers each that are
-    listed, as by SegFormer, count as blocks.
+    which contains a linear and is none itself: lists of bare linears are heads.
     """
     return [block for chain in block_chains(model) for block in chain]
 
@@ -129,10 +128,9 @@ def block_chains(model: nn.Module) -> list[list[nn.Module]]:
 def prunable_layers(model: nn.Module, pattern: Pattern, exclude: Iterable[str] = ()) -> list[Layer]:
     """Every linear inside the repeated blocks, except those whose name matches a glob of `exclude`.
 
-    Embeddings, the output head and task heads are outside the blocks and stay dense, as in the literature (SparseGPT,
-    Wanda). Raises `PermpruneError` if a glob matches no layer, if no layer is left, if M does not divide a layer's
-    input width, if a weight contains NaN or infinity (not checked on the meta device), or if the weights are packed or
-    quantized.
+    Embeddings and heads are outside the blocks and stay dense, as in the literature (SparseGPT, Wanda). Raises
+    `PermpruneError` if a glob matches no layer, if no layer is left, if M does not divide a layer's input width, or if
+    weights are not finite, packed or quantized.
     """
     require_changeable(model)
     layers = block_linears(model)
@@ -181,11 +179,7 @@ def linears_of(name: str, module: nn.Module) -> list[Layer]:
 
 @dataclass(frozen=True)
 class DenseWeights:
-    """Weights inside the repeated blocks that stay dense although the user did not exclude them.
-
-    `share` is their fraction of all weights inside the blocks. `layers` are the names of the parameters; names that
-    differ only in numbers are merged into one, with * for the number.
-    """
+    """The `share` of the weights inside the blocks that stay dense without being excluded, and their `merged` names."""
 
     share: Share
     layers: list[str]
@@ -207,8 +201,7 @@ class DenseWeights:
 def dense_weights(model: nn.Module, pruned: Iterable[str], exclude: Iterable[str] = ()) -> DenseWeights:
     """Find the weights inside the repeated blocks that are neither in the layers named `pruned` nor excluded.
 
-    Considered are all parameters with at least two dimensions except biases and embeddings: for example routers of
-    experts and kernels of convolutions. Layers that match a glob of `exclude` are left out.
+    Considered are all parameters with at least two dimensions except biases and embeddings, such as routers.
     """
     inside, pruned, exclude = _modules_inside(model), set(pruned), tuple(exclude)
     total, dense = 0, {}

@@ -65,10 +65,8 @@ class NarrowWeights:
     """Holds weights in bf16 in a model that computes as in fp32.
 
     Modules run with the weights in fp32, or inside autocast to bf16 with those that are held: it would round them to
-    the same values. Gradients of the parameters have their type, bf16. The embedding table and the output layer are
-    held likewise, tied or not; embeddings come out in fp32. `before` are the types of what was or will be converted.
-
-    `types` are the types of the layers' parameters that are held, by name, as a model in fp32 has them.
+    the same values. Gradients of the parameters have their type, bf16. Embeddings come out in fp32. `before` are the
+    types of what was or will be converted, and `types` those that a model in fp32 has for the layers' held parameters.
     """
 
     def __init__(self, held: list[_Holdable], before: list[tuple[Tensor, torch.dtype]]) -> None:
@@ -160,7 +158,7 @@ def computed_type(held: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Holdable:
-    """A parameter that can be held in bf16, with the modules and attributes that have it; the end ones have no name."""
+    """A parameter that can be held in bf16, with the modules and attributes that have it; those of ends lack a name."""
 
     parameter: nn.Parameter
     places: list[tuple[nn.Module, str]]

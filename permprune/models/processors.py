@@ -107,8 +107,7 @@ def pair_processor_of(processor: Processor | None) -> Any:
 def encode_pair(processor: Any, image: Image, prompt: str, answer: str) -> dict[str, Tensor]:
     """Tokenize a prompt about an image and its answer, and preprocess the image, with a model's processor.
 
-    Prompt and answer are two turns of a conversation in the processor's chat template, which may add an end of turn to
-    the answer; without a template, the text is the image, the prompt and the answer, on lines of their own. Returns the
+    Prompt and answer are two turns in the processor's chat template, or else lines after the image. Returns the
     processor's tensors, "input_ids" (1, tokens) among them, and "labels" (1, tokens): the answer's tokens, and -100
     before them. Raises `PermpruneError` if the template or the processor fails, or if the answer has no tokens.
     """
@@ -137,9 +136,7 @@ def _answer_labels(ids: Tensor, tokenizer: PreTrainedTokenizerBase, asked: str, 
     All image tokens are at the beginning, so that the answer's tokens are counted from the end.
     """
     before, whole = (tokenizer(passage, add_special_tokens=False)["input_ids"] for passage in (asked, text))
-    common = 0
-    while common < min(len(before), len(whole)) and before[common] == whole[common]:
-        common += 1
+    common = next((n for n, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other), len(before))
     answer_ids = torch.tensor(whole[common:])
     ends = [len(whole) - common + extra for extra in (0, 1)]  # the tokenizer may add an end of text
     lengths = [
