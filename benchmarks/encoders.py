@@ -5,7 +5,7 @@
 time, so that none is padded. OpenVINO's int8 is calibrated on examples of the calibration part, which have one length.
 The models take turns in one process, and the fastest of all turns counts.
 
-Needs `pip install 'permprune[engines]'`.
+Needs `pip install nncf onnx onnxruntime onnxscript openvino`.
 
 python benchmarks/encoders.py --dense minilm-sst2 --packed packed-fp32 packed-int8 --data other.tsv \
     --rows docs/results/speed.jsonl
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from other_engines import Engine, build
 from rows import add
 from torch import Tensor
 
@@ -26,7 +27,6 @@ from permprune import Examples, load, read_model
 from permprune.data.load import load_examples
 from permprune.evaluation.size import stored_bytes
 from permprune.evaluation.speed import cells, measure_speed
-from permprune.inference.engines import Engine, build
 
 ENGINES = ("ONNX Runtime fp32", "ONNX Runtime int8", "OpenVINO fp32", "OpenVINO int8")
 DENSE = "PyTorch fp32, dense"

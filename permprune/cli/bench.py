@@ -41,10 +41,6 @@ def bench(
     kv: Annotated[
         Path | None, typer.Option(help="folder that permprune kv wrote: measures models with that pruned cache too")
     ] = None,
-    engines: Annotated[
-        bool,
-        typer.Option("--engines", help="also measure the dense model in ONNX Runtime and OpenVINO, where installed"),
-    ] = False,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
 ) -> Iterator[None]:
@@ -67,7 +63,6 @@ def bench(
         turns=turns,
         threads=threads,
         kv=kv,
-        engines=engines,
         trust_remote_code=trust_remote_code,
     )
     figures = benchmark.to_json()

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
-import logging
 import multiprocessing
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
@@ -20,7 +17,6 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from permprune.checkpoints.benchmark import BenchedModel, Benchmark
 from permprune.checkpoints.io import read_as_stored
@@ -28,8 +24,7 @@ from permprune.checkpoints.offload import read_size
 from permprune.checkpoints.record import RECORD, read_record
 from permprune.errors import PermpruneError, first_line
 from permprune.evaluation.size import stored_bytes
-from permprune.evaluation.speed import STEPS, ImageSize, batch_inputs, cells, measure_speed
-from permprune.inference.engines import EngineError, build, installed
+from permprune.evaluation.speed import STEPS, cells, measure_speed
 from permprune.jobs.speeds import TYPES
 from permprune.kv.cache import PrunedCache
 from permprune.kv.files import OtherModelError
@@ -56,13 +51,11 @@ class _Entry:
     reference: bool = False
     """Whether this is the dense model, which others are compared with."""
     kv: str | None = None
-    engine: str | None = None
-    """The engine that runs the dense model, one of `ENGINES`; None for PyTorch."""
 
     @property
     def name(self) -> str:
         """The name of the row in the results."""
-        name = self.source if self.dtype is None else f"{self.source} ({self.engine or self.dtype})"
+        name = self.source if self.dtype is None else f"{self.source} ({self.dtype})"
         return name if self.kv is None else f"{name} with {self.kv}"
 
     @property
@@ -81,7 +74,6 @@ def bench(
     turns: int = 3,
     threads: int | None = None,
     kv: str | Path | None = None,
-    engines: bool = False,
     trust_remote_code: bool = False,
 ) -> Benchmark:
     """Benchmark checkpoints, also in bf16 where that is faster, against the dense model in fp32 and bf16.
@@ -92,8 +84,7 @@ def bench(
     is loaded in its own process. The processes are measured one at a time, in `turns` rounds, and the shortest time of
     the rounds is reported. `threads` is the number of threads of each process, by default PyTorch's. With `kv`, a
     folder that `permprune kv` wrote, those of the dense model in bf16 and the checkpoints that it was made for are
-    measured with that pruned cache too; a warning names the others. With `engines`, the dense model is measured in the
-    other engines that are installed too, as far as they run it. Raises `PermpruneError`.
+    measured with that pruned cache too; a warning names the others. Raises `PermpruneError`.
     """
     if isinstance(folders, str):  # a sequence of letters
         raise PermpruneError(f'folders is "{folders}": give a list of folders')
@@ -114,10 +105,6 @@ def bench(
         read_kv(Path(kv))
         cached = [entry for entry in entries if entry.dtype == ("bf16" if entry.dense else None)]
         entries += [dataclasses.replace(entry, kv=str(kv)) for entry in cached]
-    if engines:
-        if best_device().type != "cpu":
-            raise PermpruneError("other engines are measured on a CPU alone: hide the GPU (CUDA_VISIBLE_DEVICES=)")
-        entries += [dataclasses.replace(entries[0], engine=engine) for engine in installed()]
     with _served(entries) as served:
         speeds: list[dict[tuple[int, int], Any]] = [{} for _ in served]
         measured_at: list[tuple[int, int]] = _ask(served[0][1], "cells", batches, contexts, steps)
@@ -164,15 +151,14 @@ def _dense_of(folders: Sequence[str | Path]) -> str:
 def _served(entries: Sequence[_Entry]) -> Iterator[list[tuple[_Entry, Connection]]]:
     """Start one process per model, which load their models one after the other; yields the models and connections.
 
-    Without the models that the pruned cache was not made for; raises `OtherModelError` if it was made for none. Without
-    the engines that do not run the model.
+    Without the models that the pruned cache was not made for; raises `OtherModelError` if it was made for none.
     """
     context: Any = multiprocessing.get_context("spawn")
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # its imports take seconds
     served: list[tuple[_Entry, Connection]] = []
-    refused: dict[str, OtherModelError | EngineError] = {}
+    refused: dict[str, OtherModelError] = {}
     processes = []
     try:
         for entry in track(entries, "loading"):
@@ -184,13 +170,12 @@ def _served(entries: Sequence[_Entry]) -> Iterator[list[tuple[_Entry, Connection
             processes.append(process)
             try:
                 _receive(connection)
-            except (OtherModelError, EngineError) as error:
+            except OtherModelError as error:
                 refused[entry.name] = error
                 continue
             served.append((entry, connection))
-        others = [error for error in refused.values() if isinstance(error, OtherModelError)]
-        if others and not any(entry.kv for entry, _ in served):
-            raise others[0]
+        if refused and not any(entry.kv for entry, _ in served):
+            raise next(iter(refused.values()))
         for name, reason in refused.items():
             log.warning("%s is not measured: %s", name, reason)
         yield served
@@ -238,7 +223,7 @@ def _receive(server: Connection) -> Any:
 
 
 def _serve(pipe: Connection, entry: _Entry) -> None:
-    """Load a model and reply to requests (`_reply`): for its cells, its speed in one of them, and its memory.
+    """Load a model and reply to requests, each a name and arguments: its cells, its speed in one of them, its memory.
 
     The memory is a pair: the bytes of its tensors, and the resident memory of the process in bytes. An error is sent
     as the reply, as a `PermpruneError`, and ends the process.
@@ -252,45 +237,21 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
         if entry.dtype is not None:
             nn.Module.to(model, dtype_named(entry.dtype))
         size = read_size(entry.source, model, trust_remote_code=entry.trust_remote_code)
-        if entry.engine is not None:
-            _serve_engine(pipe, entry, model, size)
-            return
         cache = None if entry.kv is None else partial(PrunedCache.from_pretrained, entry.kv, model)
         if cache is not None:
             cache()
-        _reply(
-            pipe,
-            cells=partial(cells, model),
-            speed=lambda batch, context, steps: measure_speed(
+        replies: dict[str, Callable[..., Any]] = {
+            "cells": partial(cells, model),
+            "speed": lambda batch, context, steps: measure_speed(
                 model, batch=batch, context=context, steps=steps, cache=cache, size=size
             ),
-            memory=lambda: (stored_bytes(model), psutil.Process().memory_info().rss),
-        )
+            "memory": lambda: (stored_bytes(model), psutil.Process().memory_info().rss),
+        }
+        pipe.send(None)  # it is ready
+        while (request := pipe.recv()) != END:
+            name, *arguments = request
+            pipe.send(replies[name](*arguments))
     except PermpruneError as error:
         pipe.send(error)
     except Exception as error:  # a model's own code can raise any type
         pipe.send(PermpruneError(f"{entry.name} cannot be measured: {first_line(error)}"))
-
-
-def _reply(pipe: Connection, **replies: Callable[..., Any]) -> None:
-    """Say that a model is ready, then reply to requests, each a name and arguments, until one is `END`."""
-    pipe.send(None)
-    while (request := pipe.recv()) != END:
-        name, *arguments = request
-        pipe.send(replies[name](*arguments))
-
-
-def _serve_engine(pipe: Connection, entry: _Entry, model: PreTrainedModel, size: ImageSize) -> None:
-    """Do the same for a dense model in another engine; the memory of the model in PyTorch is not counted."""
-    assert entry.engine is not None
-    batch, context = cells(model)[0]
-    with tempfile.TemporaryDirectory(prefix="permprune-") as folder:
-        inputs = batch_inputs(model, max(2, batch), context, size)
-        logging.disable(logging.WARNING)  # advice of the engines to their users
-        with contextlib.redirect_stdout(io.StringIO()):  # and their bars
-            engine = build(model, entry.engine, inputs, threads=entry.threads, folder=Path(folder))
-        _reply(
-            pipe,
-            speed=lambda batch, context, _: engine.measure(model, batch, context, size),
-            memory=lambda: (engine.nbytes, psutil.Process().memory_info().rss - stored_bytes(model)),
-        )

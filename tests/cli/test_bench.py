@@ -71,10 +71,9 @@ def test_a_model_that_fails_is_named_in_one_line(tiny_vit: Path) -> None:
 def test_models_that_generate_nothing_are_measured_in_inputs_a_second(tiny_vit: Path, tmp_path: Path) -> None:
     figures = tmp_path / "bench.json"
     small = ("--batch", "1,3", "--turns", "1", "--threads", "1", "--json", figures)
-    _, said, _ = run("bench", tiny_vit, "--dense", tiny_vit, "--engines", *small)
+    _, said, _ = run("bench", tiny_vit, "--dense", tiny_vit, *small)
     assert "items/s" in said and f"{tiny_vit}: " in said
     found = json.loads(figures.read_text())["rows"]
-    assert {f"{tiny_vit} (ONNX Runtime fp32)", f"{tiny_vit} (ONNX Runtime int8)"} < {row["name"] for row in found}
     faster = [f"{tiny_vit} (bf16)"] if fast_dtype(best_device()) == torch.bfloat16 else []
     assert [row["name"] for row in found if not row["dense"]] == [str(tiny_vit), *faster]
     for row in found:

@@ -106,7 +106,7 @@ def test_a_command_names_the_options_it_has(
     monkeypatch.setattr(LlamaMLP, "forward", torch_has_none)
     said = fails("prune", *source, "--order", "none", "--out", tmp_path / "out")
     assert "out of memory" in said and "--set batch=1" in said and "recompute=true" in said and "--memory 8GiB" in said
-    assert "--batch 1" in fails("compare", *source, "--methods", "ria")
+    assert "--set batch=1" in fails("compare", *source, "--methods", "ria")
     said = fails("evaluate", tiny_checkpoint, *data)
     assert "--length" in said and "--windows" in said and "--batch" not in said
     assert "use a machine with more memory" in fails("verify", pruned)

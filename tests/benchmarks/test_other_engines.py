@@ -1,5 +1,6 @@
-"""Dense models in other engines."""
+"""Dense models in other engines, as a benchmark runs them."""
 
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -7,17 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from permprune.errors import PermpruneError
 from permprune.evaluation.speed import batch_inputs
-from permprune.inference import engines
-from permprune.inference.engines import ENGINES, EngineError, build, installed
+
+OTHER = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "other_engines.py"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "tolerance"), [("ONNX Runtime fp32", 1e-5), ("ONNX Runtime int8", 5e-2)])
 def test_an_engine_computes_what_the_model_does(name: str, tolerance: float, tiny_bert: Path, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert).eval()
-    engine = build(model, name, batch_inputs(model, 2, 8), threads=1, folder=tmp_path)
+    engine = OTHER["build"](model, name, batch_inputs(model, 2, 8), threads=1, folder=tmp_path)
     words = batch_inputs(model, 3, 12)["input_ids"]
     with torch.no_grad():
         expected = model(words).logits.numpy()
@@ -29,13 +29,5 @@ def test_an_engine_computes_what_the_model_does(name: str, tolerance: float, tin
 
 
 def test_models_that_write_text_are_refused(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="write no text"):
-        build(tiny_llama, "OpenVINO fp32", batch_inputs(tiny_llama, 2, 8), threads=1, folder=tmp_path)
-
-
-def test_only_what_is_installed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "nncf" else name)
-    assert installed() == [name for name in ENGINES if name != "OpenVINO int8"]
-    monkeypatch.setattr(engines, "find_spec", lambda _: None)
-    with pytest.raises(PermpruneError, match="engines"):
-        installed()
+    with pytest.raises(OTHER["EngineError"], match="write no text"):
+        OTHER["build"](tiny_llama, "OpenVINO fp32", batch_inputs(tiny_llama, 2, 8), threads=1, folder=tmp_path)

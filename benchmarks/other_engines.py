@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,8 @@ from permprune.examples import Examples
 from permprune.models.forward import is_causal_lm
 from permprune.models.generation import needs_decoder_inputs
 
-ENGINES = {
-    "ONNX Runtime fp32": ("onnxruntime",),
-    "ONNX Runtime int8": ("onnxruntime",),
-    "OpenVINO fp32": ("openvino",),
-    "OpenVINO bf16": ("openvino",),
-    "OpenVINO int8": ("openvino", "nncf"),
-}
-"""The engines and their types, with the packages that they need beside those of the export."""
-
-EXPORT = ("onnx", "onnxscript")
+ENGINES = ("ONNX Runtime fp32", "ONNX Runtime int8", "OpenVINO fp32", "OpenVINO bf16", "OpenVINO int8")
+"""The engines and their types."""
 
 
 class EngineError(PermpruneError):
@@ -61,14 +52,6 @@ class Engine:
         except Exception as error:  # the engines raise any type
             raise EngineError(f"an engine fails on a batch of {batch}: {first_line(error)}") from error
         return Throughput(batch, context, time.perf_counter() - began)
-
-
-def installed() -> list[str]:
-    """Return the names of the engines that are installed. Raises `PermpruneError` if none is."""
-    names = [name for name, needed in ENGINES.items() if all(map(find_spec, (*needed, *EXPORT)))]
-    if not names:
-        raise PermpruneError("no other engine is installed: pip install 'permprune[engines]'")
-    return names
 
 
 def build(model: PreTrainedModel, name: str, inputs: Examples, *, threads: int, folder: Path) -> Engine:
