@@ -47,7 +47,8 @@ class OutOfMemory(PermpruneError):
 
     def __init__(self, peak: float | None, options: Collection[str] | None = None) -> None:
         self.peak = peak
-        wanted = [advice for option, advice in ADVICE.items() if options is None or option in options]
+        options = ADVICE.keys() - {"batch"} if options is None else options
+        wanted = [advice for option, advice in ADVICE.items() if option in options]
         reached = "" if peak is None else f" (peak so far: {peak:,.0f} MiB)"
         super().__init__(
             f"out of memory{reached}: " + (f"give {', '.join(wanted)}" if wanted else "use a machine with more memory")

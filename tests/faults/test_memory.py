@@ -61,7 +61,7 @@ def test_tracing_says_so(
     tiny_llama: LlamaForCausalLM, mode: str, end: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LlamaMLP, "forward", end)
-    with pytest.raises(OutOfMemory, match=r"^out of memory \(peak so far: [\d,]+ MiB\): give .*--recompute"):
+    with pytest.raises(OutOfMemory, match=r"^out of memory \(peak so far: [\d,]+ MiB\): give .*--set recompute=true"):
         permprune.prune(tiny_llama, order="none", examples=WINDOWS, mode=mode)
 
 

@@ -109,7 +109,7 @@ def test_pinned_memory_is_as_large_as_its_tensor(monkeypatch: pytest.MonkeyPatch
     assert registered
     del view
     assert not registered
-    with pytest.raises(PermpruneError, match="--offload disk"):
+    with pytest.raises(PermpruneError, match="--set offload=disk"):
         empty_on_host(torch.ones(2**12), device)
 
 
