@@ -91,7 +91,8 @@ class WorkFolder:
 
     def holds_state(self) -> bool:
         """Whether the folder has a state from which `--resume` can continue."""
-        return self.path.is_dir() and bool(self._entries() - {MARKER, LOCK, SCRATCH})
+        entries = self._entries() if self.path.is_dir() else set()
+        return any(name not in (MARKER, LOCK, SCRATCH) and not name.startswith(PREFIX) for name in entries)
 
     @contextmanager
     def held(self, job: str, resume: bool) -> Iterator[WorkFolder]:

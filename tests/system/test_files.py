@@ -162,3 +162,15 @@ def test_too_little_space_is_said_before(tmp_path: Path) -> None:
     require_space(tmp_path / "out", 1)
     with pytest.raises(PermpruneError, match=r"takes about 931,322,575 GiB, and .* GiB are free there"):
         require_space(tmp_path / "out", 1e18)
+
+
+def test_a_state_that_is_being_written_is_none_yet(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path / "out")
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        assert not work.holds_state()
+
+    with work.held("prune", resume=False):
+        write_whole(work.path / "order.state", write)
+        assert work.holds_state()
