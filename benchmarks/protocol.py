@@ -28,12 +28,12 @@ from quality import data_name, mean_of
 from rows import recipe_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune import Examples, PruneConfig, Result, TaskList, evaluate_tasks, read_model
+from permprune import Examples, PruneConfig, TaskList, evaluate_tasks, read_model
 from permprune.data.text import load_documents, tokenize
 from permprune.engine.held import Held, prepare
 from permprune.evaluation.lm_tasks import WIKITEXT, WIKITEXT_ID, WINDOW, average, cut
 from permprune.evaluation.perplexity import perplexity
-from permprune.evaluation.result import TASK_ACCURACY, gap_closed, metric_named
+from permprune.evaluation.result import TASK_ACCURACY, Result, gap_closed, metric_named
 from permprune.models.processors import tokenizer_of
 from permprune.permuters.base import Round
 from permprune.system.memory import peak_memory_mb, reset_peak_memory

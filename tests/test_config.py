@@ -18,6 +18,8 @@ from permprune import Newton, PermpruneError, PruneConfig, prune
 from permprune.config import PruneSettings
 from permprune.options import nearest
 from permprune.permuters.registry import permuter
+from permprune.saliency.metrics import OBS, Wanda
+from permprune.updates.methods import SparseGPT
 
 from .cli.running import run
 
@@ -68,8 +70,8 @@ def test_a_config_and_keywords_beside_it(tiny_llama: LlamaForCausalLM) -> None:
 def test_a_record_describes_objects(tiny_llama: LlamaForCausalLM) -> None:
     methods: dict[str, Any] = {
         "order": Newton(rounds=1),
-        "saliency": permprune.OBS(damping=0.1),
-        "update": permprune.SparseGPT(),
+        "saliency": OBS(damping=0.1),
+        "update": SparseGPT(),
     }
     pruned = prune(tiny_llama, examples=WINDOWS, precision="fp32", **methods)
     recorded = read_record_of(pruned)
@@ -83,11 +85,11 @@ def read_record_of(pruned: permprune.Pruned) -> dict[str, Any]:
 
 
 def test_states_tell_objects_with_other_options_apart() -> None:
-    own = PruneConfig(saliency=permprune.OBS(damping=0.1)).identity()
+    own = PruneConfig(saliency=OBS(damping=0.1)).identity()
     assert own == PruneConfig(saliency="obs:damping=0.1").identity()
     assert own["saliency"] != PruneConfig(saliency="obs").identity()["saliency"]
     assert PruneConfig(saliency="obs:damping=0.01").identity()["saliency"] == "obs"
-    assert PruneConfig(saliency=permprune.Wanda()).identity() != PruneConfig(saliency="magnitude").identity()
+    assert PruneConfig(saliency=Wanda()).identity() != PruneConfig(saliency="magnitude").identity()
 
 
 def test_a_misspelt_method_names_the_nearest() -> None:

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from permprune import Identity, LocalPermuter, Newton, Objective, PermpruneError, RIAPermuter, Wanda
+from permprune import LocalPermuter, Newton, Objective, PermpruneError
+from permprune.permuters.base import Identity
+from permprune.permuters.kept import RIAPermuter
 from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.problem import Problem
 from permprune.registry import describe
-from permprune.saliency.metrics import SALIENCIES, saliency
+from permprune.saliency.metrics import SALIENCIES, Wanda, saliency
 from permprune.updates.methods import UPDATES, update
 
 MAKERS: list[tuple[Any, dict[str, Any]]] = [(permuter, PERMUTERS), (saliency, SALIENCIES), (update, UPDATES)]

@@ -1,5 +1,6 @@
 """The documentation: its examples run, its commands exist, and the API pages have every public name."""
 
+import importlib
 import re
 import runpy
 import shlex
@@ -197,6 +198,13 @@ def pages_of(part: str | list[dict[str, str]]) -> list[str]:
 def test_the_api_pages_have_every_public_name_once() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in sorted((DOCS / "api").glob("*.md")))
     assert sorted(re.findall(r"^::: permprune\.(\w+)$", text, flags=re.MULTILINE)) == sorted(permprune.__all__)
+    assert len(permprune.__all__) <= 60
+
+
+def test_the_api_pages_name_what_there_is() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    for module, name in re.findall(r"^::: (permprune\.[\w.]+)\.(\w+)$", text, flags=re.MULTILINE):
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 @pytest.mark.slow

@@ -17,11 +17,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import permprune
-from permprune import PermpruneError, Result, TaskList, evaluate_tasks
+from permprune import PermpruneError, TaskList, evaluate_tasks
 from permprune.config import PruneConfig
 from permprune.evaluation import lm_tasks
 from permprune.evaluation.lm_tasks import average, cut
-from permprune.evaluation.result import TASK_ACCURACY
+from permprune.evaluation.result import TASK_ACCURACY, Metric, Result
 from permprune.system.progress import console
 
 from ..cli.running import fails, run
@@ -151,7 +151,7 @@ def test_the_model_and_its_tokenizer_are_left_alone(tiny_llama: Any, tiny_tokeni
 def test_average_weighs_tasks_alike() -> None:
     own = [
         Result("a", TASK_ACCURACY, 0.5, count=10, stderr=0.3),
-        Result("a", permprune.Metric("acc_norm", higher_is_better=True), 0.9, count=10, stderr=0.1),
+        Result("a", Metric("acc_norm", higher_is_better=True), 0.9, count=10, stderr=0.1),
         Result("b", TASK_ACCURACY, 0.75, count=99, stderr=0.4),
     ]
     assert average(own) == Result("average", TASK_ACCURACY, 0.625, count=2, stderr=0.25, unit="tasks")

@@ -17,10 +17,10 @@ from permprune import (
     TaskList,
     evaluate,
     evaluate_model,
-    perplexity,
     prune_to_folder,
 )
 from permprune.cli.settings import parse_bytes
+from permprune.evaluation.perplexity import perplexity
 from permprune.losses.objective import Objective
 from permprune.options import numbers_of
 from permprune.permuters.registry import PERMUTERS, permuter

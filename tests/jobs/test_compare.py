@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from permprune import Comparison, Evaluation, Newton, Pattern, PermpruneError, PruneConfig, Result, compare
+from permprune import Evaluation, Newton, Pattern, PermpruneError, PruneConfig, compare
 from permprune.engine.session import Session
-from permprune.evaluation.result import PERPLEXITY, TOP_1_ACCURACY
-from permprune.jobs.cells import Cell, pareto, plan_cells
+from permprune.evaluation.result import PERPLEXITY, TOP_1_ACCURACY, Result
+from permprune.jobs.cells import Cell, Comparison, pareto, plan_cells
 from permprune.permuters.registry import PERMUTERS, permuters
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,9 @@ from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import permprune
-from permprune import Evaluation, FineTuning, Identity, Newton, PermpruneError, PruneConfig
+from permprune import Evaluation, FineTuning, Newton, PermpruneError, PruneConfig
 from permprune.models.layers import block_linears
+from permprune.permuters.base import Identity
 from permprune.report.comparison import comparison_table
 from permprune.system.files import write_json
 

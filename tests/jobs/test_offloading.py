@@ -12,10 +12,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import permprune
-from permprune import Evaluation, Identity, Newton, PruneConfig
+from permprune import Evaluation, Newton, PruneConfig
 from permprune.checkpoints.record import Record
 from permprune.errors import PermpruneError
 from permprune.forecasts.machine import Rates
+from permprune.permuters.base import Identity
 from permprune.system.shelf import Shelf
 
 from ..fixtures import small_checkpoint

@@ -20,14 +20,14 @@ from transformers import (
 )
 
 import permprune
-from permprune import Evaluation, Examples, FineTuning, Identity, Newton, PruneConfig
+from permprune import Evaluation, Examples, FineTuning, Newton, PruneConfig
 from permprune.engine.held import prepare
 from permprune.forecasts.machine import Machine, Rates
 from permprune.inference.pack import pack
 from permprune.kv.cache import PrunedCache
 from permprune.kv.config import KVConfig
 from permprune.models.forward import cache_argument
-from permprune.permuters.base import Permuter
+from permprune.permuters.base import Identity, Permuter
 from permprune.permuters.cp import CP
 from permprune.permuters.learned import Learned
 from permprune.permuters.reconstruction import Reconstruction
