@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 import jinja2
@@ -18,7 +17,7 @@ from permprune.data.text import start_tokens
 from permprune.errors import PermpruneError, first_line
 from permprune.examples import IGNORED, Examples, Part
 from permprune.models.forward import is_causal_lm
-from permprune.models.processors import Processor, tokenizer_of
+from permprune.models.processors import Processor, shared_start, tokenizer_of
 from permprune.system.progress import log
 
 MESSAGES, ANSWERER = "messages", "assistant"
@@ -179,12 +178,7 @@ def _encode(turns: Sequence[Turn], render: Render, tokenizer: PreTrainedTokenize
             continue
         before, until = (render(turns[:count], False).rstrip() for count in (number, number + 1))
         if whole.startswith(before) and whole.startswith(until):
-            asked = whole[: _shared(render(turns[:number], True), whole)]
-            first, last = (_shared(tokens(part), ids) for part in (asked, until))
+            asked = whole[: shared_start(render(turns[:number], True), whole)]
+            first, last = (shared_start(tokens(part), ids) for part in (asked, until))
             labels[first:last] = ids[first:last]
     return ids, labels
-
-
-def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """The number of characters or tokens at the beginning that are the same."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

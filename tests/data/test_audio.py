@@ -118,21 +118,6 @@ def test_sound_of_any_rate_is_resampled(
     assert torch.allclose(found["input_values"][0, inner], expected["input_values"][0, inner], atol=0.02)
 
 
-def test_draws_are_deterministic_and_halves_apart(ctc: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
-    for number in range(20):
-        tone(tmp_path / "many" / f"{number:02}.wav", (30 + number) / 1000)
-    model = Wav2Vec2Model(Wav2Vec2Config(num_hidden_layers=0))
-
-    def drawn(part: str, seed: int = 0, shared: bool = True) -> list[int]:
-        found = load_speech(tmp_path / "many", model, ctc[1], Selection(part, 20, seed, shared))  # type: ignore[arg-type]
-        assert found.keys() == {"input_values", "attention_mask"}  # this model has nothing to say
-        return (found["attention_mask"].sum(dim=1) // 16).tolist()
-
-    assert drawn("calibration") == drawn("calibration") != drawn("calibration", seed=1)
-    assert sorted(drawn("calibration") + drawn("evaluation", seed=1)) == list(range(30, 50))
-    assert drawn("evaluation", shared=False) == drawn("calibration", shared=False)
-
-
 def test_what_is_too_long_is_left_out(
     whisper: tuple[PreTrainedModel, Any], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
