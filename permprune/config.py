@@ -8,7 +8,7 @@ import os
 import reprlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from permprune.budget.asked import CANDIDATES, KEPT, frame_of, parse_candidates, require_budget
 from permprune.errors import PermpruneError
@@ -58,41 +58,6 @@ SAMPLES = 192
 
 MIX_FIELDS = ("candidates", "keep", "bytes", "max_loss", "packed", "packed_head")
 """The fields of a mix of patterns."""
-
-
-class PruneSettings(TypedDict, total=False):
-    """The fields of `PruneConfig`, as keywords of the functions that take changes of them."""
-
-    pattern: str
-    candidates: tuple[str, ...]
-    keep: Share | None
-    bytes: Positive | None
-    max_loss: Positive | None
-    saliency: str | Saliency
-    effort: str | None
-    order: str | Permuter | None
-    update: str | Update | None
-    train: str | Training | None
-    mode: str
-    calibration: str | Sequence[str] | None
-    samples: Count | None
-    length: Length
-    measured: Count
-    held_out: Count
-    batch: Count
-    recompute: bool
-    precision: str
-    memory: Bytes | None
-    offload: str
-    shard: bool | None
-    minutes: Positive | None
-    seed: Seed
-    exclude: tuple[str, ...]
-    packed: str
-    packed_head: str | None
-    shared: bool
-    task: str | None
-    trust_remote_code: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -325,7 +290,7 @@ class PruneConfig:
         """Whether this is a source of the calibration data, however its path is written."""
         return _resolved(source) in [_resolved(known) for known in self.sources if known is not None]
 
-    def replace(self, **changes: Unpack[PruneSettings]) -> PruneConfig:
+    def replace(self, **changes: Any) -> PruneConfig:
         """Return a copy with other values. Raises `PermpruneError` for an unknown field, with the closest known one."""
         return replace_fields(self, changes, "there is no setting")
 

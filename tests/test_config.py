@@ -7,7 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from transformers import LlamaForCausalLM
 
 import permprune
 from permprune import Newton, PermpruneError, PruneConfig, prune
-from permprune.config import PruneSettings
 from permprune.options import nearest
 from permprune.permuters.registry import permuter
 from permprune.saliency.metrics import OBS, Wanda
@@ -42,12 +41,6 @@ def test_every_field_is_explained_on_its_own() -> None:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text(after)
     }
     assert explained == {field.name for field in dataclasses.fields(PruneConfig)}
-
-
-def test_keywords_have_the_types_of_the_fields() -> None:
-    fields = {field.name for field in dataclasses.fields(PruneConfig) if field.init}
-    hints, keywords = (get_type_hints(kind, include_extras=True) for kind in (PruneConfig, PruneSettings))
-    assert keywords == {name: hint for name, hint in hints.items() if name in fields}
 
 
 def is_text(node: ast.stmt) -> bool:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from permprune.checkpoints.origin import origin_of, set_origin
 from permprune.checkpoints.probe import make_probe
 from permprune.checkpoints.record import Mix
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
-from permprune.config import PruneConfig, PruneSettings
+from permprune.config import PruneConfig
 from permprune.engine.mixing import choose_patterns, sensitivity
 from permprune.engine.pruned import Pruned, beside_natural, sample, stored_form, stored_order
 from permprune.errors import PermpruneError
@@ -178,7 +178,7 @@ def prune(
     *,
     examples: ExampleData | None = None,
     callbacks: Sequence[Callback] = (),
-    **changes: Unpack[PruneSettings],
+    **changes: Any,
 ) -> Pruned:
     """Permute and prune a model in place.
 
