@@ -467,4 +467,4 @@ def test_large_models_are_forecast(name: str, tmp_path: Path) -> None:
     assert found.disk["checkpoint"] == pytest.approx(2 * weights, rel=0.01)
     assert found.tensors > 4 * weights
     assert found.advice.startswith("NVIDIA H100 SXM has 80 GiB for tensors, which is too little: ")
-    assert found.advice.endswith("GiB with --recompute --offload host would fit")
+    assert found.advice.endswith("GiB with --set recompute=true --set offload=host would fit")
