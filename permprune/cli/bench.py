@@ -44,7 +44,7 @@ def bench(
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
 ) -> Iterator[None]:
-    """Measure the speed, size and memory of FOLDERS beside the dense model, and add them to their reports."""
+    """Measure the speed, size and memory of FOLDERS beside the dense model, and add them to their records."""
 
     batches = None if batch is None else numbers_in("batch", batch, int)
     contexts = None if context is None else numbers_in("context", context, int)

@@ -74,4 +74,4 @@ def compare(
         announce=announce,
     )
     if out is not None:
-        print(f"written to {out} (report.html, figures.json, pareto.png)")
+        print(f"written to {out} (report.html, figures.json)")

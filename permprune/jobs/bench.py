@@ -30,7 +30,6 @@ from permprune.kv.cache import PrunedCache
 from permprune.kv.files import OtherModelError
 from permprune.kv.files import read_record as read_kv
 from permprune.options import Count, require
-from permprune.report.run import REPORT, write_report
 from permprune.system.device import best_device, dtype_named, fast_dtype
 from permprune.system.files import write_json
 from permprune.system.memory import keep_activations
@@ -120,13 +119,11 @@ def bench(
 
 
 def report(benchmark: Benchmark, folder: str | Path) -> None:
-    """Add the benchmark to the record and the report of a folder; a folder without a record is left unchanged."""
+    """Add the benchmark to the record of a folder; a folder without a record is left unchanged."""
     folder = Path(folder)
     if not (folder / RECORD).exists():
         return
-    values = dataclasses.replace(read_record(folder), bench=benchmark).to_json()
-    write_json(folder / RECORD, values)
-    write_report(values, folder / REPORT)
+    write_json(folder / RECORD, dataclasses.replace(read_record(folder), bench=benchmark).to_json())
 
 
 def _types(folder: Path) -> list[str | None]:

@@ -68,7 +68,7 @@ def compare(
     `model` is a name, a folder, or a model in memory with its `processor`, which has its dense weights again at the
     end. `methods` are names or objects, or a mapping of labels to these; the dense model and no permutation are always
     measured as well. They, `patterns` and `budgets` (minutes of a search) replace the config's `order`, `pattern` and
-    `minutes`; methods that work layer by layer have no budget. With `out`, figures.json, report.html and pareto.png are
+    `minutes`; methods that work layer by layer have no budget. With `out`, figures.json and report.html are
     written to that folder, after `announce` was called with the result. Until then `out`.partial has the row of every
     finished cell and the states of the searches: with `resume` the comparison continues from there, also with more
     cells, and a search goes on where the one with the next smaller budget ended. Raises `PermpruneError`.

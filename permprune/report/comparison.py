@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 from rich.table import Table
 
 from permprune.evaluation.result import metric_named
 from permprune.report.page import data_uri, fill
-from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, figure, legend, save, styled
+from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, figure, legend, styled
 from permprune.report.words import (
     NONE,
     better,
@@ -67,10 +66,9 @@ def render_comparison(result: Result) -> str:
 
 
 def write_comparison(result: Result, folder: Path) -> None:
-    """Write report.html and pareto.png to a folder. Raises `PermpruneError` if they cannot be written."""
-    page, picture = render_comparison(result), save(pareto(result), "png")
+    """Write report.html to a folder. Raises `PermpruneError` if it cannot be written."""
+    page = render_comparison(result)
     write_whole(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    write_whole(folder / "pareto.png", lambda temporary: temporary.write_bytes(picture))
 
 
 def comparison_decision(result: Result) -> str:
@@ -132,7 +130,7 @@ def pareto(result: Result) -> Figure:
     metric, (colors, markers) = result["metric"], _keys(result)
     picture = figure(WIDTH, 3.6)
     axes = picture.subplots()
-    rows = _finite(result, metric)
+    rows = [row for row in result["rows"] if math.isfinite(row[metric])]
     front = sorted((row["size"], row[metric]) for row in rows if row["front"])
     axes.plot(*zip(*front, strict=True), color=GRAY, linewidth=1.0, zorder=1) if front else None
     for row in rows:
@@ -141,15 +139,11 @@ def pareto(result: Result) -> Figure:
         axes.plot(row["size"], row[metric], color=color, marker=marker, linestyle="", **style)
     _metric_axis(axes, metric, [row[metric] for row in rows], result["dense"][metric])
     axes.set_xlabel("size, share of the dense model (smaller is better)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid()
     _legend(picture, colors, markers)
     return picture
-
-
-def _finite(result: Result, value: str) -> list[Mapping[str, Any]]:
-    return [row for row in result["rows"] if math.isfinite(row[value])]
 
 
 def _keys(result: Result) -> tuple[dict[str, str], dict[str, str]]:
@@ -160,47 +154,23 @@ def _keys(result: Result) -> tuple[dict[str, str], dict[str, str]]:
     return colors, {pattern: MARKERS[place % len(MARKERS)] for place, pattern in enumerate(shapes)}
 
 
-def _metric_axis(axes: Axes, metric: str, values: Sequence[float], dense: float | None) -> None:
-    """Label the vertical axis, of a metric's values, and draw a line at the dense model's, if that is given.
-
-    Perplexities are on a log scale.
-    """
+def _metric_axis(axes: Axes, metric: str, values: Sequence[float], dense: float) -> None:
+    """Label the vertical axis, of a metric's values, and draw a line at the dense model's; log for perplexities."""
     label = metric
-    if dense is not None:
-        values = [*values, dense]
-        axes.axhline(dense, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
-        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-        axes.annotate("dense", (1.0, dense), (3, 0), **place, va="center", fontsize=8)
+    axes.axhline(dense, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
+    place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+    axes.annotate("dense", (1.0, dense), (3, 0), **place, va="center", fontsize=8)
     if metric == "perplexity":
-        finite = [value for value in values if math.isfinite(value)] or [1.0]
+        finite = [value for value in (*values, dense) if math.isfinite(value)] or [1.0]
         axes.set(yscale="log", ylim=(min(finite) / 1.12, max(finite) * 1.12))
-        _plain_ticks(axes.yaxis)
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         label = f"{metric}, log scale"
     axes.set_ylabel(f"{label}\n({better(metric)})")
 
 
-def _plain_ticks(axis: Axis) -> None:
-    """Set ticks at 1, 2 and 5 times the powers of ten, or evenly spaced ones if the range is too short for these."""
-    low, high = axis.get_view_interval()
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [step * 10.0**power for power in powers for step in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    if len(ticks) < 3:
-        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
-    axis.set_ticks(ticks)
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
 def _legend(picture: Figure, colors: Mapping[str, str], markers: Mapping[str, str]) -> None:
-    """Draw a legend of methods by colour and of patterns by marker, in separate rows."""
+    """Draw a legend of methods by colour, and then of patterns by marker."""
     lines = [Line2D([], [], color=color, linewidth=4, label=name) for name, color in colors.items()]
     shapes = [Line2D([], [], color=GRAY, marker=shape, linestyle="", label=name) for name, shape in markers.items()]
-    blank = Line2D([], [], linestyle="", label=" ")
-    rows = [
-        [*kind[start : start + COLUMNS], *[blank] * (start + COLUMNS - len(kind))]
-        for kind in (lines, shapes)
-        for start in range(0, len(kind), COLUMNS)
-    ]
-    handles = [handle for column in zip(*rows, strict=True) for handle in column]
-    legend(picture, handles, COLUMNS, handlelength=1.2, columnspacing=1.2)
+    legend(picture, [*lines, *shapes], COLUMNS, handlelength=1.2, columnspacing=1.2)

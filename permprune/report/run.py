@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +15,6 @@ from permprune.models.layers import DenseWeights
 from permprune.report import pictures
 from permprune.report.page import data_uri, fill
 from permprune.report.showcase import answers, side_rows, table_note, titles
-from permprune.report.speed import short_name, summary
 from permprune.report.words import (
     NONE,
     count,
@@ -36,7 +34,7 @@ REPORT = "report.html"
 
 def render(record: Mapping[str, Any]) -> str:
     """Render the page for the contents of a permprune.json. Everything from the record is escaped."""
-    shown, bench = record.get("showcase"), record.get("bench") or {"rows": []}
+    shown = record.get("showcase")
     return fill(
         "run.html",
         record=record,
@@ -45,7 +43,6 @@ def render(record: Mapping[str, Any]) -> str:
         title=f"{record['model']}, {record['settings']['pattern']}",
         decision=_pruned(record),
         trained=_then_trained(record),
-        optimised=record.get("optimised"),
         overlap=overlap_note((record["measured"] or {}).get("overlap")),
         table=measured_rows(record),
         titles=titles(record["settings"]["pattern"]),
@@ -53,13 +50,10 @@ def render(record: Mapping[str, Any]) -> str:
         shown=shown,
         sides=SIDES,
         examples=[(one, answers(shown, one)) for one in shown["examples"]] if shown else [],
-        stages=_stages(record["curve"]),
         dense=dense_sentence(record.get("dense")),
         mix=mix_sentences(record),
         pictures=_pictures(record),
-        speeds=[f"{short_name(row['name'])}: {summary(bench, row)}." for row in bench["rows"] if not row["dense"]],
         times={name: duration(seconds) for name, seconds in record["seconds"].items()},
-        spaces=_spaces(record),
     )
 
 
@@ -119,25 +113,6 @@ def measured_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _stages(curve: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Return the rows of the table of what each stage of a search brought: name; rounds; rounds kept; held-out loss.
-
-    The first row has the loss of the orders that the search started from, and the others how far each stage lowered it.
-    """
-    if not curve:
-        return []
-    best = curve[0]["loss"]
-    gains: dict[str, list[float]] = {}
-    for point in curve[1:]:
-        gains.setdefault(point.get("stage", "search"), []).append(best - point["loss"] if point["kept"] else 0.0)
-        best = point["loss"] if point["kept"] else best
-    rows = [
-        (name, str(len(lowered)), str(sum(map(bool, lowered))), f"\N{MINUS SIGN}{math.fsum(lowered):.3f}")
-        for name, lowered in gains.items()
-    ]
-    return [("start", "", "", f"{curve[0]['loss']:.3f}"), *rows, ("end", "", "", f"{best:.3f}")]
-
-
 def _pictures(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the pictures of what a record has, at most three, as data URIs by the names that the page has for them."""
     drawn: dict[str, Figure] = {}
@@ -174,14 +149,3 @@ def mix_sentences(record: Mapping[str, Any]) -> str:
             other += f" (the standard error of the loss is {fine_percent(attempt['error'])})"
         sentences.append(f"With {fine_percent(attempt['keep'])}: {value} on the data for the choice{other}.")
     return " ".join(sentences)
-
-
-def _spaces(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the rows of the table of permutations: name; storage; blocks; channels of a block; share that moved."""
-    orders = [(name, "folded", table) for name, table in record["permutations"].items()]
-    orders += [(gather["site"], "gather", [gather["order"]]) for gather in record["gathers"]]
-    moved = [fmean(place != channel for block in table for place, channel in enumerate(block)) for *_, table in orders]
-    return [
-        (name, how, f"{len(table):,}", f"{len(table[0]):,}", percent(share))
-        for (name, how, table), share in zip(orders, moved, strict=True)
-    ]

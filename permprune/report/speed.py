@@ -1,9 +1,8 @@
-"""Benchmarks as a table for the terminal, and as text for the report."""
+"""Benchmarks as a table and as text for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.table import Column, Table
@@ -54,11 +53,6 @@ def rate(speed: Mapping[str, Any]) -> float:
 def cell_name(speed: Mapping[str, Any]) -> str:
     """Return the batch size and context length of a speed, as text."""
     return f"batch {speed['batch']}" + (f", context {speed['context']}" if speed["context"] else "")
-
-
-def short_name(name: str) -> str:
-    """Return the name of a row of a benchmark (`BenchedModel.name`) without the paths of its folders."""
-    return " with ".join(Path(part).name for part in name.split(" with "))
 
 
 def summary(figures: Figures, row: Mapping[str, Any]) -> str:

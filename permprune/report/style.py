@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -16,8 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from permprune.report.words import number
-
-Format = Literal["svg", "png"]
 
 GRAY = "#757b82"
 BLUE = "#2b87c8"
@@ -76,9 +74,8 @@ def horizontal_bars(axes: Axes, names: Sequence[str], values: Sequence[float], c
 
 
 @styled
-def save(picture: Figure, kind: Format = "svg") -> bytes:
-    """Return the bytes of the file; the same picture always gives the same bytes."""
+def save(picture: Figure) -> bytes:
+    """Return a picture as SVG; the same picture always gives the same bytes."""
     buffer = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    picture.savefig(buffer, format=kind, dpi=200, transparent=True, metadata=metadata)
+    picture.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()

@@ -82,7 +82,7 @@ def test_a_pattern_alone_gives_the_same_rows(setting: Setting, tmp_path: Path) -
     assert found.rows[5].curve and not found.rows[4].curve
     written = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert written == json.loads(json.dumps(found.to_json()))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figures.json", "pareto.png", "report.html"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figures.json", "report.html"]
     assert not (tmp_path / "out.partial").exists()
 
 

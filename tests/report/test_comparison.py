@@ -2,18 +2,15 @@
 
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from permprune.report.comparison import (
     comparison_decision,
     comparison_table,
     pareto,
     render_comparison,
-    write_comparison,
 )
 from permprune.report.style import save
 
@@ -74,12 +71,6 @@ def test_the_page_states_the_decision_and_every_cell(rendered: str) -> None:
         assert part in page.text
 
 
-def test_the_picture_is_a_file_of_its_own(tmp_path: Path) -> None:
-    write_comparison(RESULT, tmp_path)
-    with Image.open(tmp_path / "pareto.png") as picture:
-        assert picture.width > picture.height
-
-
 @pytest.mark.parametrize(
     ("result", "sentence"),
     [
@@ -121,13 +112,6 @@ def test_nothing_in_a_comparison_breaks_out() -> None:
 @pytest.mark.parametrize("result", [RESULT, changed(rows=[row("2:4", "none", math.inf, 0.65)])])
 def test_the_picture_is_whole(result: dict[str, Any]) -> None:
     assert_svg(save(pareto(result)))
-    assert save(pareto(result), "png").startswith(b"\x89PNG")
-
-
-def test_files_are_written_whole(rendered: str, tmp_path: Path) -> None:
-    write_comparison(RESULT, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pareto.png", "report.html"]
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == rendered
 
 
 def test_the_table_names_what_the_rows_share() -> None:

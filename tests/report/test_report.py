@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 
 from permprune.report import pictures
 from permprune.report.run import decision, render, write_report
-from permprune.report.style import Format, save
+from permprune.report.style import save
 from permprune.report.words import duration, number, percent, with_error
 
-from ..records import record_of
 from .pages import Page, assert_svg
 
 pytestmark = pytest.mark.usefixtures("with_pictures")
 
-PNG = b"\x89PNG\r\n\x1a\n"
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 LAYERS = [
     {
@@ -102,6 +100,7 @@ def test_the_page_states_the_decision_and_shows_three_pictures(rendered: str) ->
     for picture in page.images:
         assert_svg(picture)
     assert page.outside == [], "the page needs nothing beside itself"
+    assert all(part in page.text for part in ("wanda", "2.13.0", "2.0 h", "8 min"))
     assert "script" not in page.tags
 
 
@@ -113,19 +112,10 @@ def test_the_page_shows_what_training_after_pruning_brought() -> None:
     }  # fmt: skip
     page = Page(render(changed(optimised={**optimised, "dense": None})))
     assert "Trained after that: top-1 accuracy 0.850 ± 0.010 against 0.8000 before." in page.text
-    assert "Training norms, biases and the head on 1,200 examples after pruning, measured on 872 examples" in page.text
     teacher_outputs = Page(render(changed(optimised={**optimised, "dense": 0.9})))
     keeps = "Trained after that it keeps 94 % of the dense top-1 accuracy (0.850 ± 0.010 of 0.9000; 0.8000 before)."
     assert keeps in teacher_outputs.text
-    assert "all other figures on this page were measured before training" in page.text
-
-
-def test_the_page_lists_settings_versions_times_and_orders(rendered: str) -> None:
-    text = Page(rendered).text
-    for part in ("wanda", "2.13.0", "2.0 h", "8 min", "model.layers.0.mlp.down_proj.input", "model.norm.output"):
-        assert part in text
-    assert "1 channel space folded into the weights, 1 order kept as an index at run time." in text
-    assert "50 %" in text, "two of the four channels moved"
+    assert "All other figures on this page were measured before training" in page.text
 
 
 def test_a_mix_is_described_with_the_loss_of_each_attempt() -> None:
@@ -158,7 +148,6 @@ def test_a_bare_record_still_gives_a_page() -> None:
     page = Page(render(changed(**BARE)))
     assert page.images == []
     assert "2:4 with newton: the network was not measured." in page.text
-    assert "every channel stands where it stood" in page.text
 
 
 def test_an_update_is_named() -> None:
@@ -209,26 +198,18 @@ def test_everything_in_a_record_is_escaped() -> None:
     page = Page(render(record))
     assert "script" not in page.tags
     assert page.outside == []
-    assert page.text.count(evil) >= 10
+    assert page.text.count(evil) >= 7
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["svg", "png"])
-def test_every_picture_is_a_whole_file(kind: Format) -> None:
-    drawn = [
-        pictures.output_error(LAYERS),
-        pictures.learning_curve(CURVE),
-        pictures.bars(30.1, 175.7, float("inf"), "perplexity", f"newton:{OPTIONS}"),
-        pictures.bars(0.9, 0.5, 0.7, "top-1 accuracy", "a_method with $ signs $"),
-    ]
-    files = [save(picture, kind) for picture in drawn]
-    for picture in files:
-        if kind == "svg":
-            assert_svg(picture)
-        else:
-            assert picture.startswith(PNG)
-            assert picture.endswith(b"IEND\xaeB`\x82")
-    assert len(set(files)) == len(files)
+@pytest.mark.parametrize(
+    ("values", "metric", "method"),
+    [
+        ((30.1, 175.7, float("inf")), "perplexity", f"newton:{OPTIONS}"),
+        ((0.9, 0.5, 0.7), "top-1 accuracy", "a_method with $ signs $"),
+    ],
+)
+def test_bars_are_drawn_for_any_values(values: tuple[float, float, float], metric: str, method: str) -> None:
+    assert_svg(save(pictures.bars(*values, metric, method)))
 
 
 def test_the_same_record_gives_the_same_page(rendered: str) -> None:
@@ -289,16 +270,3 @@ def test_numbers_read_well() -> None:
         "2.5 h",
         "\N{EN DASH}",
     ]
-
-
-def test_the_report_tells_what_each_stage_of_the_search_brought() -> None:
-    losses = [("search", 3.9, True), ("search", 3.5, True), ("search", 4.0, False), ("training", 3.25, True)]
-    curve = [
-        {"round": number, "loss": loss, "kept": kept, "seconds": 1.0, "stage": stage}
-        for number, (stage, loss, kept) in enumerate(losses)
-    ]
-    page = render(record_of(curve=curve).to_json())
-    rows = [("start", "", "", "3.900"), ("search", "2", "1", "\N{MINUS SIGN}0.400")]
-    for name, *others in (*rows, ("training", "1", "1", "\N{MINUS SIGN}0.250"), ("end", "", "", "3.250")):
-        assert f'<th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in others) in page
-    assert "What each stage brought" not in render(record_of().to_json())
