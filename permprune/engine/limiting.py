@@ -126,7 +126,7 @@ class _Attempts:
         try:
             result = meter()[0]
         except NotFinite:
-            result = replace(dense, value=math.inf, terms=None, stderr=None)
+            result = replace(dense, value=math.inf, terms=None, draws=None, stderr=None)
         return result.value, loss_of(result, dense), error_of(result, dense)
 
 

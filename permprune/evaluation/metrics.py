@@ -111,8 +111,9 @@ def correlations(task: str, scores: Tensor, predictions: Tensor, *, first: str) 
 
 def bootstrapped(task: str, metric: Metric, measure: Measure, right: Any, predictions: Any) -> Result:
     """Return the metric of numpy arrays (count,); the resamples of its standard error depend on the count alone."""
-    error = None
+    error = drawn = None
     if len(right) > 1:  # something to resample
         options: Any = {"vectorized": False, "n_resamples": RESAMPLES, "method": "percentile", "rng": 0}
-        error = float(stats.bootstrap((right, predictions), measure, paired=True, **options).standard_error)
-    return Result(task, metric, measure(right, predictions), count=len(right), stderr=error)
+        draws = stats.bootstrap((right, predictions), measure, paired=True, **options)
+        error, drawn = float(draws.standard_error), draws.bootstrap_distribution
+    return Result(task, metric, measure(right, predictions), count=len(right), stderr=error, draws=drawn)

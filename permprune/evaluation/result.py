@@ -40,8 +40,8 @@ KL_DIVERGENCE = Metric("KL divergence", higher_is_better=False)
 FEATURE_ERROR = Metric("feature error", higher_is_better=False)
 COSINE = Metric("cosine similarity", higher_is_better=True)
 NEAREST = Metric("nearest neighbour agreement", higher_is_better=True)
-SIMILARITIES = Metric("Spearman correlation of similarities", higher_is_better=True)
 NEAREST_TEN = Metric("ten nearest neighbours agreement", higher_is_better=True)
+SIMILARITIES = Metric("Spearman correlation of similarities", higher_is_better=True)
 WORD_ERROR_RATE = Metric("word error rate", higher_is_better=False)
 MATTHEWS = Metric("Matthews correlation", higher_is_better=True)
 F1 = Metric("F1", higher_is_better=True)
@@ -76,7 +76,8 @@ class Result:
     """One measured `value` of `metric` on `task`, over `count` predictions of `unit`; `stderr` its standard error.
 
     `terms`, two tensors in fp64, (parts,), are the sums over parts of the examples of which the value is the ratio, or
-    exp of it; None if it is no ratio of sums. They are not stored.
+    exp of it; None if it is no ratio of sums. `draws`, an array in fp64, (resamples,), are its values on resamples of
+    the examples, the same ones for each model; None without a bootstrap. Neither is stored.
     """
 
     task: str
@@ -87,10 +88,11 @@ class Result:
     stderr: float | None = None
     unit: str = "examples"
     terms: Any = field(default=None, compare=False, repr=False)
+    draws: Any = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, str | float | int | None]:
         """Return the fields, ready for `json.dumps`: the metric by its name, the count under the name of its unit."""
-        fields = {name: value for name, value in vars(self).items() if name not in ("count", "unit", "terms")}
+        fields = {name: value for name, value in vars(self).items() if name not in ("count", "unit", "terms", "draws")}
         return {**fields, "metric": self.metric.name, self.unit: self.count}
 
 
@@ -118,6 +120,8 @@ def difference_error(result: Result, dense: Result) -> float | None:
     What both get right or wrong cancels out: the error is often much smaller than that of one value. None if it is not
     known.
     """
+    if result.draws is not None and dense.draws is not None:
+        return float((result.draws - dense.draws).std(ddof=1))
     if result.terms is None or dense.terms is None:
         return result.stderr if dense.stderr == 0 else None
     error = ratio_error(result.terms[0] - dense.terms[0], result.terms[1])

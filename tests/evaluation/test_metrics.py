@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -10,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from permprune.errors import PermpruneError
 from permprune.evaluation.dispatch import evaluate_model
+from permprune.evaluation.metrics import OF_CLASSES, OF_SCORES, bootstrapped
 from permprune.evaluation.result import PERPLEXITY, TOP_1_ACCURACY, Metric, Result, difference_error
 from permprune.examples import Examples
 
@@ -113,6 +115,24 @@ def test_the_error_of_a_difference_is_that_of_pairs(metric: Metric) -> None:
     assert sum(error or 0.0 for error in errors) / len(errors) == pytest.approx(spread, rel=0.15)
     alone = stats.tstd([one.value for one, _ in pairs])
     assert spread < alone / 5  # what both find easy cancels out
+
+
+@pytest.mark.parametrize("name", ["f1", "pearson", "spearman"])
+def test_the_error_of_a_difference_is_known_of_metrics_that_are_no_ratios(name: str) -> None:
+    """Beside the jackknife (Efron and Stein 1981), with fifty groups of examples."""
+    draw, (metric, measure) = np.random.default_rng(0), (OF_CLASSES | OF_SCORES)[name]
+    right = draw.normal(size=300)
+    found = right, *(right + 0.6 * draw.normal(size=300) + 0.15 * draw.normal(size=(2, 300)))
+    right, *predicted = found if name in OF_SCORES else ((one > 0).astype(float) for one in found)
+    one, other = (bootstrapped("task", metric, measure, right, values) for values in predicted)
+    groups = np.arange(300) % 50
+    values = [
+        np.subtract(*(measure(right[kept], values[kept]) for values in predicted))
+        for kept in (groups != left for left in range(50))
+    ]
+    error = difference_error(one, other) or 0.0
+    assert error == pytest.approx(math.sqrt(49 * np.var(values)), rel=0.25)
+    assert one.stderr and error < one.stderr  # what both find easy cancels out
 
 
 @pytest.mark.parametrize(("name", "data"), [("vit", images), ("bert", sentences), ("whisper", speech)])
